@@ -1,38 +1,55 @@
-"""A pretended GPU: its tensors are really on the CPU, but don't mix with tensors that aren't on this GPU.
+"""A pretended GPU: its tensors are really on the CPU, but obey a GPU's rules.
 
-Operations that a GPU refuses under deterministic algorithms are refused here too.
+They don't mix with tensors that aren't on this GPU, and operations that a GPU refuses, or refuses under deterministic
+algorithms, are refused here too. Streams and events only keep order: what a stream, or the host, uses without having
+waited for whatever else works on it is a fault. Where the host would wait for the GPU is noted; kernels are counted.
+
+What torch's C++ does by itself, NCCL's own streams, the choice of kernels and the size of memory can't be seen here.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.cuda._sanitizer import StreamSynchronizations
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from hfprune_dist.core import losses
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 # Operations that take tensors of both devices; the first tensor determines where the result is.
-_MIXING = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_", "set_", "_to_copy")
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+_MIXING = (*_INDEXING, "copy_", "set_", "_to_copy")
+# Operations that run no kernel.
+_FREE = (
+    *("detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"),
+    *("lift_fresh", "_local_scalar_dense", "is_same_size", "set_", "resize_", "is_pinned"),
+)
+# Operations whose result, or its size, the host must know.
+_HOST_READS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_consecutive"),
+    *("unique_dim", "bincount", "_linalg_check_errors"),
+)
+# Matrix products, which a GPU has of floats alone.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv")
 
-
-# Operations that raise on a GPU under deterministic algorithms: torch's own list (torch.use_deterministic_algorithms),
-# and others that its CUDA kernels refuse. Conditional ones are judged by their arguments.
+# Operations that raise on a GPU under deterministic algorithms: those of torch's list (use_deterministic_algorithms)
+# without pooling or images, and others that its CUDA kernels refuse. Some are judged by their arguments.
 _REFUSED = (
-    *("avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
-    *("adaptive_max_pool2d_backward", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
-    *("max_unpool2d", "max_unpool3d", "upsample_linear1d_backward", "upsample_bilinear2d_backward"),
-    *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "reflection_pad1d_backward"),
-    *("reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d_forward", "nll_loss2d_backward"),
-    *("_ctc_loss_backward", "_embedding_bag", "put", "put_", "kthvalue", "median", "nanmedian"),
-    *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "index_reduce", "index_reduce_", "scatter_reduce"),
-    *("scatter_reduce_", "segment_reduce"),
+    *("nll_loss2d_forward", "nll_loss2d_backward", "_ctc_loss_backward", "_embedding_bag", "put", "put_", "kthvalue"),
+    *("median", "nanmedian", "index_reduce", "index_reduce_", "scatter_reduce", "scatter_reduce_", "segment_reduce"),
 )
 _REFUSED_OF_FLOATS = ("cumsum", "cumsum_", "logcumsumexp", "_logcumsumexp")
 
@@ -55,71 +72,280 @@ def _is_refused(name, function, args, options):
     return name in _REFUSED and ("median" not in name or len(function._schema.returns) == 2)  # with indices
 
 
-class _Places:
-    """The storages that are considered to be on the GPU."""
+class Gpu:
+    """What is seen of a pretended GPU.
+
+    Attributes:
+        faults: uses of memory that nothing keeps apart.
+        waits: why the host waited for the GPU and for which line -> how often.
+        kernels: how many have run.
+    """
 
     def __init__(self) -> None:
-        self._there: set[int] = set()
+        self.faults: list[str] = []
+        self.waits: Counter[str] = Counter()
+        self.kernels = 0
+        self._there: set[int] = set()  # storages
+        self._pinned: set[int] = set()
+        # Storage -> stream -> number of the last operation there that reads or writes it.
+        self._reads: dict[int, dict[int, int]] = {}
+        self._writes: dict[int, dict[int, int]] = {}
+        self._order = StreamSynchronizations()
+        self._operations = 0
+        self._current = threading.local()
+        self._lock = threading.RLock()
+
+    @property
+    def stream(self) -> int:
+        return getattr(self._current, "stream", 0)
 
     def put(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._there:
-            self._there.add(storage._cdata)
-            weakref.finalize(storage, self._there.discard, storage._cdata)
+        if not tensor.is_meta and not self.holds(tensor):
+            self._there.add(_key(tensor))
+            weakref.finalize(tensor.untyped_storage(), self._forget, _key(tensor))
         return tensor
 
     def holds(self, tensor: Tensor) -> bool:
-        return not tensor.is_meta and tensor.untyped_storage()._cdata in self._there
+        return not tensor.is_meta and _key(tensor) in self._there
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        if not self.pins(tensor):
+            self._pinned.add(_key(tensor))
+            weakref.finalize(tensor.untyped_storage(), self._forget, _key(tensor))
+        return tensor
+
+    def pins(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and _key(tensor) in self._pinned
+
+    def run(self, name: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
+        """Note a kernel or a copy on the current stream."""
+        with self._lock:
+            self._operations += 1
+            self.kernels += 1
+            stream = self.stream
+            self._order.update_seq_num(stream, self._operations)
+            for tensor in reads:
+                self._require_order(name, tensor, self._writes)
+                self._reads.setdefault(_key(tensor), {})[stream] = self._operations
+            for tensor in writes:
+                self._require_order(name, tensor, self._writes, self._reads)
+                self._writes[_key(tensor)] = {stream: self._operations}
+                self._reads.pop(_key(tensor), None)
+
+    def _require_order(self, name: str, tensor: Tensor, *uses: dict[int, dict[int, int]]) -> None:
+        for stream, number in (use for kind in uses for use in kind.get(_key(tensor), {}).items()):
+            if not self._order.is_ordered_after(self.stream, number, stream):
+                self.faults.append(f"{name} on stream {self.stream} does not wait for stream {stream}, {_place()}")
+
+    def on_host(self, name: str, tensor: Tensor, *, writes: bool) -> None:
+        """Note that the host uses pinned memory."""
+        for kind in (self._writes, self._reads) if writes else (self._writes,):
+            for stream, number in kind.get(_key(tensor), {}).items() if self.pins(tensor) else ():
+                if number > self._order.host_sync_state.get(stream, 0):
+                    self.faults.append(f"{name} on the host does not wait for stream {stream}, {_place()}")
+
+    def wait(self, why: str) -> None:
+        """Note that the host waits for the current stream."""
+        with self._lock:
+            self.waits[f"{why}, {_place()}"] += 1
+            self._order.all_streams_wait_for_stream(self.stream)
+
+    def _forget(self, key: int) -> None:
+        for places in (self._there, self._pinned):
+            places.discard(key)
+        for uses in (self._reads, self._writes):
+            uses.pop(key, None)
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        """Let torch.cuda be that of this GPU."""
+        gpu, order, streams = self, self._order, {}
+
+        class Event:
+            def __init__(self, *_args, **_options):
+                order.create_event(id(self))
+
+            def record(self, stream=None):
+                order.record_state(id(self), stream.number if stream else gpu.stream)
+
+            def synchronize(self):
+                gpu.waits[f"event, {_place()}"] += 1
+                order.all_streams_wait_for_event(id(self))
+
+            def wait(self, stream=None):
+                order.stream_wait_for_event(stream.number if stream else gpu.stream, id(self))
+
+            def query(self):
+                return True
+
+        class Stream:
+            device = GPU
+
+            def __init__(self, *_args, **_options):
+                self.number = len(streams)
+                streams[self.number] = self
+                order.create_stream(self.number)
+
+            def record_event(self, event=None):
+                event = event or Event()
+                event.record(self)
+                return event
+
+            def wait_event(self, event):
+                event.wait(self)
+
+            def wait_stream(self, other):
+                self.wait_event(other.record_event())
+
+            def synchronize(self):
+                gpu.waits[f"stream, {_place()}"] += 1
+                order.all_streams_wait_for_stream(self.number)
+
+        @contextmanager
+        def entered(stream):
+            before, gpu._current.stream = gpu.stream, stream.number
+            try:
+                yield
+            finally:
+                gpu._current.stream = before
+
+        def set_device(_device):  # where the reader's thread begins, too
+            if threading.current_thread() is not threading.main_thread():
+                _Calls(gpu).__enter__()
+                _Operations(gpu).__enter__()
+
+        default, properties = Stream(), SimpleNamespace(total_memory=2**36, major=9, minor=0, uuid="pretended")
+        replaced = {"Stream": Stream, "Event": Event, "stream": entered, "set_device": set_device}
+        replaced |= {"current_stream": lambda _=None: streams[gpu.stream], "default_stream": lambda _=None: default}
+        replaced |= {"synchronize": lambda _=None: gpu.wait("synchronize"), "is_available": lambda: True}
+        answers = {"device_count": 1, "current_device": 0, "mem_get_info": (2**36, 2**36), "memory_stats": {}}
+        answers |= {"get_device_name": "pretended", "get_device_capability": (9, 0), "is_bf16_supported": True}
+        answers |= {"get_device_properties": properties, "is_current_stream_capturing": False, "is_initialized": True}
+        answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), 0)
+        answers |= dict.fromkeys(("reset_peak_memory_stats", "empty_cache", "manual_seed_all", "_lazy_init"))
+        replaced |= {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
+        for name, value in replaced.items():
+            patch.setattr(torch.cuda, name, value)
+        for name in ("range_push", "range_pop"):
+            patch.setattr(torch.cuda.nvtx, name, lambda *_: None)
+        patch.setattr(Tensor, "pin_memory", lambda tensor, *_: self.pin(tensor.clone()))
+        patch.setattr(Tensor, "record_stream", lambda *_: None)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place() -> str:
+    """The line of the project that runs, or otherwise the innermost one of a library."""
+    frame, outside = sys._getframe(1), ""
+    while frame is not None:
+        folder, _, file = frame.f_code.co_filename.rpartition("/hfprune_dist/")
+        if folder:
+            return f"{file}:{frame.f_lineno}"
+        if not outside and "/torch/" not in file and "pretended_gpu" not in file:
+            outside = f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return outside
 
 
 class _Operations(TorchDispatchMode):
     """Puts results where their arguments are, which must be in one place; CPU scalars may go anywhere."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         super().__init__()
-        self._places = places
+        self._gpu = gpu
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        tensors = [it for it in tree_leaves((args, kwargs or {})) if isinstance(it, Tensor) and not it.is_meta]
-        there = [self._places.holds(it) for it in tensors]
-        name = function._schema.name.removeprefix("aten::")
-        if name in _MIXING:
-            there = there[:1]
-        elif any(there) and any(it.dim() for it, is_there in zip(tensors, there, strict=True) if not is_there):
+        gpu, options, schema = self._gpu, kwargs or {}, function._schema
+        name = schema.name.removeprefix("aten::")
+        tensors = [it for it in tree_leaves((args, options)) if isinstance(it, Tensor) and not it.is_meta]
+        there = [gpu.holds(it) for it in tensors]
+        if any(there):
+            self._judge(name, function, args, options, tensors, there)
+        is_wide = name == "mm" and function._overloadname == "dtype"  # which only GPUs have
+        results = args[0].to(args[2]) @ args[1].to(args[2]) if is_wide else function(*args, **options)
+        made = [it for it in tree_leaves(results) if isinstance(it, Tensor) and not it.is_meta]
+        if there[:1] == [True] if name in _MIXING else any(there):
+            for it in made:
+                gpu.put(it)
+        writing = [args[0]] if name.startswith("c10d::") else []  # their schemas don't say
+        for number, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                writing.append(args[number] if number < len(args) else options.get(argument.name))
+        written = {id(it) for it in tree_leaves(writing)}
+        is_view = any(it.alias_info is not None and not it.alias_info.is_write for it in schema.returns)
+        if name == "copy_" and any(there) and not all(there):
+            to, source = tensors
+            gpu.run(name, [source], [to])
+            is_queued = args[2] if len(args) > 2 else options.get("non_blocking")
+            if not is_queued or not gpu.pins(source if there[0] else to):
+                gpu.wait("copy")
+        elif any(map(gpu.holds, [*tensors, *made])) and not is_view and name not in _FREE:
+            outputs = [it for it in tensors if id(it) in written] or made
+            gpu.run(name, [it for it in tensors if gpu.holds(it)], [it for it in outputs if gpu.holds(it)])
+        elif not any(there) and not is_view and name not in _FREE:
+            for it in tensors:
+                gpu.on_host(name, it, writes=id(it) in written)
+        return results
+
+    def _judge(self, name, function, args, options, tensors, there):
+        """Note where the host waits for an operation's result; refuse what a GPU does."""
+        gpu = self._gpu
+        of_host = [it for it, is_there in zip(tensors, there, strict=True) if not is_there and it.dim()]
+        if name in _INDEXING:
+            if not there[0] or ("put" in name and any(it is args[2] for it in of_host)):
+                raise MixedError(f"{name} of tensors of both devices")
+            is_mask = any(isinstance(it, Tensor) and it.dtype == torch.bool for it in tree_leaves(args[1]))
+            if of_host or is_mask:
+                gpu.wait(f"{name} by a mask" if is_mask else f"{name} by numbers of the host")
+        elif name not in _MIXING and of_host:
             shapes = [tuple(it.shape) for it in tensors]
             raise MixedError(f"{name} of {shapes}, of which these are on the GPU: {there}")
-        if any(there) and _is_refused(name, function, args, kwargs or {}):
+        if name in _PRODUCTS and not all(it.is_floating_point() for it in tensors):
+            raise RefusedError(f"{name} of integers")
+        generator = options.get("generator")
+        if generator is not None and generator.device.type == "cpu":
+            raise MixedError(f"{name} with a generator of the CPU")
+        if _is_refused(name, function, args, options):
             raise RefusedError(name)
-        results = function(*args, **(kwargs or {}))
-        if any(there):
-            for it in tree_leaves(results):
-                if isinstance(it, Tensor):
-                    self._places.put(it)
-        return results
+        counts = name == "repeat_interleave" and options.get("output_size") is None
+        if name in _HOST_READS or counts:
+            gpu.wait(name)
 
 
 class _Calls(TorchFunctionMode):
     """Reports where tensors are, and moves them."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         super().__init__()
-        self._places = places
+        self._gpu = gpu
 
     def __torch_function__(self, function, _types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs, gpu = dict(kwargs or {}), self._gpu
         if function is Tensor.backward:  # its hooks ask where tensors are, too
             with self:
-                run, keeps_graph = Variable._execution_engine.run_backward, bool(kwargs["retain_graph"])
+                run, keeps_graph = Variable._execution_engine.run_backward, bool(kwargs.get("retain_graph"))
+                gradient = kwargs.get("gradient")
+                if gradient is None:
+                    gradient = gpu.put(torch.ones_like(args[0]))
                 how = {"allow_unreachable": True, "accumulate_grad": True}
-                return run(args, (kwargs["gradient"],), keeps_graph, False, (), **how)
+                return run(args[:1], (gradient,), keeps_graph, False, (), **how)
         with torch._C.DisableTorchFunction():
             first = args[0] if args and isinstance(args[0], Tensor) else None
             name = getattr(function, "__name__", "")
-            is_there = first is not None and self._places.holds(first)
+            is_there = first is not None and gpu.holds(first)
             if function == _DEVICE_OF:
                 return GPU if is_there else function(*args)
+            if function == Tensor.is_cuda.__get__:
+                return is_there
+            if name == "is_pinned":
+                return gpu.pins(first)
+            if name == "get_device" and is_there:
+                return 0
             if name == "numpy" and is_there:
                 raise MixedError("numpy of a tensor on the GPU")
+            if name == "tolist" and is_there:
+                gpu.wait(name)
             if name == "cpu":
                 return self._away(first, is_there)
             if name == "cuda":
@@ -128,62 +354,73 @@ class _Calls(TorchFunctionMode):
                 return self._moved(first, is_there, args[1:], kwargs)
             if name == "histc":  # its counts of integers exist only on a GPU
                 args = first.float(), *args[1:]
-            kwargs.pop("pin_memory", None)
-            target = kwargs.get("device")
+            is_pinned, target = kwargs.pop("pin_memory", False), kwargs.get("device")
+            kind = None if target is None else torch.device(target).type
             if target is not None:
-                kwargs["device"] = CPU if torch.device(target).type == "cuda" else target
+                kwargs["device"] = CPU if kind == "cuda" else target
+            if kind == "cpu" and is_there and name.endswith("_like"):
+                first, is_there = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype), False
+                args = first, *args[1:]
             result = function(*args, **kwargs)
             if isinstance(result, Tensor) and not result.is_meta:
-                if target is not None and torch.device(target).type == "cuda":
-                    self._places.put(result)
-                elif target is not None and is_there and torch.device(target).type == "cpu":
-                    return self._away(result, self._places.holds(result))
-                elif name == "new_tensor" and is_there:
-                    self._places.put(result)
+                if kind == "cuda" or (name == "new_tensor" and is_there):
+                    if name in ("tensor", "as_tensor", "new_tensor") and result.numel() and not gpu.holds(result):
+                        gpu.wait("tensor of values of the host")
+                    gpu.put(result)
+                elif kind == "cpu" and is_there:
+                    return self._away(result, gpu.holds(result))
+                elif is_pinned:
+                    gpu.pin(result)
             return result
 
     def _moved(self, tensor, is_there, args, kwargs):
-        kwargs.pop("non_blocking", None)
-        target, others = kwargs.pop("device", None), []
+        target, others, flags = kwargs.pop("device", None), [], []
         for it in args:
             if isinstance(it, Tensor):
-                target = GPU if self._places.holds(it) else it.device
+                target = GPU if self._gpu.holds(it) else it.device
                 others.append(it.dtype)
             elif isinstance(it, torch.dtype):
                 others.append(it)
+            elif isinstance(it, bool):
+                flags.append(it)
             elif isinstance(it, torch.device | str):
                 target = it
+        is_queued = kwargs.pop("non_blocking", any(flags[:1]))
         if target is not None and torch.device(target).type == "meta":
             return tensor.to(target, *others, **kwargs)
         result = tensor.to(*others, **kwargs) if others or kwargs else tensor
         if target is None:
-            return self._places.put(result) if is_there else result
+            return self._gpu.put(result) if is_there else result
         wanted = torch.device(target).type == "cuda"
         if is_there:
-            self._places.put(result)
-        return self._here(result, is_there) if wanted else self._away(result, is_there)
+            self._gpu.put(result)
+        return self._here(result, is_there, is_queued) if wanted else self._away(result, is_there)
 
-    def _here(self, tensor, is_there):
-        return tensor if is_there else self._places.put(tensor.clone())
+    def _here(self, tensor, is_there, is_queued=False):
+        if is_there:
+            return tensor
+        with _disable_current_modes():
+            made = self._gpu.put(tensor.clone())
+        self._gpu.run("to", [tensor], [made])
+        if not (is_queued and self._gpu.pins(tensor) and tensor.is_contiguous()):
+            self._gpu.wait("copy to the GPU")
+        return made
 
     def _away(self, tensor, is_there):
         if not is_there:
             return tensor
-        away = torch.empty(tensor.shape, dtype=tensor.dtype)
-        with torch.no_grad():
-            away.copy_(tensor)
-        return away
+        self._gpu.run("to", [tensor], [])
+        self._gpu.wait("copy to the host")
+        with _disable_current_modes():
+            return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
+def pretended_gpu() -> Iterator[Gpu]:
     """Within the context, tensors may be moved to ``GPU``; mixing them with others raises ``MixedError``."""
-    places = _Places()
+    gpu = Gpu()
+    losses._signs_of_bytes.cache_clear()  # which may be of another one
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "set_device", lambda _device: None)
-        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-        patch.setattr(torch.cuda, "get_device_name", lambda _device=None: "pretended")
-        patch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (7, 0))
-        patch.setattr(torch.cuda, "mem_get_info", lambda _device=None: (2**36, 2**36))
-        with _Calls(places), _Operations(places):
-            yield
+        gpu.patch(patch)
+        with _Calls(gpu), _Operations(gpu):
+            yield gpu

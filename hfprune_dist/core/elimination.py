@@ -83,7 +83,7 @@ def eliminate(
     gone_U = torch.zeros_like(left_U, dtype=torch.bool)
     order, costs = [], []
     for start in range(0, units, block):
-        candidates = (~gone_U).nonzero().flatten()
+        candidates = _staying(gone_U, units - start)
         inverse_Ucc, weighed_Ucc = inverse.blocks_Ucc[candidates], curved_Ucc[candidates]
         corrected_U = _traces(inverse_Ucc, weighed_Ucc + correction_Ucc[candidates])
         cost_U = 0.5 * torch.maximum(corrected_U, _traces(inverse_Ucc, LEAST_SHARE * weighed_Ucc))
@@ -101,13 +101,19 @@ def eliminate(
         curved_Ucc -= _product_blocks(torch.cat([absorbed_BD, half_BD]).T, torch.cat([half_BD, absorbed_BD]), channels)
         weight_CD.addmm_(columns_CB, absorbed_BD, alpha=-1)
         if (start // block + 1) % WAITING == 0:
-            stay_S = (~gone_U).nonzero().flatten()
+            stay_S = _staying(gone_U, units - start - len(gone))
             inverse.keep(stay_S)
             weight_CD = weight_CD.index_select(1, entries_of(stay_S, channels))
             left_U, curved_Ucc, correction_Ucc, gone_U = (
                 it[stay_S] for it in (left_U, curved_Ucc, correction_Ucc, gone_U)
             )
+    inverse.require_solved()
     return torch.cat(order), torch.cat(costs).double()
+
+
+def _staying(gone_U: Tensor, count: int) -> Tensor:
+    """The numbers of the units that aren't gone, of which there are ``count``: so the host need not wait to count."""
+    return gone_U.to(torch.uint8).argsort(stable=True)[:count]
 
 
 class _Shrinking:
@@ -122,6 +128,7 @@ class _Shrinking:
         self._channels = channels
         self._matrix_DD = matrix_DD
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._problems: list[Tensor] = []
 
     def without(self, gone_B: Tensor) -> Tensor:
         """Make it the inverse of G without some channels; return how the others take over their work [gone, size]."""
@@ -131,14 +138,24 @@ class _Shrinking:
         # Block elimination: P - P[:, gone] P[gone, gone]^-1 P[gone, :] is the inverse of G without those removed.
         absorbed_BD: Tensor
         absorbed_BD, problem = torch.linalg.solve_ex(rows_BD[:, gone_B], rows_BD)
-        if problem:
-            raise UnresolvedError
+        self._problems.append(problem)
         self.blocks_Ucc -= _product_blocks(absorbed_BD.T, rows_BD, self._channels)
         self._waiting.append((absorbed_BD.T, rows_BD))
         return absorbed_BD
 
+    def require_solved(self) -> None:
+        """Check the solves so far; not one by one, since the host would wait for each.
+
+        Raises:
+            UnresolvedError: if one failed.
+        """
+        if self._problems and torch.stack(self._problems).any():
+            raise UnresolvedError
+        self._problems = []
+
     def keep(self, stay_S: Tensor) -> None:
         """Drop the units that don't stay, and apply the collected products."""
+        self.require_solved()
         channels = entries_of(stay_S, self._channels)
         left_SR = torch.cat([left_DR for left_DR, _ in self._waiting], dim=1).index_select(0, channels)
         right_RS = torch.cat([right_RD for _, right_RD in self._waiting]).index_select(1, channels)

@@ -131,14 +131,11 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     # One NaN logit makes its whole row NaN; such a row agrees with nothing, not even with itself.
     known_N = ~(log_p_NV[:, 0].isnan() | log_q_NV[:, 0].isnan())
     has_next = next_ids_N >= 0
-    nll_N = -log_q_NV[has_next].gather(1, next_ids_N[has_next, None])
-    return FidelitySums(
-        kl=_summed(log_p_NV.exp() * (log_p_NV - log_q_NV)).item(),
-        agree=((log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N).sum().item(),
-        nll=nll_N.sum(dtype=torch.float64).item(),
-        tokens=next_ids_N.numel(),
-        predicted=int(has_next.sum()),
-    )
+    nll_N = -log_q_NV.gather(1, next_ids_N.clamp(min=0)[:, None]).squeeze(1).where(has_next, 0.0)
+    agree_N = (log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N
+    sums = [_summed(log_p_NV.exp() * (log_p_NV - log_q_NV)), *(it.double().sum() for it in (nll_N, agree_N, has_next))]
+    kl, nll, agree, predicted = torch.stack(sums).tolist()  # for a GPU, the host waits once
+    return FidelitySums(kl=kl, agree=int(agree), nll=nll, tokens=next_ids_N.numel(), predicted=int(predicted))
 
 
 def _summed(terms_NV: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class MlpWeights:
 
     def dot(self, other: MlpWeights) -> float:
         """Return the inner product over all weights, added up in float64."""
-        return sum(float((a * b).sum(dtype=torch.float64)) for a, b in self._beside(other))
+        products = [(a * b).sum(dtype=torch.float64) for a, b in self._beside(other)]
+        return float(sum(torch.stack(products).tolist()))
 
     def _beside(self, other: MlpWeights) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.tensors(), other.tensors(), strict=True)

@@ -37,7 +37,7 @@ class Batch:
 
 def next_ids(input_ids_T: Tensor) -> Tensor:
     """Return the token that follows each position of a window [T]; -1 for the last one."""
-    return torch.cat([input_ids_T[1:], input_ids_T.new_tensor([-1])])
+    return torch.nn.functional.pad(input_ids_T[1:], (0, 1), value=-1)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other paramet
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -54,31 +54,37 @@ class LeastSquares:
     gram_KK: Tensor  # E[h_S h_S^T]
     old_CK: Tensor  # the kept columns of W
 
+    @cached_property
+    def _mean_energy(self) -> float:
+        return float(self.gram_KK.diagonal().mean())
+
     def weight(self, ridge: float) -> Tensor:
         """Return the refitted weight [hidden_size, kept]; the old one if the kept channels are silent.
 
         Raises:
             UnresolvedError: if the Gram matrix, with the ridge, isn't positive definite.
         """
-        energy = self.gram_KK.diagonal().mean()
-        if energy == 0:
-            return self.old_CK.clone()
-        strength = ridge * energy
+        weight_CK, problem = self.solved(ridge)
+        if problem:
+            raise UnresolvedError
+        return weight_CK
+
+    def solved(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Return ``weight``, and a scalar that isn't 0 if it means nothing: for a GPU, the host needn't wait."""
+        if not self._mean_energy:
+            return self.old_CK.clone(), torch.zeros((), device=self.old_CK.device)
+        strength = ridge * self._mean_energy
         damped_KK = self.gram_KK.to(self.old_CK, copy=True)
         damped_KK.diagonal().add_(strength)
         factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
-        if problem:
-            raise UnresolvedError
         del damped_KK
         right_CK = (self.cross_CK + strength * self.old_CK).to(self.old_CK)
-        return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous()
+        return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous(), problem
 
-    def error(self, weight_CK: Tensor) -> float:
+    def error(self, weight_CK: Tensor) -> Tensor:
         """Return E||y - W' h_S||^2 / E||y||^2, the share of the targets' energy that is lost; 0 if they have none."""
-        if self.energy == 0:
-            return 0.0
         explained = (weight_CK * (2 * self.cross_CK - weight_CK @ self.gram_KK.to(weight_CK))).sum()
-        return float((1 - explained / self.energy).clamp(min=0))
+        return (1 - explained / self.energy).clamp(min=0).where(self.energy != 0, 0.0)
 
     def with_tokens_of(self, other: LeastSquares) -> LeastSquares:
         """Return the problem on the tokens of both; both must consist of sums."""
@@ -103,11 +109,10 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
     """
     best: Ridge | None = None
     for ridge in ridges:
-        with suppress(UnresolvedError):
-            weight_CK = fitted.weight(ridge)
-            error = held_out.error(weight_CK)
-            if best is None or error < best.error:
-                best = Ridge(ridge, error, weight_CK)
+        weight_CK, problem = fitted.solved(ridge)
+        error, failed = torch.stack([held_out.error(weight_CK).double(), problem.double()]).tolist()
+        if not failed and (best is None or error < best.error):
+            best = Ridge(ridge, error, weight_CK)
     if best is None:
         raise UnresolvedError
     return best

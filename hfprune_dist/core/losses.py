@@ -84,7 +84,8 @@ def random_signs_of(batch: Batch) -> LogitGradient:
 
     @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
     def bits_of(window: int, group: int) -> Tensor:
-        return draw_sign_bits(batch.seed, window, group, batch.vocabulary).to(device)
+        drawn = draw_sign_bits(batch.seed, window, group, batch.vocabulary)
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
         bits, start = [], rows.numbers.start

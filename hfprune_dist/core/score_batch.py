@@ -89,4 +89,5 @@ def _differentiate(
         sums.phase.backward_of = None
         values[loss.name] = loss_N.sum(dtype=torch.float64), terms
     # Only now, or each backward would begin when the one before it is over, rather than queued behind it.
-    return {name: total.item() / terms for name, (total, terms) in values.items()}
+    totals = torch.stack([total for total, _ in values.values()]).tolist()
+    return {name: total / terms for total, (name, (_, terms)) in zip(totals, values.items(), strict=True)}

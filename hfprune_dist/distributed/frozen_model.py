@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
+from hfprune_dist.distributed.main_memory import send
 from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.memory import Gpus, Need, Placement, place
 from hfprune_dist.models.loading import load_causal_lm
@@ -73,12 +74,17 @@ class FrozenModel:
         self.max_positions = checkpoint.max_positions
         self._idle = False
         self._zero3: Any = None  # if the model is sharded
+        self._begin_forward_of_body: Callable[[], None] = lambda: None
         if sharding == "zero3":
             # DeepSpeed takes long to import, and one rank doesn't need it.
             from hfprune_dist.distributed import zero3
 
-            self._zero3, body_of = zero3, self._family.body_of if has_backward else None
-            self.module = zero3.load_frozen(checkpoint.path, dtype, batch_size, world, body_of)
+            self._zero3 = zero3
+            self.module, begin_step = zero3.load_frozen(checkpoint.path, dtype, batch_size, world)
+            if has_backward:
+                self._family.body_of(self.module).register_forward_pre_hook(lambda *_: begin_step(), prepend=True)
+            else:
+                self._begin_forward_of_body = begin_step
             self.module.register_forward_pre_hook(self._announce, prepend=True)
             return
         model: Any = load_causal_lm(checkpoint.path, dtype)
@@ -90,11 +96,11 @@ class FrozenModel:
 
     @torch.no_grad()
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
-        """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often, and
-        no layer is gathered ahead: for DeepSpeed, only forwards of ``module`` begin a step.
-        """
+        """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often."""
         body = self._family.body_of(self.module)
-        hidden_BTC: Tensor = body(input_ids=input_ids_T[None].to(self.world.device), use_cache=False).last_hidden_state
+        self._begin_forward_of_body()
+        input_ids_BT = send(input_ids_T[None], self.world.device)
+        hidden_BTC: Tensor = body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
         return hidden_BTC[0]
 
     @torch.no_grad()
@@ -114,7 +120,7 @@ class FrozenModel:
             positions_T = torch.arange(first_position, first_position + input_ids_BT.shape[1], device=device)
             options["position_ids"] = positions_T.expand(input_ids_BT.shape)
         with self.head_at(places_N):
-            outputs = self.module(input_ids=input_ids_BT.to(device), cache=cache, **options)
+            outputs = self.module(input_ids=send(input_ids_BT, device), cache=cache, **options)
         return outputs.logits[0], outputs.get("cache")
 
     @contextmanager
@@ -122,7 +128,7 @@ class FrozenModel:
         """Within the context, the head reads only some places of a batch that is flattened to [B * T]: logits are
         [1, N, vocabulary].
         """
-        places_N = places_N.to(self.world.device)
+        places_N = send(places_N, self.world.device)
         hook = self._family.head_of(self.module).register_forward_pre_hook(
             lambda _head, inputs: inputs[0].flatten(0, 1)[places_N][None]
         )

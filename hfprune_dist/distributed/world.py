@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import count_gpus, threads_allowed, usable_cores
@@ -106,17 +107,18 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
         compute_deterministically()
     device = claim_device(environment)
     torch.set_num_threads(threads_allowed(environment) or usable_cores())
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
-    )
-    world = World(
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
-        local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
-        device=device,
-    )
-    require_own_gpus(world)
-    return world
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        # NCCL connects the ranks' GPUs at once, so those that share one are told before.
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        require_own_gpus(device, rank, size, store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", timeout=timeout, store=store, rank=rank, world_size=size, device_id=device
+        )
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device)
 
 
 def meeting_place(listener: socket.socket) -> object:
@@ -151,6 +153,9 @@ def claim_device(environment: MutableMapping[str, str]) -> torch.device:
         return torch.device("cpu")
     index = int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     environment["LOCAL_RANK"] = str(index)
+    if "PYTORCH_ALLOC_CONF" not in environment:
+        # Micro-batches differ in length: of memory in pieces of fixed sizes, some could not be used again.
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -172,22 +177,21 @@ def require_usable_gpus() -> None:
     )
 
 
-def require_own_gpus(world: World) -> None:
-    """Check that no two ranks compute on the same GPU, which NCCL refuses; collective.
+def require_own_gpus(device: torch.device, rank: int, size: int, store: Any) -> None:
+    """Check that no two ranks compute on the same GPU, which NCCL refuses; on all ranks, which meet at a store.
 
     Raises:
         UserError: naming the ranks and the GPU, on all ranks.
     """
-    own = None
-    if world.device.type == "cuda":
-        gpu: Any = torch.cuda.get_device_properties(world.device)
-        own = str(gpu.uuid), socket.gethostname()
+    gpu: Any = torch.cuda.get_device_properties(device)
+    store.set(f"gpu {rank}", f"{gpu.uuid} {socket.gethostname()}")
     first_there: dict[str, int] = {}
-    for rank, place in enumerate(world.all_gather(own)):
-        if place is not None and first_there.setdefault(place[0], rank) != rank:
+    for other in range(size):
+        uuid, node = store.get(f"gpu {other}").decode().split()
+        if first_there.setdefault(uuid, other) != other:
             raise UserError(
-                f"ranks {first_there[place[0]]} and {rank} are on one GPU, {place[0]} of node {place[1]}; NCCL refuses "
-                "that: give each rank a GPU of its own, or use one rank"
+                f"ranks {first_there[uuid]} and {other} are on one GPU, {uuid} of node {node}; NCCL refuses that: give "
+                "each rank a GPU of its own, or use one rank"
             )
 
 
@@ -205,4 +209,6 @@ def compute_deterministically() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward is not among the operations that raise
     # NVIDIA's containers ask by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for products of float32 with three digits.
     torch.set_float32_matmul_precision("highest")
+    # Otherwise, cuBLAS may add up parts of a product of bfloat16 in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions, which hybrids have

@@ -33,8 +33,7 @@ def load_frozen(
     dtype: torch.dtype,
     micro_batch_size: int,
     world: World,
-    body_of: Callable[[nn.Module], nn.Module] | None = None,
-) -> nn.Module:
+) -> tuple[nn.Module, Callable[[], None]]:
     """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 
     Run the returned module itself: its hooks gather and release parameters, in forward and backward. Blocks of experts
@@ -43,8 +42,8 @@ def load_frozen(
     bias. A forward without gradients keeps no weight in any case, and for backward there is
     ``models.memory_efficient_backward``.
 
-    Args:
-        body_of: returns the part of the module whose forwards will be run in place of the module's.
+    Returns:
+        The module, and a function to call before each forward of a part of it that isn't one of the whole.
     """
     sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
     # For each module, DeepSpeed would walk up to a billion parameters ahead: with LoRA's many, 20 s in the second step.
@@ -69,13 +68,10 @@ def load_frozen(
     module: nn.Module = engine.module
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)
-    if body_of is not None:
-        # DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the
-        # whole module for the beginning of a step; if only a part is run, no second step would ever begin.
-        coordinator = engine.optimizer.get_param_coordinator()
-        body_of(module).register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
     gc.freeze()  # otherwise Python walks all modules and parameters again and again
-    return module.eval()
+    # DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
+    # module for the beginning of a step; if only a part is run, no second step would ever begin.
+    return module.eval(), engine.optimizer.get_param_coordinator().reset_step
 
 
 def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:

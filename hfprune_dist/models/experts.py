@@ -120,7 +120,8 @@ def _of_each(
     """Order and weights of all experts' inputs; and for each expert its inputs [tokens, hidden_size] and weights."""
     index_S = index_NK.flatten()
     order_S = index_S.argsort(stable=True)
-    counts = torch.bincount(index_S, minlength=experts.num_experts).tolist()
+    firsts_E = torch.arange(experts.num_experts + 1, device=index_S.device)
+    counts = torch.searchsorted(index_S[order_S], firsts_E).diff().tolist()  # unlike bincount, one wait for a GPU
     weights_S = weights_NK.flatten()[order_S]
     parts = zip(routed(hidden_NC, order_S).split(counts), weights_S.split(counts), strict=True)
     return order_S, weights_S, list(parts)

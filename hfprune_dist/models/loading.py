@@ -5,14 +5,16 @@ what their architectures do to logits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, masking_utils
 from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
@@ -29,6 +31,28 @@ _FLOAT32 = ("gate.wg.weight",)
 _NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, "final_logit_softcapping": None}
 # Architectures that multiply by ``logits_scaling``; others divide by it.
 _MULTIPLYING = ("hyperclovax",)
+
+
+# To which text of its row each token of a forward belongs [B, T]; None if each row is a single text.
+_TEXTS: ContextVar[Tensor | None] = ContextVar("texts", default=None)
+_find_texts = masking_utils.find_packed_sequence_indices
+# transformers would ask a GPU in each forward, and the host wait for the answer.
+masking_utils.find_packed_sequence_indices = lambda position_ids: _TEXTS.get()
+
+
+@contextmanager
+def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Within the context, a forward's rows hold several texts each, whose positions begin at 0; None for one each.
+
+    Args:
+        position_ids_BT: on the CPU.
+    """
+    texts_BT = None if position_ids_BT is None else _find_texts(position_ids_BT)
+    token = _TEXTS.set(None if texts_BT is None else texts_BT.to(device))
+    try:
+        yield
+    finally:
+        _TEXTS.reset(token)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -118,6 +118,9 @@ class LayerReader:
         body.load_state_dict({**self._beside(), **weights}, strict=False, assign=True)
         missing = [name for name, parameter in body.named_parameters() if parameter.is_meta]
         assert not missing, f"layer {number}: the checkpoint lacks {missing}"
+        if self.device.type == "cuda":
+            for buffer in body.buffers():  # or the host would wait for each
+                buffer.data = buffer.pin_memory()
         return body.to(self.device, non_blocking=True).requires_grad_(False).eval()
 
     def _empty(self, number: int) -> nn.Module:

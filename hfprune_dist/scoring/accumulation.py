@@ -127,7 +127,9 @@ class Accumulation:
         """
         if not self._rounds_unsaved:
             return
-        lost = [(layer, name) for (name, layer), total in self._totals.items() if not total.sum().isfinite()]
+        finite = [total.sum().isfinite() for total in self._totals.values()]
+        known = zip(self._totals, torch.stack(finite).tolist() if finite else (), strict=True)
+        lost = [(layer, name) for (name, layer), is_finite in known if not is_finite]
         everywhere = [it for of_rank in self._world.all_gather(lost) for it in of_rank]
         if everywhere:
             layer, name = max(everywhere)

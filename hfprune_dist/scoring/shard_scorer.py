@@ -127,7 +127,7 @@ class ShardScorer:
             student={NEURONS: [keeps_U.to(world.device) for keeps_U in student.keeps]} if student else {},
         )
         check_logits(checkpoint, frozen, windows_ST[0])
-        self._windows_ST = windows_ST
+        self._windows_ST = windows_ST.to(world.device)
         self._criteria = criteria
         self._world = world
         self._totals = totals
@@ -162,7 +162,7 @@ class ShardScorer:
         )
         losses: dict[str, Tensor] = {}
         for windows in micro_batches:
-            input_ids_BT = self._windows_ST[windows.start : windows.stop].to(self._world.device)
+            input_ids_BT = self._windows_ST[windows.start : windows.stop]
             try:
                 values = score_batch(self._model, self._batch(input_ids_BT, windows), sums)
             except NonFiniteError as error:

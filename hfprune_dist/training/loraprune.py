@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.frozen_model import FrozenModel
+from hfprune_dist.distributed.main_memory import send
 from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
@@ -45,7 +46,8 @@ def scores_of_units(
                 factors = Factors(weights[a], weights[b], *slopes, lora.scaling[PEFT_NAME])
                 part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
                 scores[units.kind, layer] = scores.get((units.kind, layer), torch.zeros_like(part_U)) + part_U
-    return frozen.world.broadcast({key: scores_U.cpu() for key, scores_U in scores.items()})  # now the host waits
+    found_U = torch.cat(list(scores.values())).cpu().split(list(map(len, scores.values())))  # now the host waits
+    return frozen.world.broadcast(dict(zip(scores, found_U, strict=True)))
 
 
 # A kind of units and a layer.
@@ -133,7 +135,8 @@ class UnitMasks:
     def _show(self) -> None:
         """Apply the masks to the model. Only between steps: all activations that wait for backward are of one mask."""
         for (kind, layer), mask_C in self._masks.items():
-            mask_C.copy_(self._stays[kind, layer].repeat_interleave(self._kinds[kind].channels_per_unit))
+            stays_C = self._stays[kind, layer].repeat_interleave(self._kinds[kind].channels_per_unit)
+            mask_C.copy_(send(stays_C, mask_C.device))
 
 
 def _name(place: Place, what: str) -> str:

@@ -63,7 +63,8 @@ class LoraOptimizer:
 
     def step(self, learning_rate: float) -> float:
         """Clip, do a step, and return the gradients' norm before clipping."""
-        norm = nn.utils.clip_grad_norm_([self._weights], MAX_GRAD_NORM)
+        norm = self._gradient.norm()
+        self._gradient *= (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0)
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
         self._gradient.zero_()

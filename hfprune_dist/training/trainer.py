@@ -30,11 +30,12 @@ from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.distributed.main_memory import send
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement, Sizes
 from hfprune_dist.kinds.training import training_need
-from hfprune_dist.models.loading import after_head
+from hfprune_dist.models.loading import after_head, packed_rows
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
@@ -205,7 +206,7 @@ class Training:
         """The sum of a micro-batch's losses."""
         device, model = self._world.device, self._frozen.module
         tensors = {
-            name: tensor.to(device, self._dtype if tensor.is_floating_point() else None)
+            name: send(tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype), device)
             for name, tensor in batch.tensors.items()
             if name != "labels"
         }
@@ -218,9 +219,10 @@ class Training:
         # On the host, which would have to wait for a GPU to find them.
         targets_N = nn.functional.pad(batch.tensors["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
-        with self._frozen.head_at(places_N):  # with a cache, transformers would not look for packed examples
+        texts = packed_rows(batch.tensors.get("position_ids"), device)
+        with texts, self._frozen.head_at(places_N):  # with a cache, rows would not count as packed
             logits_NV = model(**tensors, use_cache=False).logits[0].float()
-        return nn.functional.cross_entropy(logits_NV, targets_N[places_N].to(device), reduction="sum")
+        return nn.functional.cross_entropy(logits_NV, send(targets_N[places_N], device), reduction="sum")
 
     def state(self) -> dict[str, Tensor]:
         """A snapshot's tensors, on the CPU."""

@@ -29,6 +29,7 @@ def flags(monkeypatch):
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         os.environ.get(WORKSPACE),
     )
     os.environ.pop(WORKSPACE, None)
@@ -37,15 +38,16 @@ def flags(monkeypatch):
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
 
 
-AS_THEY_WERE = (False, False, True, True, "high", True, None)
+AS_THEY_WERE = (False, False, True, True, "high", True, True, None)
 
 
 @pytest.mark.parametrize(
     ("on_gpu", "reproducible", "expected"),
     [
-        (True, True, (True, False, False, False, "highest", False, ":4096:8")),
+        (True, True, (True, False, False, False, "highest", False, False, ":4096:8")),
         (True, False, AS_THEY_WERE),
         (False, True, AS_THEY_WERE),
     ],

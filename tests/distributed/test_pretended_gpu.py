@@ -1,17 +1,37 @@
-"""Scoring, refits and measurements keep tensors of a GPU, here a pretended one, apart from those in main memory."""
+"""Stages on a pretended GPU: nothing mixes with main memory or runs out of order, and the host waits no more often, and
+no more kernels run, than is noted here.
+"""
 
 import contextlib
+import json
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import scoring
 import torch
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from fine_tunings import make_task
 from pretended_gpu import CPU, GPU, MixedError, RefusedError, pretended_gpu
-from ranks import SoloWorld
+from ranks import SoloWorld, on_ranks
 from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
+from tiny import save_tiny
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.fidelity import Outputs, compare_outputs
+from hfprune_dist.core.head import next_ids
+from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.layer_stream import LayerStream
+from hfprune_dist.distributed.main_memory import to_host
+from hfprune_dist.distributed.world import World
+from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation
+from hfprune_dist.evaluation.sharded_lm import _log_likelihoods
+from hfprune_dist.kinds.memory import Placement
+from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
 from hfprune_dist.refit.cheap_fits import Scored
@@ -19,11 +39,16 @@ from hfprune_dist.refit.low_rank import compress_layers
 from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes, run_layers
 from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.scoring.accumulation import Accumulation
+from hfprune_dist.scoring.shard_scorer import ShardScorer, summed_matrices
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.kept import Shape
+from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import write_dense_states
+from hfprune_dist.training.trainer import Training
 
 WORLD, DTYPE = SoloWorld(device=GPU), torch.bfloat16
+FEW, MANY = 2, 4  # layers
 
 
 def nothing(_done):
@@ -31,40 +56,170 @@ def nothing(_done):
 
 
 def test_what_a_gpu_would_refuse_is_found():
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         there, here = torch.ones(3, device=GPU), torch.ones(3)
         assert there.device == (there * 2).device == there[torch.tensor([0])].device == here.to(there).device == GPU
         assert there.cpu().device == here.device == torch.device("cpu")
         for mixed in (lambda: there + here, lambda: torch.cat([there, here]), there.numpy, lambda: here @ there):
             with pytest.raises(MixedError):
                 mixed()
-        with pytest.raises(RefusedError):
-            there.cumsum(0)
+        for refused in (lambda: there.cumsum(0), lambda: there.long() @ there.long()):
+            with pytest.raises(RefusedError):
+                refused()
+        gpu.waits.clear()
+        assert float(there.sum()) == 3 and there[there > 0].tolist() == [1, 1, 1]
+        assert sum(gpu.waits.values()) == 3
+
+
+# What is counted, for some number of layers: each in a folder of its own, with what is made before left out.
+
+
+def scored(folder, layers, gpu, criteria, kinds=KINDS):
+    """The forward and backwards of one micro-batch."""
+    checkpoint, used = checkpoint_in(folder / "model", layers=layers), [CRITERIA[name] for name in criteria]
+    matrices = summed_matrices(checkpoint, [checkpoint.structures[kind] for kind in kinds], used)
+    totals = Accumulation(2, folder / "sums", WORLD, matrices) if matrices else None
+    options = {"seed": 0, "micro_batch_size": 1, "world": WORLD, "structures": kinds, "totals": totals}
+    scorer = ShardScorer(checkpoint, DTYPE, windows_of(1), used, **options)
+    with counting(gpu):
+        scorer.score([range(1)])
+
+
+def refitted(folder, layers, gpu, method, variant="llama"):
+    checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
+    with counting(gpu):
+        refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE)
+
+
+def measured(folder, layers, gpu):
+    """The fidelity of a whole model on one window."""
+    checkpoint = checkpoint_in(folder / "model", layers=layers)
+    model, reader = FrozenModel(checkpoint, DTYPE, 1, "replicate", WORLD), LayerReader(checkpoint, DTYPE, GPU)
+    window_T, head, ids_T = windows_of(1)[0], reader.head(), windows_of(1)[0].to(GPU)
+    with counting(gpu):
+        hidden_TC = model.final_hidden(window_T)
+        outputs = Outputs(hidden_TC, head.weight_VC, head.bias_V, head.after)
+        compare_outputs(outputs, outputs, next_ids(ids_T))
+
+
+def answered(folder, layers, gpu):
+    """A request of lm-eval's."""
+    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, 1, "replicate", WORLD)
+    with counting(gpu):
+        logits_NV, _ = model.logits_at(windows_of(1), torch.arange(17, 20))
+        _log_likelihoods(logits_NV, [windows_of(1)[0, -3:].tolist()])
+
+
+def generated(folder, layers, gpu):
+    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, 1, "replicate", WORLD).module
+    prompts_BT = Workload(1, 8, 3).prompts(250, GPU)
+    with counting(gpu):
+        peak_bytes(partial(time_generation, model, prompts_BT, 3), GPU)
+
+
+def task_of(checkpoint, goal):
+    task = make_task(checkpoint, dtype="bfloat16", dropout=0.05, micro_batch_size=8)
+    if goal == "distillation":
+        dense = torch.randn(8, 24, checkpoint.config["hidden_size"], dtype=DTYPE)
+        return replace(task, distills=True, rows=lambda row: {**task.rows(row), "dense": dense[row]})
+    kinds = {kind: checkpoint.structures[kind].counts for kind in KINDS}
+    fewer = {kind: tuple(count - 1 for count in counts) for kind, counts in kinds.items()}
+    shape = Shape(tuple(range(checkpoint.num_layers)), fewer)
+    return replace(task, masked_to=shape) if goal == "loraprune" else task
+
+
+def trained(folder, layers, gpu, goal):
+    """An optimizer step of one micro-batch."""
+    place = Placement(whole=True, checkpointing=False, fits=True)
+    training = Training(task_of(checkpoint_in(folder / "model", layers=layers), goal), Snapshot(), WORLD, place)
+    with counting(gpu):
+        training.step(0)
+
+
+@contextlib.contextmanager
+def counting(gpu):
+    """Count what happens within, alone."""
+    gpu.waits.clear()
+    gpu.kernels = 0
+    yield
+    gpu.counted = sum(gpu.waits.values()), gpu.kernels
+
+
+class Case(NamedTuple):
+    """Counts, each with its floor: what would be left if the host read only what it decides by or writes to files, and
+    norms, rotations, gates and sums were fused with what they follow.
+
+    Attributes:
+        waits: of the host for the GPU, for each layer.
+        kernels: for each layer.
+        besides: waits that don't depend on the number of layers.
+    """
+
+    run: Callable[..., None]
+    waits: tuple[int, int]
+    kernels: tuple[float, int]
+    besides: tuple[int, int]
+
+
+CASES = {
+    "entropy": Case(partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (112, 26), (2, 1)),
+    "surgeon": Case(partial(scored, criteria=["surgeon"]), (0, 0), (135, 32), (2, 1)),
+    "llm-pruner": Case(partial(scored, criteria=["weight_taylor"]), (0, 0), (129, 33), (2, 1)),
+    "sdmprune": Case(partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (123, 29), (2, 1)),
+    "flap": Case(partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (82, 14), (1, 1)),
+    "dense refit": Case(partial(refitted, method="dense"), (24, 4), (403, 64), (2, 0)),
+    "layerwise refit": Case(partial(refitted, method="layerwise"), (38, 4), (888, 112), (7, 0)),
+    "block refit": Case(partial(refitted, method="block", variant="qwen3"), (49, 11), (1236.5, 200), (23, 0)),
+    "fidelity": Case(measured, (0, 0), (38, 12), (1, 1)),
+    "lm-eval": Case(answered, (0, 0), (80, 12), (3, 1)),
+    "generation": Case(generated, (0, 0), (108, 36), (3, 3)),
+    "labels": Case(partial(trained, goal="labels"), (0, 0), (224, 66), (2, 1)),
+    "distillation": Case(partial(trained, goal="distillation"), (0, 0), (224, 66), (2, 1)),
+    "loraprune": Case(partial(trained, goal="loraprune"), (0, 0), (351, 80), (4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_waits_and_kernels(tmp_path, name):
+    case, found = CASES[name], []
+    for layers in (FEW, MANY):
+        with pretended_gpu() as gpu:
+            case.run(tmp_path / str(layers), layers, gpu)
+        assert not gpu.faults
+        found.append(gpu.counted)
+    waits, kernels = ((more - less) / (MANY - FEW) for less, more in zip(*found, strict=True))
+    counts = waits, kernels, found[0][0] - FEW * waits
+    assert counts == tuple(count for count, _ in case[1:]), gpu.waits
+    assert all(count >= floor for count, floor in case[1:])
+
+
+# What is not counted.
 
 
 @pytest.mark.parametrize(
     ("variant", "structures", "criteria"),
     [
         ("llama", KINDS, ["surgeon", "entropy", "fisher_signs", "fluctuation", "activation_l1", "weight_taylor"]),
-        ("qwen3", KINDS[:1], ["coupled_taylor", "magnitude"]),
+        ("qwen3", KINDS[:1], ["cross_entropy", "coupled_taylor", "magnitude", "random"]),
     ],
 )
 def test_importance(tmp_path, variant, structures, criteria):
     stage = scoring.make_stage(tmp_path, variant, "bfloat16", criteria, structures)
     store = Store(tmp_path / "store")
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         scoring.run(store, stage, WORLD)
-    assert store.handle(stage.id).is_committed()
+    assert store.handle(stage.id).is_committed() and not gpu.faults
 
 
-@pytest.mark.parametrize(
-    ("method", "variant"), [("dense", "llama"), ("layerwise", "llama"), ("block", "qwen3"), ("dense", "gpt_oss")]
-)
-def test_refits(tmp_path, method, variant):
-    checkpoint, kept = to_prune(tmp_path / "model", variant, (0, 2))
-    with pretended_gpu():
-        fitted = refit(method, checkpoint, kept, tmp_path / "refit", world=WORLD, windows_ST=windows_of(5), dtype=DTYPE)
-    assert fitted.done() == set(kept.layers)
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_experts(tmp_path, variant):
+    checkpoint, kept = to_prune(tmp_path / "model", variant, ())
+    options = {"seed": 0, "micro_batch_size": 1, "world": WORLD, "structures": ["experts"]}
+    with pretended_gpu() as gpu:
+        used = [CRITERIA[name] for name in ("entropy", "reap")]
+        ShardScorer(checkpoint, DTYPE, windows_of(1), used, **options).score([range(1)])
+        refit("dense", checkpoint, kept, tmp_path / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE)
+    assert not gpu.faults
 
 
 def stream_in(folder, variant="llama", size=MICRO_BATCH):
@@ -84,31 +239,122 @@ def test_measurements(tmp_path):
         Shape((0, 1), {"neurons": (11, 24), "kv_groups": (2, 4)}),
         Shape((0, 1, 2), {"neurons": (24, 13, 9), "kv_groups": (4, 1, 3)}),
     ]
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         kls = measure_shapes(shapes, kinds, make_stream(), make_stream(), dense_states(make_stream()), nothing)
-        assert all(kl > 0 for kl in kls)
+    assert all(kl > 0 for kl in kls) and not gpu.faults
 
 
 def test_refits_of_norms(tmp_path):
     checkpoint, make_stream = checkpoint_in(tmp_path / "model", "qwen3"), stream_in(tmp_path, "qwen3")
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         dense, stream = dense_states(make_stream()), make_stream()
         pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, stream.reader)
         factors_RC, kls = fit_norms(NormGradients(pruned, stream, dense, nothing))
         assert factors_RC.device.type == "cpu"
-    assert min(kls) < kls[0]
+    assert min(kls) < kls[0] and not gpu.faults
 
 
 def test_biases_low_ranks_and_references(tmp_path):
     checkpoint, make_stream, kept = checkpoint_in(tmp_path / "model"), stream_in(tmp_path), some_kept((0, 1, 2))
     ranks = dict.fromkeys(checkpoint.family.attention_modules[:2], (8, 8, 8))
     biases, factors = (RefittedLayers(checkpoint, tmp_path / name) for name in ("biases", "factors"))
-    with pretended_gpu():
+    with pretended_gpu() as gpu:
         find_biases(kept, [checkpoint.structures[kind] for kind in KINDS], make_stream(), biases, nothing)
         compress_layers(checkpoint, Shape((0, 1, 2), {"neurons": (12,) * 3}, ranks), make_stream(), factors, nothing)
         (tmp_path / "states").mkdir()
         write_dense_states(make_stream(), tmp_path / "states", WORLD, nothing)
-    assert biases.done() == factors.done() == set(kept.layers)
+    assert biases.done() == factors.done() == set(kept.layers) and not gpu.faults
+
+
+# What is broken is found.
+
+
+def without_a_wait(patch):
+    """The host reads hidden states that are on their way."""
+    patch.setattr(LayerStream, "final_hidden", lambda it: ((index, to_host(found)) for index, found in it.standing()))
+
+
+def on_another_stream(patch):
+    original = LayerReader._with_weights
+
+    def copied(reader, number, weights):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return original(reader, number, weights)
+
+    patch.setattr(LayerReader, "_with_weights", copied)
+
+
+def in_one_buffer(patch):
+    """Pinned memory is used again while it is being copied."""
+    original = LayerReader._with_weights
+
+    def reused(reader, number, weights):
+        layer = original(reader, number, weights)
+        for weight in weights.values():
+            weight.zero_()
+        return layer
+
+    patch.setattr(LayerReader, "_with_weights", reused)
+
+
+@pytest.mark.parametrize("breaks", [None, without_a_wait, on_another_stream, in_one_buffer])
+def test_uses_that_nothing_keeps_apart_are_found(tmp_path, monkeypatch, breaks):
+    make_stream = stream_in(tmp_path)
+    if breaks is not None:
+        breaks(monkeypatch)
+    with pretended_gpu() as gpu:
+        write_dense_states(make_stream(), tmp_path, WORLD, nothing)
+    assert bool(gpu.faults) == (breaks is not None)
+
+
+# Two ranks, with DeepSpeed as it is on GPUs.
+
+
+def rehearse(folder, breaks, world):
+    """Score, measure and train a sharded model; note faults, and waits of the host."""
+    world, goals = World(world.rank, world.size, world.size, GPU), ("labels", "distillation", "loraprune")
+    checkpoint, windows_ST = open_checkpoint(folder / "model"), windows_of(4)
+    accelerator = CUDA_Accelerator()
+    accelerator._communication_backend_name = "gloo"
+    real_accelerator.set_accelerator(accelerator)
+    found = {}
+    with pretended_gpu() as gpu:
+        if breaks:
+            torch.cuda.Stream.wait_stream = lambda _stream, _other: None
+        options = {"seed": 0, "micro_batch_size": 1, "world": world, "sharding": "zero3"}
+        scorer = ShardScorer(checkpoint, DTYPE, windows_ST, [CRITERIA["entropy"]], **options)
+        scorer.score([range(number, number + 1) for number in range(3)])
+        with counting(gpu):
+            scorer.score([range(3, 4)])
+        found["entropy"] = gpu.waits.copy()
+        model = FrozenModel(checkpoint, DTYPE, 1, "zero3", world)
+        for window_T in windows_ST:
+            with counting(gpu):
+                model.final_hidden(window_T)
+        found["fidelity"] = gpu.waits.copy()
+        for goal in goals if not breaks else ():
+            training = Training(task_of(checkpoint, goal), Snapshot(), world, Placement(False, False, True))
+            training.step(0)
+            training.step(1)
+            with counting(gpu):
+                training.step(2)
+            found[goal] = gpu.waits.copy()
+    if world.is_first:
+        (folder / "found.json").write_text(json.dumps({"faults": gpu.faults, "waits": found}))
+
+
+# DeepSpeed itself waits for the GPU at the end of what gathers a head, or a layer whose units LoRAPrune scores.
+SHARDED = {"entropy": 3, "fidelity": 0, "labels": 2, "distillation": 3, "loraprune": 7}
+
+
+@pytest.mark.parametrize("breaks", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_sharded_models(tmp_path, breaks):
+    save_tiny(tmp_path / "model", "llama", dtype=DTYPE, hidden_size=256, intermediate_size=416, num_hidden_layers=3)
+    assert on_ranks(2, partial(rehearse, tmp_path, breaks)) == [0, 0]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert bool(found["faults"]) == breaks
+    counts = {name: sum(waits.values()) for name, waits in found["waits"].items()}
+    assert breaks or counts == SHARDED, found["waits"]
 
 
 @pytest.mark.parametrize("fails_at", [None, 1])

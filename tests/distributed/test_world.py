@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
+from hfprune_dist.distributed import world as worlds_of_ranks
 from hfprune_dist.distributed.world import World, claim_device, require_own_gpus
 from hfprune_dist.errors import UserError
 
@@ -58,12 +59,26 @@ def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(mon
 def test_ranks_that_share_a_gpu_are_named(monkeypatch, gpus, message):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpus[device.index]))
 
-    def check(world):
-        require_own_gpus(RankOnGpu(world))
-
+    store = torch.distributed.HashStore()
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        Ranks(3).run(check)
-    Ranks(3).run(require_own_gpus)  # without GPUs
+        Ranks(3).run(lambda world: require_own_gpus(torch.device("cuda", world.rank), world.rank, 3, store))
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}])
+def test_a_rank_joins_with_its_own_gpu_and_memory_in_segments_that_grow(monkeypatch, own):
+    joined, environment = {}, {"LOCAL_RANK": "1", "OMP_NUM_THREADS": str(torch.get_num_threads()), **own}
+    store = torch.distributed.HashStore()
+    with monkeypatch.context() as patch:
+        for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+            patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
+        patch.setattr(worlds_of_ranks, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+        patch.setattr(torch.distributed, "init_process_group", lambda backend, **options: joined.update(options))
+        patch.setattr(torch.distributed, "get_rank", lambda: 0)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 1)
+        assert worlds_of_ranks.join_world(environment, 1).device == joined["device_id"] == torch.device("cuda", 1)
+    segments = environment.get("PYTORCH_CUDA_ALLOC_CONF")
+    assert joined["store"] is store and segments == (None if own else "expandable_segments:True")
 
 
 class RankOnGpu:

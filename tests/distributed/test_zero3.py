@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from gather_counter import counting_gathers
 from ranks import on_ranks
 from tiny import save_tiny
 
@@ -25,6 +26,23 @@ def test_a_sharded_model_with_biases_has_the_bits_of_a_whole_one_before_and_afte
         assert torch.equal(hidden("replicate"), whole_TC)
 
     assert on_ranks(2, compare) == [0, 0]
+
+
+def test_layers_are_gathered_ahead_once_their_order_is_known(tmp_path):
+    """Also where only the body runs, as for fidelity."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, **SHARDED))
+
+    def count(world):
+        model, gathered = FrozenModel(checkpoint, torch.bfloat16, 1, "zero3", world), []
+        with counting_gathers() as counts:
+            first = model.module.model.layers[0]
+            first.register_forward_hook(lambda *_: gathered.append(counts.bytes))
+            for _ in range(4):
+                counts.bytes = 0
+                model.final_hidden(torch.arange(3, 24))
+        assert gathered[0] < gathered[-1], gathered
+
+    assert on_ranks(2, count) == [0, 0]
 
 
 def test_gathers_wait_as_long_as_all_else_for_rank_0_at_work_alone(tmp_path):

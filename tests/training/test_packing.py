@@ -6,7 +6,7 @@ from masking import write
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.loading import load_causal_lm, packed_rows
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.trainer import add_lora
 
@@ -20,6 +20,7 @@ def test_pairs_of_a_row_do_not_see_each_other(tmp_path):
     pairs = [torch.arange(3, 20)[None], torch.arange(40, 51)[None], torch.arange(7, 9)[None]]
     positions = torch.cat([torch.arange(it.shape[1]) for it in pairs])[None]
     with torch.no_grad():
-        packed_BTV = model(input_ids=torch.cat(pairs, dim=1), position_ids=positions, use_cache=False).logits
+        with packed_rows(positions, positions.device):
+            packed_BTV = model(input_ids=torch.cat(pairs, dim=1), position_ids=positions, use_cache=False).logits
         alone_BTV = torch.cat([model(input_ids=it).logits for it in pairs], dim=1)
     torch.testing.assert_close(packed_BTV, alone_BTV, rtol=1e-4, atol=1e-4)
