@@ -46,8 +46,6 @@ def load_frozen(
         The module, and a function to call before each forward of a part of it that isn't one of the whole.
     """
     sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
-    # For each module, DeepSpeed would walk up to a billion parameters ahead: with LoRA's many, 20 s in the second step.
-    sharded["stage3_max_reuse_distance"] = 0
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "zero_optimization": sharded | {"memory_efficient_linear": False},

@@ -41,6 +41,8 @@ from hfprune_dist.store.stage import Stage
 
 # Seconds between two squeues, and between two looks at what jobs have recorded.
 ASK_S, LOOK_S = 60.0, 5.0
+# At least this many times as long as a look at a large sweep takes passes before the next one.
+SHARE = 10
 # For how long the store's file system may fail before a launcher gives up, or Slurm if it doesn't follow.
 PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
@@ -120,7 +122,7 @@ class Launcher:
             follow: False leaves after the first round that is whole.
         """
         began_at = answered_at = self._clock()
-        asked_at, following, is_over = -math.inf, list[Attempt](), False
+        asked_at, following, is_over, look = -math.inf, list[Attempt](), False, LOOK_S
         while True:
             try:
                 if self._clock() - asked_at >= ASK_S or any(map(self._has_recorded_its_end, following)):
@@ -128,10 +130,12 @@ class Launcher:
                     self.step()
                     following = self._open()
                     is_over = not (follow and (following or self._may_submit()))
+                shown_at = self._clock()
                 show()
                 if is_over:
                     return
                 answered_at = self._clock()
+                look = max(LOOK_S, SHARE * (answered_at - shown_at))
             except SlurmUnavailableError as error:
                 answered_at = self._clock()
                 if not follow and answered_at - began_at >= PATIENCE_S:
@@ -142,7 +146,7 @@ class Launcher:
                     raise
                 message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
                 self._tell(Event("waiting", message=message))
-            sleep(LOOK_S)
+            sleep(look)
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""

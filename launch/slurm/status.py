@@ -72,7 +72,7 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
 
 def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
     handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
-    attempt = ledger.open_job(stage.id)
+    attempt = attempts[-1] if attempts and attempts[-1].end is None else None
     job = jobs.get(attempt.intent.job_name) if attempt is not None and jobs else None
     state, detail = _state(stage, ledger, job)
     if attempt is not None and job is None and state in ("missing", "waiting", "died"):
