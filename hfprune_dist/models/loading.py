@@ -36,8 +36,14 @@ _MULTIPLYING = ("hyperclovax",)
 # To which text of its row each token of a forward belongs [B, T]; None if each row is a single text.
 _TEXTS: ContextVar[Tensor | None] = ContextVar("texts", default=None)
 _find_texts = masking_utils.find_packed_sequence_indices
-# transformers would ask a GPU in each forward, and the host wait for the answer.
-masking_utils.find_packed_sequence_indices = lambda position_ids: _TEXTS.get()
+
+
+def _texts_of(position_ids: Tensor) -> Tensor | None:
+    """In place of transformers' question to a GPU in each forward, for whose answer the host would wait."""
+    return _find_texts(position_ids) if position_ids.device.type == "cpu" else _TEXTS.get()
+
+
+masking_utils.find_packed_sequence_indices = _texts_of
 
 
 @contextmanager

@@ -27,8 +27,9 @@ def dry_run(folder, *arguments, **environment):
 def test_what_can_not_be_looked_up_is_planned_without_its_shape(tmp_path):
     shown = dry_run(tmp_path, "--config", PAPER, "--profile", "example-gpu", HF_HUB_OFFLINE="1")
     assert shown.returncode == 0, shown.stderr
-    cells, stages = 24, shown.stdout.count("#SBATCH --job-name")
+    cells, stages, jobs = 24, 68, shown.stdout.count("#SBATCH --job-name")
     assert f"{cells} cells, {stages} stages: 0 reuse, {stages} run" in shown.stdout
+    assert f"{stages} stages in {jobs} jobs" in shown.stdout and jobs < stages
     assert shown.stdout.count("unknown until the model is downloaded") == cells
     assert "width" in shown.stdout and "14336" not in shown.stdout
     assert not list(tmp_path.glob("*")), "nothing is left"
