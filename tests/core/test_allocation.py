@@ -13,30 +13,6 @@ def scores(*layers):
     return [torch.tensor(layer, dtype=torch.float64) for layer in layers]
 
 
-def ladders(layers, fewest, multiple_of=1, parameters=1):
-    return [
-        Ladder(number, scores_U, least, parameters, multiple_of)
-        for number, (scores_U, least) in enumerate(zip(layers, fewest, strict=True))
-    ]
-
-
-def test_the_cheapest_of_all_layers_go():
-    assert allocate_globally(ladders(scores([1, 9, 3, 8], [4, 2, 7, 6]), [1, 1]), 3) == [2, 3]
-    assert allocate_globally(ladders(scores([1, 9, 3, 8], [4, 2, 7, 6]), [1, 1]), 4) == [2, 2]
-
-
-def test_no_layer_falls_below_its_floor():
-    assert allocate_globally(ladders(scores([1, 1, 1, 1], [5, 6, 7, 8]), [3, 1]), 4) == [3, 1]
-    assert allocate_globally(ladders(scores([1, 1, 1, 1], [5, 6, 7, 8]), [4, 1]), 3) == [4, 1]  # protected
-
-
-def test_ties_are_taken_from_lower_layers_then_from_earlier_ladders():
-    assert allocate_globally(ladders(scores([2, 2, 2], [2, 2, 2]), [1, 1]), 2) == [1, 3]
-    kinds = [Ladder(0, scores([4, 4])[0], 1, 2), Ladder(0, scores([2, 2])[0], 1, 1)]
-    assert allocate_globally(kinds, 2) == [1, 2]
-    assert allocate_globally(kinds[::-1], 1) == [1, 2]
-
-
 def test_steps_of_a_ladder_end_at_its_floor_and_at_all_its_units():
     ladder = Ladder(0, scores(range(10))[0], 3, 1, multiple_of=4)
     assert (ladder.most, ladder.least) == (10, 4)
@@ -110,7 +86,7 @@ def test_the_same_go_as_step_by_step(kept, share):
 
 def test_groups_go_where_a_parameter_of_theirs_is_cheaper():
     neurons, groups = scores([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), scores([12, 20], [3, 30])
-    kept = [*ladders(neurons, [1, 1]), *ladders(groups, [1, 1], parameters=4)]
+    kept = [Ladder(layer, it, 1, size) for size, kind in ((1, neurons), (4, groups)) for layer, it in enumerate(kind)]
     assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group at 3 per parameter for 4 parameters, then neurons at 1
     assert allocate_globally(kept, 4) == [6, 6, 2, 1]
     assert allocate_globally(kept, 3) == [6, 6, 2, 1], "one parameter too many: there are no neurons to take back"

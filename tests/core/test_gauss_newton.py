@@ -89,19 +89,6 @@ def test_conjugate_gradients_solve_the_damped_equations():
         torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
 
 
-def test_a_step_or_two_find_weights_that_were_moved_a_little():
-    there, x = some()
-    moved = there.plus(some(3)[0], 0.05)
-    target = mlp(there, Biases(), x)
-    errors = []
-    for _ in range(3):
-        at = Linearized(moved, Biases(), x)
-        residual = target - at.output()
-        errors.append(residual.square().sum().item())
-        moved = moved.plus(solved(at, at.backward(residual), iterations=30))
-    assert errors[1] < 0.1 * errors[0] and errors[2] < errors[1]
-
-
 def test_a_silent_mlp_is_left_alone():
     """Its activations are 0, and its down projection of 0 passes nothing back."""
     weights, x = some()

@@ -30,10 +30,6 @@ def test_the_middle_of_the_family_is_what_scores_want():
     assert list(reweighted.counts(Reweighting(0.0, 0.0, 0.0))) == allocate_globally(ladders(scores, [4] * 6), 90)
 
 
-def test_all_even_is_uniform():
-    assert of_neurons(some_scores(), 90, [4] * 6, 1).counts(Reweighting(1.0, 0.0, 0.0)) == (25,) * 6
-
-
 def test_tilt_and_bend_move_neurons_between_layers():
     reweighted = of_neurons([torch.linspace(0.01, 1, 40, dtype=torch.float64)] * 6, 90, [4] * 6, 1)
     tilted = reweighted.counts(Reweighting(0.0, 1.0, 0.0))

@@ -5,10 +5,8 @@ no more kernels run, than is noted here.
 import contextlib
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import scoring
@@ -145,52 +143,39 @@ def counting(gpu):
     gpu.counted = sum(gpu.waits.values()), gpu.kernels
 
 
-class Case(NamedTuple):
-    """Counts, each with its floor: what would be left if the host read only what it decides by or writes to files, and
-    norms, rotations, gates and sums were fused with what they follow.
-
-    Attributes:
-        waits: of the host for the GPU, for each layer.
-        kernels: for each layer.
-        besides: waits that don't depend on the number of layers.
-    """
-
-    run: Callable[..., None]
-    waits: tuple[int, int]
-    kernels: tuple[float, int]
-    besides: tuple[int, int]
-
-
+# Name -> what runs; how often the host waits for the GPU, and how many kernels run, for each layer; and waits besides.
+# Each count has its floor: what would be left if the host read only what it decides by or writes to files, and norms,
+# rotations, gates and sums were fused with what they follow.
 CASES = {
-    "entropy": Case(partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (112, 26), (2, 1)),
-    "surgeon": Case(partial(scored, criteria=["surgeon"]), (0, 0), (135, 32), (2, 1)),
-    "llm-pruner": Case(partial(scored, criteria=["weight_taylor"]), (0, 0), (129, 33), (2, 1)),
-    "sdmprune": Case(partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (123, 29), (2, 1)),
-    "flap": Case(partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (82, 14), (1, 1)),
-    "dense refit": Case(partial(refitted, method="dense"), (24, 4), (403, 64), (2, 0)),
-    "layerwise refit": Case(partial(refitted, method="layerwise"), (38, 4), (888, 112), (7, 0)),
-    "block refit": Case(partial(refitted, method="block", variant="qwen3"), (49, 11), (1236.5, 200), (23, 0)),
-    "fidelity": Case(measured, (0, 0), (38, 12), (1, 1)),
-    "lm-eval": Case(answered, (0, 0), (80, 12), (3, 1)),
-    "generation": Case(generated, (0, 0), (108, 36), (3, 3)),
-    "labels": Case(partial(trained, goal="labels"), (0, 0), (224, 66), (2, 1)),
-    "distillation": Case(partial(trained, goal="distillation"), (0, 0), (224, 66), (2, 1)),
-    "loraprune": Case(partial(trained, goal="loraprune"), (0, 0), (351, 80), (4, 2)),
+    "entropy": (partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (112, 26), (2, 1)),
+    "surgeon": (partial(scored, criteria=["surgeon"]), (0, 0), (135, 32), (2, 1)),
+    "llm-pruner": (partial(scored, criteria=["weight_taylor"]), (0, 0), (129, 33), (2, 1)),
+    "sdmprune": (partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (123, 29), (2, 1)),
+    "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (82, 14), (1, 1)),
+    "dense refit": (partial(refitted, method="dense"), (24, 4), (403, 64), (2, 0)),
+    "layerwise refit": (partial(refitted, method="layerwise"), (38, 4), (888, 112), (7, 0)),
+    "block refit": (partial(refitted, method="block", variant="qwen3"), (49, 11), (1236.5, 200), (23, 0)),
+    "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
+    "lm-eval": (answered, (0, 0), (80, 12), (3, 1)),
+    "generation": (generated, (0, 0), (108, 36), (3, 3)),
+    "labels": (partial(trained, goal="labels"), (0, 0), (224, 66), (2, 1)),
+    "distillation": (partial(trained, goal="distillation"), (0, 0), (224, 66), (2, 1)),
+    "loraprune": (partial(trained, goal="loraprune"), (0, 0), (351, 80), (4, 2)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_waits_and_kernels(tmp_path, name):
-    case, found = CASES[name], []
+    (runs, *expected), found = CASES[name], []
     for layers in (FEW, MANY):
         with pretended_gpu() as gpu:
-            case.run(tmp_path / str(layers), layers, gpu)
+            runs(tmp_path / str(layers), layers, gpu)
         assert not gpu.faults
         found.append(gpu.counted)
     waits, kernels = ((more - less) / (MANY - FEW) for less, more in zip(*found, strict=True))
     counts = waits, kernels, found[0][0] - FEW * waits
-    assert counts == tuple(count for count, _ in case[1:]), gpu.waits
-    assert all(count >= floor for count, floor in case[1:])
+    assert counts == tuple(count for count, _ in expected), gpu.waits
+    assert all(count >= floor for count, floor in expected)
 
 
 # What is not counted.

@@ -29,7 +29,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import importance
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, layer_by_layer, place
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, place
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
@@ -189,11 +189,6 @@ def test_what_is_too_large_for_a_gpu_is_sharded_and_more_ranks_take_less(monkeyp
         assert [place(need, Gpus(ranks, 80 * GIB), "auto").fits for ranks in (1, 8)] == [whole, True]
         of_ranks = [need.on_each_gpu(ranks, whole=False) for ranks in (2, 8, 64)]
         assert of_ranks == sorted(of_ranks, reverse=True)
-
-
-def test_hidden_states_wait_in_powers_of_two():
-    model = sizes_of(5120, 32, 11008, 6.7e9)
-    assert layer_by_layer(model, 2, 1024, 2, host=100.0).host == pytest.approx(160)
 
 
 def test_an_evaluation_has_room_for_long_requests(tmp_path):

@@ -35,25 +35,17 @@ def refused(main, *arguments, folders=()):
     [
         # Flags, alone and together.
         ("--ratios=20", "ratios.0: must be less than 1"),
-        ("--ratios=0.2,", "'0.2,': give numbers between 0 and 1"),
-        ("--models=", "models.0: must have at least 1 character"),
         ("--ratios=0.9", "nearest possible is 0.278"),
-        ("--config=nowhere.yaml", "nowhere.yaml: No such file"),
         ("--max-running=3", "--profile"),
         ("--profile=local-cluster --ranks=2", "tasks_per_node"),
         ("calibration.samples=3", "write --set calibration.samples=3"),
         # Settings.
         ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
-        (
-            "--set=prune.tensor_parallel=3 --methods=surgeon-plain",
-            "tensor_parallel 3; tensor_parallel 3 doesn't divide",
-        ),
         ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),
         ("--models=someone/nothing", "can't be downloaded"),
-        ("--methods=hfprune,{root}/configs/methods/hfprune.yaml", "two methods are called 'hfprune'"),
         # Folders.
         ("--out={inputs}/alpha", "the sweep reads what is in"),
         ("--out=~nobody-of-this-name/x", "no such user"),
@@ -63,8 +55,7 @@ def refused(main, *arguments, folders=()):
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
     """By whichever part finds it; what dry runs refuse too is in test_preflight.py."""
     monkeypatch.chdir(tmp_path)
-    named = arguments.replace("{inputs}", str(config.parent)).replace("{root}", str(ROOT))
-    given = ["--config", config, "--out", "out", *named.split(" ")]
+    given = ["--config", config, "--out", "out", *arguments.replace("{inputs}", str(config.parent)).split(" ")]
     assert told in refused(sweep.main, *given, folders=(tmp_path, config.parent))
 
 

@@ -110,16 +110,15 @@ def pairs(**fields):
 
 
 @pytest.mark.parametrize(
-    ("content", "arguments", "expected"),
+    ("content", "told"),
     [
-        (pairs(response=" \n"), [], ["none of 3 records", "response token"]),
-        (pairs(instruction="x" * 400), [], ["none of 3 records", "recovery.sequence_length 320"]),
+        (pairs(response=" \n"), "response token"),
+        (pairs(instruction="x" * 400), "recovery.sequence_length 320"),
     ],
 )
-def test_pairs_without_anything_to_train_on(inputs, refusal, content, arguments, expected):
+def test_pairs_without_anything_to_train_on(inputs, refusal, content, told):
     (inputs / "pairs.jsonl").write_text(content)
-    settings = [part for argument in arguments for part in ("--set", argument)]
-    assert_parts(refusal(*settings), *expected)
+    assert_parts(refusal(), "none of 3 records", told)
 
 
 # Models.

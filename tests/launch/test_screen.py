@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 from hfprune_launch import screen
-from hfprune_launch.screen import ProgressLines, StageScreen, make_console, show_results
+from hfprune_launch.screen import StageScreen, make_console, show_results
 from made_stages import stage_of
 from rich.console import Console
 from rows import efficiency, missing, row_of
@@ -69,24 +69,6 @@ def test_no_line_is_longer_than_the_terminal(on_terminal, name):
     # Messages are not wrapped, as they contain paths to copy.
     assert max(width_of(line) for line in lines if not line.startswith(("missing: ", "not to be "))) <= 80
     assert sum(line.startswith("missing: ") for line in lines) == 1
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
-    stages = [stage_of(kind, "a [0.2]", {}, {"model": Input("digest", "/x")}) for kind in ("importance", "prune")]
-    now, console = [0.0], Console(file=io.StringIO(), width=400)
-    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
-    lines = ProgressLines(console)
-    for second in range(100):
-        now[0] = float(second)
-        lines.tell(stages[0], f"calibration {second}/100" if second > 30 else "", "2 min" if second > 60 else "")
-        if second >= 50:
-            lines.tell(stages[1], "files 1/2", "")
-    assert console.file.getvalue().splitlines() == [
-        "importance a [0.2]: starting",
-        "importance a [0.2]: calibration 60/100",
-        "prune a [0.2]: files 1/2",
-        "importance a [0.2]: calibration 90/100, 2 min left",
-    ]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -168,20 +168,6 @@ def test_checkpoints_that_were_copied_elsewhere_load_by_their_cards_and_need_no_
     assert torch.allclose(adapted, merged, atol=1e-3)
 
 
-def test_the_recipe_of_a_checkpoint_plans_it_again(finished, config, tmp_path):
-    """A dry run elsewhere, with the files that the card names beside it, has the same fingerprints; no other rows."""
-    folder = finished[0] / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora"
-    shutil.copy(folder / "recipe.yaml", tmp_path)
-    for needed in ("alpha", "calibration.jsonl", "heldout.jsonl", "pairs.jsonl", "tasks"):
-        (tmp_path / needed).symlink_to(config.parent / needed)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "store").symlink_to(finished[0] / "store")
-    shown = sweep(tmp_path / "recipe.yaml", out, "--dry-run")
-    assert shown.returncode == 0, shown.stderr
-    assert re.search(r"^3 cells, .*: \d+ reuse, 0 run", shown.stdout, re.MULTILINE), shown.stdout
-
-
 def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(config, tmp_path):
     settings = ["recovery.method=none", "runtime.ranks=1", "calibration.samples=4", "evaluation.tasks=[]"]
     settings += ["prune.refit=dense", "prune.effort=quick"]

@@ -216,11 +216,6 @@ def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp
     assert [cut["structures"] for cut in cuts] == [["neurons"], ["neurons", "kv_groups"]] * 2
 
 
-def test_an_unreachable_ratio_is_refused(world):
-    with pytest.raises(UserError, match=r"model 'a'.*nearest possible is 0\.278"):
-        plan_of(world, ratios=[0.5])
-
-
 def test_all_ratios_share_the_first_pass_and_those_with_like_settings_that_over_the_student(world):
     """What else is scored doesn't move the second pass's fingerprint."""
     student = {"a": Method(criterion="coupled_taylor_distilled")}

@@ -180,35 +180,23 @@ def smol(ratio, allocation="uniform", structures=NEURONS, **options):
     return Target(blank(**SMOLLM2), ratio, "m", structures, allocation, **options)
 
 
-def test_shapes_of_smollm2():
-    assert {*shape_for(smol(0.2)).units["neurons"]} == {1017}
-    shapes = shapes_for(smol(0.5, "plain", ALL))
-    found = [(len(one.layers), one.units["kv_groups"][0], one.units["neurons"][0]) for one in shapes]
-    assert found[0] == (30, 3, 239) and {(30, 2, 409), (28, 3, 292), (28, 2, 463)} < {*found} and len(found) == 18
+def test_of_too_many_shapes_some_of_each_kind_stay():
     many = SMOLLM2 | {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 512, "num_hidden_layers": 22}
-    target = Target(blank(**many), 0.5, "m", ALL, "plain")
-    assert len(shapes_for(target)) == MOST_SHAPES
-    assert {shape.units["kv_groups"][0] for shape in shapes_for(target)} == {8, 6, 4, 2}
+    shapes = shapes_for(Target(blank(**many), 0.5, "m", ALL, "plain"))
+    assert len(shapes) == MOST_SHAPES and {shape.units["kv_groups"][0] for shape in shapes} == {8, 6, 4, 2}
 
 
 @pytest.mark.parametrize(
     ("target", "told"),
     [
         (smol(0.7), "0.7 can't be reached by pruning neurons; the nearest possible is 0.5915[0-9]*"),
-        (smol(0.9, "plain", ALL), "pruning neurons, kv_groups, layers; the nearest possible is 0.7452[0-9]*"),
         (smol(0.01, "plain", ALL, tensor_parallel=2), "with tensor_parallel 2; the nearest possible is 0.065772"),
-        (
-            smol(0.2, "plain", ALL, tensor_parallel=4),
-            "with tensor_parallel 4; .* doesn't divide .*; the largest that does is 3",
-        ),
         (
             smol(0.2, "local", BOTH, tensor_parallel=2, protect_first=1),
             "with tensor_parallel 2, .*; the largest that does is 3",
         ),
         (smol(0.2, multiple_of=2048), "with multiple_of 2048; nothing can go"),
-        (smol(0.2, "local", BOTH, protect_first=2**31, protect_last=3), "protect_first 2147483648, .*; nothing can go"),
         (smol(0.9, "searched", ALL, floor=0.5), "layers with floor 0.5; the nearest possible is 0.548188"),
-        (smol(1e-6, "global"), "neurons; the nearest possible is 1.2e-05"),
     ],
 )
 def test_what_can_not_be_is_one_message(target, told):

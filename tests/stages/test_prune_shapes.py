@@ -8,15 +8,12 @@ from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, scores_of, 
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.core.width_search import START, Found
-from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.loading import load_causal_lm
-from hfprune_dist.stages import prune, shape_search
 from hfprune_dist.stages.shape_search import EVERY
 
 LAYERS = 3
 # Where layers compete, of nine windows in micro-batches of two, shapes are compared on two and finalists on one.
-COMPARED, JUDGED = slice(6, 8), slice(8, 9)
+COMPARED = slice(6, 8)
 NEURONS_ALONE, BOTH, ALL = ["neurons"], ["neurons", "kv_groups"], ["neurons", "kv_groups", "layers"]
 
 
@@ -81,38 +78,6 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     assert divergence(dense, written, windows_ST, EVERY) == pytest.approx(best, rel=1e-3)
     gone = metrics.get("layers_in_order_of_dropping", [])[: LAYERS - written.config.num_hidden_layers]
     assert kept.get("layers", [*range(LAYERS)]) == [layer for layer in range(LAYERS) if layer not in gone]
-
-
-def layers_of(name):
-    return int(name.removesuffix(" layers"))
-
-
-def test_the_number_of_layers_is_that_of_the_closest_finalist(tmp_path, monkeypatch):
-    """Without any further search or a new refit, what is written is a finalist."""
-    monkeypatch.setattr(shape_search, "WORST_FINALIST", 1e6)
-    monkeypatch.setattr(PruneParameters, "refits_norms", False)
-    fit, fitted = shape_search.refit_layers, {}
-
-    def fitting(context, checkpoint, kept, *where, **how):
-        fitted[len(kept.layers)] = fit(context, checkpoint, kept, *where, **how)
-        return fitted[len(kept.layers)]
-
-    store, stage = prepare(tmp_path, "mistral", structures=ALL, ratio=0.2, refit="layerwise", floor=0.05)
-    monkeypatch.setattr(shape_search, "refit_layers", fitting)
-    monkeypatch.setattr(shape_search, "search_shapes", lambda shapes, *_: Found(shapes.counts(START), {}))
-    monkeypatch.setattr(prune, "refitted", lambda *of: fitted[len(of[-1].layers)].replacements(of[-1].layers))
-    run(store, stage)
-    metrics = metrics_of(store, stage)
-    measured, compared = metrics["search_kl"], metrics["finalists_kl"]
-    best = min(compared, key=compared.get)
-    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.handle(stage.id).artifact))
-    assert written.config.num_hidden_layers == layers_of(best) and len(measured) > 1
-    closest = sorted(measured, key=measured.get)
-    assert {*closest[: shape_search.FINALISTS]} <= {*compared} <= {*measured}
-    fewer = [name for name in measured if layers_of(name) < layers_of(best)]
-    assert not fewer or max(fewer, key=layers_of) in compared, "fewer layers are tried as long as that helps"
-    judged = windows_of(store)[JUDGED]
-    assert divergence(dense, written, judged) == pytest.approx(compared[best], rel=1e-3)
 
 
 def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):

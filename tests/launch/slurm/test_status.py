@@ -149,25 +149,17 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
     """After a commit, the launcher holds no claim until the first stage's ranks have ended."""
-    held = []
-
-    def commit(stage, claim):
-        handle = store.handle(stage.id)
-        draft = handle.open_draft(claim)
-        (draft / "result").touch()
-        handle.commit(stage, draft, {"metrics": {}}, claim)
-
+    handle, looks, held = store.handle(STAGE.id), [], []
+    claim = handle.claim()
     moments = iter(
         [
-            lambda: commit(STAGE, claim),
+            lambda: handle.commit(STAGE, handle.open_draft(claim), {"metrics": {}}, claim),
             lambda: None,
             lambda: held.append(store.handle(NEXT.id).claim()),
             lambda: held[0].release(),  # by Ctrl-C
         ]
     )
-    looks = []
     monkeypatch.setattr(cli, "sleep", lambda _: looks.append(next(moments, lambda: None)()))
-    claim = store.handle(STAGE.id).claim()
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert len(held) == 1 and len(looks) == 4 + cli.LOOKS_AT_REST
     claim.release()
