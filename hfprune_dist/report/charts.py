@@ -28,7 +28,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#888888"
 DASHES = ("", "8 4", "2 4", "8 4 2 4", "14 5", "14 5 2 5")
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins, for the axes' labels
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 10, 40  # margins, for the axes' labels
 # x, y, and the standard error of y, if it is known.
 Point = tuple[float, float, float | None]
 
