@@ -64,12 +64,14 @@ class BaseModel:
         hub_id: ``org/name``; None if it is known only as a folder.
         revision: commit on the hub, None without a hub id.
         carried: metadata of its card that also holds for models made from it: licence and language.
+        parent: what its own card names as its base model.
     """
 
     name: str
     hub_id: str | None
     revision: str | None
     carried: Mapping[str, Any]
+    parent: Any = None
 
     @classmethod
     def from_input(cls, name: str, source: Input) -> BaseModel:
@@ -87,7 +89,7 @@ class BaseModel:
         cached = folder.parent.parent.name  # models--org--name/snapshots/commit
         if source.content == "commit" and cached.startswith("models--"):
             return cls(name, cached.removeprefix("models--").replace("--", "/"), folder.name, carried)
-        return cls(name, None, None, carried)
+        return cls(name, None, None, carried, metadata.get("base_model"))
 
     def shown(self) -> str:
         """Its name in Markdown, as exactly as it is known."""
@@ -111,14 +113,14 @@ class Card:
         measured = (found for found in alike if found["status"] == "done")
         self.dense_row = next((found for found in measured if found["measured_as"] == self.row["measured_as"]), None)
 
-    def recipe(self) -> tuple[str, list[str]]:
+    def recipe(self) -> tuple[str, dict[str, str]]:
         """The configuration of a sweep that makes the checkpoint again, with the same fingerprints.
 
         Returns:
-            its text, and the names of the files and folders that have to be beside it; empty if it wasn't recorded.
+            its text, and path -> name of the files and folders that have to be beside it; empty if it wasn't recorded.
         """
         if not self.config.get("methods"):
-            return "", []
+            return "", {}
         cell, base, folder = self.cell, self.base, self.stages[-1].inputs["dense"].location
         alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
         named = {Path(method).stem: method for method in self.config["methods"]}
@@ -129,7 +131,7 @@ class Card:
             "methods": [named.get(str(cell.method), self.config["methods"][0])],
         }
         names: dict[str, str] = {}
-        return to_yaml(_with_names(config, names)), [*names.values()]
+        return to_yaml(_with_names(config, names)), names
 
     def text(self) -> str:
         """The full text of the card."""
@@ -138,7 +140,7 @@ class Card:
         method = self.cell.method
         data = ModelCardData(
             model_name=self.name,
-            base_model=self.base.hub_id,
+            base_model=self.base.hub_id or self.base.parent,
             library_name="transformers",
             pipeline_tag="image-text-to-text" if self.dense.has_vision else "text-generation",
             tags=["hfprune", *(["pruned", "model-compression", method] if method else [])],
@@ -176,8 +178,9 @@ class Card:
         unknown = f"see {', '.join(texts)}" if texts else "not known: see the base model before you share this one"
         licence = base.carried.get("license_name") or base.carried.get("license")
         read: dict[str, dict[str, None]] = {"calibration": {}, "recovery": {}}
+        names = self.recipe()[1]
         for section, settings, source in self._texts():
-            read[section][_text(settings, source)] = None
+            read[section][_text(settings, source, names)] = None
         return {
             "base model": f"{base.shown()}, {self.dense.parameters:,} parameters",
             "licence of the base model": escaped(licence) if licence else unknown,
@@ -239,10 +242,10 @@ class Card:
         packages = {"Python": made.get("python"), **made.get("packages", {})}
         used = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
         text = f"## How it was made\n\nWith hfprune_dist {made.get('hfprune_dist', '')}{commit} ({used})"
-        recipe, beside = self.recipe()
+        recipe, names = self.recipe()
         if not recipe:
             return f"{text}, by settings that were not recorded."
-        also = f" It reads, beside itself, {', '.join(map(code, beside))}." if beside else ""
+        also = f" It reads, beside itself, {', '.join(map(code, names.values()))}." if names else ""
         command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
         return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 
@@ -260,10 +263,10 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
     return names.setdefault(value, name if name not in taken else f"{len(names)}-{name}")
 
 
-def _text(settings: Mapping[str, Any], source: Input | None) -> str:
-    """A text for people, in Markdown: a data set on the hub, or the name of a file."""
+def _text(settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str]) -> str:
+    """A text for people, in Markdown: a data set on the hub, or the name of a file, which the recipe may have given."""
     if source is not None:
-        return f"the file {code(Path(source.location).name)}"
+        return f"the file {code(names.get(source.location, Path(source.location).name))}"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
     revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
     return code("/".join(str(part) for part in parts if part)) + revision
