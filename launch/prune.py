@@ -32,6 +32,7 @@ from hfprune_launch.run import StageFailedError, make
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import Sweep, read_sweep, require_folder
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config, parse_assignments
 from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
@@ -94,7 +95,8 @@ def prune(
         StageFailedError: if a stage fails.
     """
     out = folder(str(out)).resolve()
-    require_folder(out)
+    for place_of_writing in (out, out.parent):  # it is written beside its place, and then renamed
+        require_folder(place_of_writing)
     held = made_checkpoint(out)
     if held is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not written by this command; choose another folder")
@@ -120,10 +122,12 @@ def prune(
         make(prepared, [cell.producers[-1], cell.evaluate])
         request.tell(_write(read_sweep(request.out), cell, out))
     code = ", trust_remote_code=True" if (out / NEEDS_CODE).exists() else ""
-    request.tell(f'to load it: AutoModelForCausalLM.from_pretrained("{out}"{code})')
+    has_vision = open_checkpoint(out).family.has_vision
+    model_class = "AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM"
+    request.tell(f'to load it: {model_class}.from_pretrained("{out}"{code})')
     if text is not None:
         parts = Path(overrides["calibration.path"]).parent
-        request.tell(f"to make it again with its {RECIPE}, copy beside that the parts of the text in {parts}")
+        request.tell(f"to make it again, put beside {RECIPE} the files in {parts}")
     return out
 
 

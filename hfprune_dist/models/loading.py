@@ -54,7 +54,9 @@ def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterato
         position_ids_BT: on the CPU.
     """
     texts_BT = None if position_ids_BT is None else _find_texts(position_ids_BT)
-    token = _TEXTS.set(None if texts_BT is None else texts_BT.to(device))
+    if texts_BT is not None and device.type == "cuda":
+        texts_BT = texts_BT.pin_memory().to(device, non_blocking=True)
+    token = _TEXTS.set(texts_BT)
     try:
         yield
     finally:

@@ -56,6 +56,8 @@ LOG_TAIL_BYTES = 64 * 1024
 START = "hfprune: start"
 # A node could not launch the job, or read the user's environment: Slurm holds it for ever, even once that is repaired.
 LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
+# What srun says if the controller, which may restart between two stages, does not answer.
+NO_CONTROLLER = "Unable to (confirm allocation|create step).*(contact slurm controller|timed out|onnection refused)"
 MEMORY = "it ran out of memory; give the stage more nodes or memory"
 # States of Slurm's that need no further explanation.
 STATES = {
@@ -70,11 +72,12 @@ STATES = {
 WORDS = (
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
-        r"prolog.*(fail|error)|couldn't chdir to|stale file handle|invalid job credential|munge decode failed"
+        r"slurm.*prolog.*(fail|error)|couldn't chdir to|stale file handle|invalid job credential|munge decode failed"
         r"|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA driver version is insufficient",
         Cause.BAD_NODE,
         "a node could not run it; if that persists, tell the cluster's administrators",
     ),
+    (NO_CONTROLLER, Cause.BAD_NODE, "its node could not reach Slurm's controller"),
     (
         r"invalid mpi type|mpi plugin|plugin name for mpi/|unable to satisfy cpu bind|cpu binding outside"
         r"|are mutually exclusive|srun: ((error: )?unable to create step|fatal|unrecognized option|invalid option)",

@@ -135,7 +135,7 @@ class Launcher:
                 if is_over:
                     return
                 answered_at = self._clock()
-                look = max(LOOK_S, SHARE * (answered_at - shown_at))
+                look = min(ASK_S, max(LOOK_S, SHARE * (answered_at - shown_at)))
             except SlurmUnavailableError as error:
                 answered_at = self._clock()
                 if not follow and answered_at - began_at >= PATIENCE_S:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfprune_launch.slurm.causes import START
+from hfprune_launch.slurm.causes import NO_CONTROLLER, START
 from hfprune_launch.slurm.profile import Resources
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -28,8 +28,6 @@ ENVIRONMENT = "environment.sh"
 UNUSABLE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # What srun exits with if SIGUSR2 ends a rank.
 UNHEARD = 128 + signal.SIGUSR2
-# What srun says if the controller, which may restart between two stages, does not answer.
-NO_CONTROLLER = "Unable to (confirm allocation|create step).*(contact slurm controller|timed out|onnection refused)"
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,7 @@ def _setup(request: Request) -> list[str]:
         "export PYTHONDONTWRITEBYTECODE=1",
         f". {folders[0]}/{ENVIRONMENT}",
         "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
+        "set +eu",  # which a line of setup may have set
         f"[ -d {snapshot} ] || hfprune_end 1 the copy of the code in {snapshot} is gone",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
@@ -167,7 +166,7 @@ while [ "$hfprune_stages" ]; do
     hfprune_code=$?
     if [ $hfprune_code = 0 ]; then
         hfprune_record 0
-        hfprune_stages=("${{hfprune_stages[@]:1}}") hfprune_got_further=1
+        hfprune_stages=("${{hfprune_stages[@]:1}}") hfprune_got_further=1 hfprune_tries=0
     elif tail -n 2 "${{hfprune_logs}}_srun_log.err" | grep -qE "{NO_CONTROLLER}" && ((++hfprune_tries <= 60)); then
         sleep 10
     elif [ $hfprune_code != {UNHEARD} ] || [ ! "$hfprune_got_further" ]; then

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         mended = from_os_error(error)
         with contextlib.suppress(OSError):  # a full disk has no room for the reason; the launcher detects that
-            if content is not None:
+            if content is not None and claim is not None:  # a stage that another process runs has its own reasons
                 report_failure(handle.attempts / str(content.attempt), End.of_rank(rank, mended))
         # The other ranks may wait in a collective for this one: end without waiting for them, or for threads of work.
         if isinstance(mended, UserError):
@@ -148,8 +148,10 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
             module = importlib.import_module(f"hfprune_dist.stages.{context.stage.kind}")
         try:
             module.run(context)
-        except OSError:
-            context.require_artifacts()  # one that is gone is made again
+        except ClaimLostError:
+            raise
+        except Exception:
+            context.require_artifacts()  # one that is gone, or damaged, is made again
             raise
     leave_world()
 

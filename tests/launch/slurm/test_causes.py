@@ -67,6 +67,7 @@ def test_by_state_of_the_job(ledger, attempt, state, reason, expected):
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "killed"),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
         ("srun: error: Unable to create step for job 7: Memory required by task is not available", "input"),
+        ("srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller", "bad node"),
         ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "bad node"),
         ("srun: error: n1: task 0: Segmentation fault (core dumped)", "killed"),
     ],

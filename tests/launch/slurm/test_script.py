@@ -116,6 +116,7 @@ def test_what_may_fail_in_a_setup(run, tmp_path):
             "fi",
             "[ -n '' ] && echo",
             "export MANY='several\nlines'",
+            "set -eu",
         ]
     )
     assert result.code == 0, result.said
