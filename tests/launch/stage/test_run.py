@@ -23,7 +23,7 @@ def lose_another(*_, **__):
     raise RuntimeError("connection closed by peer")
 
 run.run_stage = lose_another
-sys.argv = ["run.py", sys.argv[1], {STAGE.id!r}]
+sys.argv = ["run.py", sys.argv[1], {STAGE.id!r}, "token"]
 run.main()
 """
 
