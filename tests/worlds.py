@@ -191,8 +191,8 @@ def without_deepspeed(monkeypatch: Any) -> None:
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
-    def place(checkpoint, dtype, _micro_batch_size, _sharding, world, *, has_backward):
-        assert has_backward
+    def place(checkpoint, dtype, _micro_batch_size, _sharding, world, *, backward_of_body):
+        assert backward_of_body
         with reading:
             if (checkpoint.path, dtype) not in loaded:
                 loaded[checkpoint.path, dtype] = load_causal_lm(checkpoint.path, dtype).requires_grad_(False).eval()

@@ -50,7 +50,7 @@ KINDS = {
     "recover": StageKind("training.RecoverParameters", 3, trains_on_pairs=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 3, cuts=True, trains_on_pairs=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 4, cuts=True, trains_on_pairs=True),
 }
 
 

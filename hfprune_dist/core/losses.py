@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.head import NOTHING, AfterHead, Batch, LogitGradient, Rows, head_gradients
 from hfprune_dist.core.portions import wide_dtype
 
@@ -84,8 +85,7 @@ def random_signs_of(batch: Batch) -> LogitGradient:
 
     @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
     def bits_of(window: int, group: int) -> Tensor:
-        drawn = draw_sign_bits(batch.seed, window, group, batch.vocabulary)
-        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
+        return send(draw_sign_bits(batch.seed, window, group, batch.vocabulary), device)
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
         bits, start = [], rows.numbers.start

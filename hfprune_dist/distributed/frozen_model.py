@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
-from hfprune_dist.distributed.main_memory import send
+from hfprune_dist.core.devices import send
 from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.memory import Gpus, Need, Placement, place
 from hfprune_dist.models.loading import load_causal_lm
@@ -50,8 +50,8 @@ class FrozenModel:
     """A causal language model whose weights get no gradients, placed on the ranks of a world.
 
     Args:
-        has_backward: whether backwards to activations must have the same bits wherever the weights are; they may follow
-            forwards of its body alone.
+        backward_of_body: whether backwards may follow forwards of the body alone; they then have the same bits wherever
+            the weights are.
 
     Attributes:
         module: the Hugging Face model. If it is sharded, each of its forwards is a collective of all ranks.
@@ -67,7 +67,7 @@ class FrozenModel:
         sharding: DecidedSharding,
         world: World,
         *,
-        has_backward: bool = False,
+        backward_of_body: bool = False,
     ) -> None:
         self._family = checkpoint.family
         self.world = world
@@ -81,7 +81,7 @@ class FrozenModel:
 
             self._zero3 = zero3
             self.module, begin_step = zero3.load_frozen(checkpoint.path, dtype, batch_size, world)
-            if has_backward:
+            if backward_of_body:
                 self._family.body_of(self.module).register_forward_pre_hook(lambda *_: begin_step(), prepend=True)
             else:
                 self._begin_forward_of_body = begin_step
@@ -91,7 +91,7 @@ class FrozenModel:
         if self._family.experts:
             _align(model)
         self.module = model.to(world.device).requires_grad_(False).eval()
-        if has_backward:
+        if backward_of_body:
             branch_off(self.module, self._family)
 
     @torch.no_grad()

@@ -21,11 +21,6 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device of what the host has made."""
-    return to_device(tensor.pin_memory(), device) if device.type == "cuda" else tensor
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of a whole tensor in main memory: of a part that isn't contiguous, the host would make a copy first."""
     return tensor.to(device, non_blocking=True)

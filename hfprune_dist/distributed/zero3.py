@@ -43,7 +43,7 @@ def load_frozen(
     ``models.memory_efficient_backward``.
 
     Returns:
-        The module, and a function to call before each forward of a part of it that isn't one of the whole.
+        The module, and a function to call before each forward of only a part of it.
     """
     sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
     config = {

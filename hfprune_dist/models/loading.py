@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints import modeling_pruned
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.head import AfterHead
 from hfprune_dist.errors import UserError
 
@@ -54,9 +55,7 @@ def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterato
         position_ids_BT: on the CPU.
     """
     texts_BT = None if position_ids_BT is None else _find_texts(position_ids_BT)
-    if texts_BT is not None and device.type == "cuda":
-        texts_BT = texts_BT.pin_memory().to(device, non_blocking=True)
-    token = _TEXTS.set(texts_BT)
+    token = _TEXTS.set(None if texts_BT is None else send(texts_BT, device))
     try:
         yield
     finally:

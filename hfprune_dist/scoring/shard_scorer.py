@@ -110,7 +110,7 @@ class ShardScorer:
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
-        frozen = FrozenModel(checkpoint, dtype, micro_batch_size, sharding, world, has_backward=True)
+        frozen = FrozenModel(checkpoint, dtype, micro_batch_size, sharding, world, backward_of_body=True)
         self.module = frozen.module
         self.release = frozen.release
         use_memory_efficient_backward(self.module, family)

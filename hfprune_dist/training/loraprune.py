@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.frozen_model import FrozenModel
-from hfprune_dist.distributed.main_memory import send
 from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units

@@ -57,14 +57,15 @@ class LoraOptimizer:
         """Add up the ranks' gradients; collective."""
         world.all_reduce(self._gradient)
 
-    def kept_share(self) -> float:
-        """The share of each gradient that is left once all of them are clipped."""
-        return min(1.0, MAX_GRAD_NORM / (float(self._gradient.norm()) + 1e-6))
+    def kept_share(self) -> Tensor:
+        """The share of each gradient that is left once all of them are clipped, a scalar on the device."""
+        share: Tensor = MAX_GRAD_NORM / (self._gradient.norm() + 1e-6)
+        return share.clamp(max=1.0)
 
     def step(self, learning_rate: float) -> float:
         """Clip, do a step, and return the gradients' norm before clipping."""
         norm = self._gradient.norm()
-        self._gradient *= (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0)
+        self._gradient *= self.kept_share()
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
         self._gradient.zero_()

@@ -26,11 +26,11 @@ from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_t
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.config.training import LoraTraining
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
-from hfprune_dist.distributed.main_memory import send
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement, Sizes
@@ -142,7 +142,7 @@ class Training:
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
         rows = task.settings.micro_batch_size
-        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, has_backward=task.distills)
+        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=task.distills)
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
