@@ -39,7 +39,7 @@ class MlpWeights:
     def to(self, dtype: torch.dtype) -> MlpWeights:
         return MlpWeights.of(*(it.to(dtype) for it in self.tensors()))
 
-    def plus(self, other: MlpWeights, scale: float = 1.0) -> MlpWeights:
+    def plus(self, other: MlpWeights, scale: float | Tensor = 1.0) -> MlpWeights:
         """Return ``self + scale * other``."""
         return MlpWeights.of(*((scale * b).add_(a) for a, b in self._beside(other)))  # which makes no third tensor
 
@@ -47,10 +47,10 @@ class MlpWeights:
         """Return the product, element by element."""
         return MlpWeights.of(*(a * b for a, b in self._beside(other)))
 
-    def dot(self, other: MlpWeights) -> float:
+    def dot(self, other: MlpWeights) -> Tensor:
         """Return the inner product over all weights, added up in float64."""
-        products = [(a * b).sum(dtype=torch.float64) for a, b in self._beside(other)]
-        return float(sum(torch.stack(products).tolist()))
+        first, *others = [(a * b).sum(dtype=torch.float64) for a, b in self._beside(other)]
+        return sum(others, first)
 
     def _beside(self, other: MlpWeights) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.tensors(), other.tensors(), strict=True)
@@ -132,7 +132,7 @@ class Linearized:
         columns_K = self._down_CK.float().square().sum(dim=0)
         return (
             *(columns_K * by_row_NK.float().square().sum(dim=0) for by_row_NK in self._by_rows_NK),
-            gram_matrix(self._input_NC.float()),
+            gram_matrix(self._input_NC),
         )
 
 
@@ -171,7 +171,7 @@ class GaussNewtonSums:
 
 def solve_normal_equations(
     product: Callable[[MlpWeights], MlpWeights],
-    length: Callable[[MlpWeights], float],
+    length: Callable[[MlpWeights], Tensor],
     right: MlpWeights,
     curvature: GaussNewtonSums,
     iterations: int,
@@ -183,7 +183,7 @@ def solve_normal_equations(
         product: v -> J^T J v.
         length: v -> ||J v||^2, which is all that the last iteration needs, at half of the price.
         right: J^T residual.
-        iterations: at most so many; fewer if the residual vanishes.
+        iterations: those after which the residual has vanished change nothing; a GPU's host waits for none of them.
     """
     damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
     inverse = curvature.inverse()
@@ -191,15 +191,15 @@ def solve_normal_equations(
     residual, direction = right, inverse(right)
     rho = residual.dot(direction)
     for following in reversed(range(iterations)):
-        if rho <= 0:  # solved, up to rounding
-            break
-        damped = damping.times(direction)
+        is_solved, damped = rho <= 0, damping.times(direction)  # up to rounding
         if not following:
-            return solution.plus(direction, rho / (length(direction) + direction.dot(damped)))
+            step = rho / (length(direction) + direction.dot(damped))
+            solution = solution.plus(direction, step.masked_fill(is_solved, 0))
+            break
         image = product(direction).plus(damped)
-        step = rho / direction.dot(image)
+        step = (rho / direction.dot(image)).masked_fill(is_solved, 0)
         solution, residual = solution.plus(direction, step), residual.plus(image, -step)
         rho_before, preconditioned = rho, inverse(residual)
         rho = residual.dot(preconditioned)
-        direction = preconditioned.plus(direction, rho / rho_before)
+        direction = preconditioned.plus(direction, (rho / rho_before).masked_fill(is_solved, 0))
     return solution

@@ -7,9 +7,9 @@ W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other paramet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -54,10 +54,6 @@ class LeastSquares:
     gram_KK: Tensor  # E[h_S h_S^T]
     old_CK: Tensor  # the kept columns of W
 
-    @cached_property
-    def _mean_energy(self) -> float:
-        return float(self.gram_KK.diagonal().mean())
-
     def weight(self, ridge: float) -> Tensor:
         """Return the refitted weight [hidden_size, kept]; the old one if the kept channels are silent.
 
@@ -71,9 +67,8 @@ class LeastSquares:
 
     def solved(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Return ``weight``, and a scalar that isn't 0 if it means nothing: for a GPU, the host needn't wait."""
-        if not self._mean_energy:
-            return self.old_CK.clone(), torch.zeros((), device=self.old_CK.device)
-        strength = ridge * self._mean_energy
+        mean = self.gram_KK.diagonal().mean()
+        strength = (ridge * mean).where(mean != 0, 1.0)  # of silent channels, any ridge leaves the old weight
         damped_KK = self.gram_KK.to(self.old_CK, copy=True)
         damped_KK.diagonal().add_(strength)
         factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
@@ -107,12 +102,15 @@ def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[fl
         UnresolvedError: if the Gram matrix isn't positive definite with any of the ridges; larger ones may do where
             smaller ones don't.
     """
-    best: Ridge | None = None
+    best_CK = fitted.old_CK
+    best = torch.full((2,), torch.inf, dtype=torch.float64, device=best_CK.device)  # its error and the ridge
     for ridge in ridges:
         weight_CK, problem = fitted.solved(ridge)
-        error, failed = torch.stack([held_out.error(weight_CK).double(), problem.double()]).tolist()
-        if not failed and (best is None or error < best.error):
-            best = Ridge(ridge, error, weight_CK)
-    if best is None:
+        error = held_out.error(weight_CK).double()
+        is_better = (error < best[0]) & (problem == 0)
+        best = torch.stack([error, torch.full_like(error, ridge)]).where(is_better, best)
+        best_CK = weight_CK.where(is_better, best_CK)
+    error, ridge = best.tolist()  # only now does a GPU's host wait
+    if math.isinf(error):
         raise UnresolvedError
-    return best
+    return Ridge(ridge, error, best_CK)

@@ -123,4 +123,5 @@ class LayerStream:
             for name, of_name in sums.items():
                 for of_expert, vectors_ND in zip(of_name, seen[name], strict=True):
                     of_expert.add(index, vectors_ND)
-        return {units.kind: [gram_sums.of_all_ranks(owner) for gram_sums in sums[units.output]] for units in kinds}
+        totals = iter(GramSums.of_all_ranks([each for of_kind in sums.values() for each in of_kind], owner))
+        return {units.kind: [next(totals) for _ in sums[units.output]] for units in kinds}

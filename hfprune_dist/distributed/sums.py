@@ -66,22 +66,26 @@ class Float64Sum:
         """Add a micro-batch's term, of any dtype."""
         self._sum += term
 
-    def of_all_ranks(self, owner: int | None = None) -> Tensor:
-        """Return the sum, float64, on the device; collective, and nothing can be added afterwards.
+    @classmethod
+    def of_all_ranks(cls, sums: Sequence[Float64Sum], owner: int | None = None) -> list[Tensor]:
+        """Return sums of one layer, float64, on the device; collective, and nothing can be added afterwards.
 
         Args:
-            owner: the only rank that needs it; on others, what is returned means nothing. None if all do.
+            owner: the only rank that needs them; on others, what is returned means nothing. None if all do.
 
         Raises:
-            UserError: on each rank that needs it, if it is NaN or infinite.
+            UserError: on each rank that needs them, if one is NaN or infinite.
         """
-        if owner is None:
-            self._world.all_reduce(self._sum)
-        elif self._world.size > 1:
-            self._world.reduce(self._sum, owner)
-        if owner in (None, self._world.rank) and not self._sum.sum().isfinite():
-            raise unusable_activations(self._number, "values are NaN or infinite")
-        return self._sum
+        first, totals = sums[0], [each._sum for each in sums]
+        for total in totals:
+            if owner is None:
+                first._world.all_reduce(total)
+            elif first._world.size > 1:
+                first._world.reduce(total, owner)
+        is_needed = owner in (None, first._world.rank)
+        if is_needed and not torch.stack([total.sum() for total in totals]).isfinite().all():  # for a GPU, one wait
+            raise unusable_activations(first._number, "values are NaN or infinite")
+        return totals
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class GramSums:
         if len(vectors_ND):
             (self._held_out if is_held_out(index, self._micro_batches) else self._fitted).add(gram_matrix(vectors_ND))
 
-    def of_all_ranks(self, owner: int | None = None) -> Grams:
+    @classmethod
+    def of_all_ranks(cls, sums: Sequence[GramSums], owner: int | None = None) -> list[Grams]:
         """The sums over all ranks; collective, see ``Float64Sum.of_all_ranks``."""
-        return Grams(self._fitted.of_all_ranks(owner), self._held_out.of_all_ranks(owner))
+        totals = Float64Sum.of_all_ranks([part for each in sums for part in (each._fitted, each._held_out)], owner)
+        return [Grams(*pair) for pair in zip(totals[::2], totals[1::2], strict=True)]

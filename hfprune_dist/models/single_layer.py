@@ -21,6 +21,7 @@ from hfprune_dist.checkpoints.layer_settings import of_layers
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.gauss_newton import Biases
 from hfprune_dist.core.head import AfterHead
@@ -370,7 +371,7 @@ def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tens
     """
     found = dict(layer.get_submodule(LAYER).named_parameters())
     owned = [part for part in units.owned if part.tensor in found]
-    kept = kept.to(found[owned[0].tensor].device)
+    kept = send(kept, found[owned[0].tensor].device)
     number = output_of(layer, units).in_features // units.channels_per_unit
     entries = {part.tensor: entries_of(kept, part.per_unit, part.parts, number) for part in owned}
     return {part.tensor: found[part.tensor].data.index_select(part.axis, entries[part.tensor]) for part in owned}

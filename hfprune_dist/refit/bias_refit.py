@@ -38,8 +38,9 @@ def find_biases(
         for _, seen in stream.observe(layer, sums):
             for name, total in sums.items():
                 total.add(seen[name][0].sum(dim=0, dtype=torch.float64))
-        means = {name: total.of_all_ranks() / stream.windows_ST.numel() for name, total in sums.items()}
+        totals = Float64Sum.of_all_ranks([*sums.values()]) if is_left else []
         if is_left and stream.world.is_first:
+            means = {name: total / stream.windows_ST.numel() for name, total in zip(sums, totals, strict=True)}
             biases = {
                 f"{units.output}.bias": _bias(layer, units, kept.of_layer(number, units.kind), means[units.output])
                 for units in kinds

@@ -10,6 +10,7 @@ from operator import getitem
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -84,7 +85,7 @@ def _fitted(
     fewest.
     """
     weight_CD = output_of(layer, units).weight.data
-    channels = {count: entries_of(it, units.channels_per_unit).to(weight_CD.device) for count, it in kept.items()}
+    channels = {count: send(entries_of(it, units.channels_per_unit), weight_CD.device) for count, it in kept.items()}
     fitted, held_out = (Projection(weight_CD, it) for it in (grams.fitted_DD, grams.held_out_DD))
     fewest_K = channels[min(channels)]
     weights: dict[int, Tensor] = {}

@@ -75,7 +75,9 @@ class Reconstruction:
         fitted, whole = (MlpWeights(rows_KC, down_CK) for down_CK in solution)
         known = [index for index in self._inputs if not is_held_out(index, self._micro_batches)]
         step = self._step(fitted, problems.fitted.gram_KK, known, iterations)
-        errors = [self._held_out_error(fitted.plus(step, length)) for length in STEP_LENGTHS]
+        found = torch.stack([self._held_out_error(fitted.plus(step, length)) for length in STEP_LENGTHS])
+        self._world.all_reduce(found)
+        errors = found.tolist()
         if not all(map(math.isfinite, errors)):
             raise unusable_activations(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
@@ -93,17 +95,17 @@ class Reconstruction:
         hidden_size, kept = start.down_CK.shape
         curvature_shapes = [*([kept] for _ in start.rows_KC), [hidden_size, hidden_size]]
         *rows_K, inputs_CC = self._sum(curvature_shapes, map(Linearized.curvature, around()))
-        (tokens,) = self._sum([[]], ((torch.tensor(len(self._inputs[index])),) for index in indices))
-        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, hidden_KK, int(tokens))
+        tokens = sum(self._world.all_gather(sum(len(self._inputs[index]) for index in indices)))
+        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, hidden_KK, tokens)
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)
             return MlpWeights.of(*self._sum(shapes, (at.backward(at.forward(rounded)).tensors() for at in around())))
 
-        def length(change: MlpWeights) -> float:
+        def length(change: MlpWeights) -> Tensor:
             rounded = change.to(self._dtype)
             squares = ((at.forward(rounded).square().sum(dtype=torch.float64),) for at in around())
-            return float(self._sum([[]], squares)[0])
+            return self._sum([[]], squares)[0]
 
         targets = map(self._target, indices)
         missing = (at.backward(next(targets) - at.output()).tensors() for at in around())
@@ -139,13 +141,12 @@ class Reconstruction:
             self._world.all_reduce(total)
         return tuple(total.float() for total in sums)
 
-    def _held_out_error(self, weights: MlpWeights) -> float:
-        """Squared error on the held-out windows of all ranks."""
+    def _held_out_error(self, weights: MlpWeights) -> Tensor:
+        """Squared error on the held-out windows of this rank, float64."""
         rounded = weights.to(self._dtype)
         error = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for index in self._inputs:
             if is_held_out(index, self._micro_batches) or self._micro_batches == 1:
                 missing_NC = self._target(index) - self._linearized(rounded, index).output()
                 error += missing_NC.square().sum(dtype=torch.float64)
-        self._world.all_reduce(error)
-        return float(error)
+        return error

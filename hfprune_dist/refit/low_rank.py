@@ -52,7 +52,8 @@ def compress_layers(
             for _, seen in stream.observe(layer, squares, stay=True):
                 for name, total in squares.items():
                     total.add(seen[name][0].double().square().sum(dim=0))
-            read = {name: channel_norms(it.of_all_ranks(), len(stream.windows_ST)) for name, it in squares.items()}
+            totals = zip(squares, Float64Sum.of_all_ranks([*squares.values()]), strict=True)
+            read = {name: channel_norms(total_I, len(stream.windows_ST)) for name, total_I in totals}
             if stream.world.is_first:
                 factors: dict[str, Tensor] = {}
                 for projection, ranks in shape.ranks.items():

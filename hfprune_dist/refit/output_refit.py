@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.gram import UnresolvedError, gram_matrix
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
 from hfprune_dist.core.portions import wide_product, widened
@@ -72,11 +73,9 @@ class TargetSums:
 
     def of_all_ranks(self) -> Problems:
         """The sums over all ranks; collective, see ``Float64Sum.of_all_ranks``."""
-
-        def problem(energy: Float64Sum, cross: Float64Sum, gram: Float64Sum) -> LeastSquares:
-            return LeastSquares(energy.of_all_ranks(), cross.of_all_ranks(), gram.of_all_ranks(), self._old_CK)
-
-        return Problems(*(problem(*sums) for sums in self._sums))
+        totals = Float64Sum.of_all_ranks([each for sums in self._sums for each in sums])
+        parts = (totals[:3], totals[3:])
+        return Problems(*(LeastSquares(energy, cross, gram, self._old_CK) for energy, cross, gram in parts))
 
 
 class Solution(NamedTuple):
@@ -173,7 +172,7 @@ def _solved(layer: nn.Module, units: Units, kept_U: Tensor, grams: Sequence[Gram
     for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), grams, strict=True)):
         first = weight_CD.shape[1] // units.channels_per_unit * expert
         channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
-        problems = Problems.of_kept(weight_CD, of_expert, channels_K.to(weight_CD.device))
+        problems = Problems.of_kept(weight_CD, of_expert, send(channels_K, weight_CD.device))
         solved.append(solve(problems, expert=is_expert).whole_CK)
     return solved
 

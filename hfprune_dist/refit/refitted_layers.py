@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.checkpoints.tensor_files import SavedLayers
+from hfprune_dist.core.devices import fetch, send
 from hfprune_dist.models.single_layer import output_of, put_weights
 
 
@@ -26,7 +27,7 @@ class RefittedLayers(SavedLayers):
         self._checkpoint = checkpoint
 
     def rounded(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Round some of a layer's tensors, by their names within it, to the checkpoint's dtypes; on the CPU.
+        """Round some of a layer's tensors, by their names within it, to the checkpoint's dtypes; on any device.
 
         Raises:
             UserError: as ``as_stored`` does.
@@ -39,19 +40,19 @@ class RefittedLayers(SavedLayers):
             rounded[name] = as_stored(
                 self._checkpoint, stored, tensor, like=like, otherwise="choose a method with another refit"
             )
-        return {name: tensor.cpu().contiguous() for name, tensor in rounded.items()}
+        return rounded
 
     def write_rounded(self, number: int, tensors: Mapping[str, Tensor], **more: Tensor) -> None:
         """Publish a layer: its new tensors, by their names within it, rounded; and what else is to be kept."""
         prefix = self._checkpoint.units.tensor(number, "")
         rounded = {prefix + name: tensor for name, tensor in self.rounded(number, tensors).items()}
-        self.write(number, rounded | more)
+        self.write(number, fetch(rounded | more))
 
     def weights(self, number: int, like: Tensor) -> dict[str, Tensor]:
         """A layer's new tensors, by their names within it, with the dtype and on the device of another tensor."""
         prefix = self._checkpoint.units.tensor(number, "")
         names = [name for name in self.names(number) if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.tensor(number, name).to(like) for name in names}
+        return {name.removeprefix(prefix): send(self.tensor(number, name), like.device).to(like) for name in names}
 
     def install(self, number: int, layer: nn.Module) -> None:
         """Give a pruned layer its refitted weights."""

@@ -137,10 +137,9 @@ class SequentialRefit:
         for units in self._attention:
             read: States = {}
             solution, _ = self._solved(number, layer, units, dense, read=read)
-            fitted = {f"{units.output}.weight": solution.whole_CK}
             # As rank 0 will save it; every rank has the same bits to round.
-            like = output_of(layer, units).weight
-            put_weights(layer, {name: it.to(like) for name, it in self._fitted.rounded(number, fitted).items()})
+            fitted = self._fitted.rounded(number, {f"{units.output}.weight": solution.whole_CK})
+            put_weights(layer, {name: it.to(output_of(layer, units).weight) for name, it in fitted.items()})
             tensors |= fitted
             for index, residual_BTC in self._stream.standing():
                 output_NC = output_of(layer, units)(to_device(read.pop(index), self._world.device))

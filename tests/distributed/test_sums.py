@@ -34,7 +34,7 @@ def grams_of(batches, ranks):
         for index in range(world.rank, len(batches), world.size):
             for of_expert, vectors in zip(sums, batches[index], strict=True):
                 of_expert.add(index, vectors)
-        return [it.of_all_ranks() for it in sums]
+        return GramSums.of_all_ranks(sums)
 
     found = Ranks(ranks).run(work)
     for others in found[1:]:
