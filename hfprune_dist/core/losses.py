@@ -3,14 +3,16 @@
 They take float32 or float64 logits [tokens, vocabulary], which they overwrite, and return in the same dtype the loss of
 each token, in nats, and its gradient.
 
-Random numbers are drawn per window, from a generator seeded with the sweep's seed and the window's number. So chunks of
-tokens, micro-batches and ranks don't change them, and they are the same on every device.
+Random numbers depend on the sweep's seed and the window's number alone: chunks of tokens, micro-batches and ranks don't
+change them. A CPU draws signs from torch's generator, which other devices don't have: they make theirs by counting, so
+that nothing waits for the host. Both are fair coins, but other ones.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,25 +82,64 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
 
 
 def random_signs_of(batch: Batch) -> LogitGradient:
-    """Return ``random_signs_gradient`` of some rows of a batch, with signs drawn for each window."""
-    tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
-
-    @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
-    def bits_of(window: int, group: int) -> Tensor:
-        return send(draw_sign_bits(batch.seed, window, group, batch.vocabulary), device)
+    """Return ``random_signs_gradient`` of some rows of a batch, with signs of each window's own."""
+    bits_of = _drawn_bits(batch) if batch.input_ids_BT.device.type == "cpu" else _counted_bits(batch)
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
-        bits, start = [], rows.numbers.start
-        while start < rows.numbers.stop:
-            place, token = divmod(start, tokens)
-            group, first = divmod(token, SIGN_TOKENS)
-            count = min(rows.numbers.stop - start, tokens - token, SIGN_TOKENS - first)
-            bits.append(bits_of(batch.windows[place], group)[first : first + count])
-            start += count
-        signs_NV = signs_of(torch.cat(bits), batch.vocabulary, rows.logits_NV.dtype)
+        signs_NV = signs_of(bits_of(rows.numbers), batch.vocabulary, rows.logits_NV.dtype)
         return random_signs_gradient(rows.logits_NV, signs_NV)
 
     return gradient
+
+
+def _drawn_bits(batch: Batch) -> Callable[[slice], Tensor]:
+    """Return a function of rows of a batch: random bits for every word, as ``draw_sign_bits`` packs them."""
+    tokens = batch.input_ids_BT.shape[1]
+
+    @functools.lru_cache(maxsize=1)  # rows come in order, a few at a time
+    def bits_of(window: int, group: int) -> Tensor:
+        return draw_sign_bits(batch.seed, window, group, batch.vocabulary)
+
+    def of_rows(numbers: slice) -> Tensor:
+        bits, start = [], numbers.start
+        while start < numbers.stop:
+            place, token = divmod(start, tokens)
+            group, first = divmod(token, SIGN_TOKENS)
+            count = min(numbers.stop - start, tokens - token, SIGN_TOKENS - first)
+            bits.append(bits_of(batch.windows[place], group)[first : first + count])
+            start += count
+        return torch.cat(bits)
+
+    return of_rows
+
+
+def _counted_bits(batch: Batch) -> Callable[[slice], Tensor]:
+    """Return the same as ``_drawn_bits``, made where the batch is by hashing the place of each 64 of them."""
+    tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
+    digests = [_digest(batch.seed, window, "signs") for window in batch.windows]
+    keys_B = send(torch.tensor([int.from_bytes(it[:8], "little", signed=True) for it in digests]), device)
+    words_W = torch.arange(-(-batch.vocabulary // 64), device=device)
+
+    def of_rows(numbers: slice) -> Tensor:
+        rows_N1 = torch.arange(numbers.start, numbers.stop, device=device)[:, None]
+        places_NW = rows_N1 % tokens * len(words_W) + words_W
+        return split_mix(keys_B[rows_N1 // tokens], places_NW).view(torch.uint8)
+
+    return of_rows
+
+
+def split_mix(key: Tensor, places: Tensor) -> Tensor:
+    """Return the random numbers at some places, from 0 on, of a key's sequence: SplitMix64 (Steele et al. 2014), int64
+    for uint64.
+    """
+    mixed = key + (places + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * factor
+    return mixed ^ _shifted(mixed, 31)
+
+
+def _shifted(number: Tensor, places: int) -> Tensor:
+    return number >> places & (1 << 64 - places) - 1  # without copies of the sign
 
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
@@ -125,8 +166,11 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def window_generator(seed: int, window: int, purpose: str) -> torch.Generator:
     """Return the source of a calibration window's random numbers for some purpose; on the CPU."""
-    digest = hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, window, purpose)[:4], "little"))
+
+
+def _digest(seed: int, window: int, purpose: str) -> bytes:
+    return hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
 
 
 def summed_divergence(

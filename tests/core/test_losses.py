@@ -5,16 +5,18 @@ import itertools
 import pytest
 import torch
 
-from hfprune_dist.core import head
+from hfprune_dist.core import head, losses
 from hfprune_dist.core.head import Batch, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
+    _counted_bits,
     cross_entropy_gradient,
     distillation_gradient,
     draw_sign_bits,
     entropy_gradient,
     random_signs_gradient,
     signs_of,
+    split_mix,
     summed_divergence,
 )
 from hfprune_dist.methods import CRITERIA
@@ -87,20 +89,37 @@ def test_over_all_signs_the_expectation_is_the_exact_fisher_matrix():
     torch.testing.assert_close(total, p.diag() - p.outer(p), rtol=1e-12, atol=1e-14)
 
 
-def test_signs_are_fair_and_independent_and_depend_on_the_seed_and_the_window():
+def counted_bits(seed, window, tokens, vocabulary):
+    batch = Batch(torch.zeros(1, tokens, dtype=torch.int64), [window], vocabulary, seed)
+    return _counted_bits(batch)(slice(0, tokens))
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_signs_are_fair_and_independent_and_depend_on_the_seed_and_the_window(counts):
     groups = [draw_sign_bits(0, 5, group, 101) for group in range(7)]
-    drawn = signs_of(torch.cat(groups)[:400], 101, torch.float32)
+    bits = counted_bits(0, 5, 400, 101) if counts else torch.cat(groups)[:400]
+    drawn = signs_of(bits, 101, torch.float32)
     assert drawn.shape == (400, 101) and set(drawn.unique().tolist()) == {-1.0, 1.0}
     assert drawn.mean(0).abs().max() < 5 / 400**0.5
     assert (drawn.T @ drawn / 400 - torch.eye(101)).abs().max() < 5.5 / 400**0.5
-    bits = draw_sign_bits(1, 2, 9, 70)
-    assert torch.equal(draw_sign_bits(1, 2, 9, 70), bits)
-    for other in ((1, 2, 8), (1, 3, 9), (2, 2, 9), (12, 0, 9)):
-        assert not torch.equal(draw_sign_bits(*other, 70), bits)
+    draw = counted_bits if counts else draw_sign_bits
+    assert torch.equal(draw(1, 2, 9, 70), draw(1, 2, 9, 70))
+    for other in ((1, 3, 9), (2, 2, 9), (12, 0, 9), *([] if counts else [(1, 2, 8)])):
+        assert not torch.equal(draw(*other, 70), draw(1, 2, 9, 70))
 
 
-@pytest.mark.parametrize("criterion", ["cross_entropy", "fisher_signs"])
-def test_neither_chunks_nor_micro_batches_change_labels_or_signs(criterion):
+def test_counting_makes_the_published_sequence():
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = split_mix(torch.tensor(1234567), torch.arange(4))
+    assert [it % 2**64 for it in found.tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("criterion", "counts"), [("cross_entropy", False), ("fisher_signs", False), ("fisher_signs", True)]
+)
+def test_neither_chunks_nor_micro_batches_change_labels_or_signs(monkeypatch, criterion, counts):
+    if counts:  # as on a GPU
+        monkeypatch.setattr(losses, "_drawn_bits", _counted_bits)
     windows, tokens, vocabulary = (7, 3), 2 * SIGN_TOKENS + 20, 40
     input_ids = torch.randint(vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
     logits = some_logits(2 * tokens, vocabulary)
