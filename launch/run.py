@@ -88,7 +88,7 @@ def run_missing(prepared: Prepared) -> int | None:
     if (profile := request.profile) is None:
         _run_here(prepared, LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation), on_end)
     else:
-        jobs = partial(NewJobs, provenance, profile, profile.max_running, prepared.cancellation)
+        jobs = partial(NewJobs, provenance, profile, prepared.cancellation)
         code = run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=request.follow, on_end=on_end)
     hashes.save()
     return code
@@ -147,6 +147,7 @@ def _clean_up(prepared: Prepared) -> None:
 def _exit_code(sweep: Sweep) -> int:
     """Return 0 if nothing is missing, 2 if the user can fix the cause, else 1."""
     missing = sweep.plan.lacking(lambda stage_id: sweep.store.handle(stage_id).is_committed())
-    failures = [Ledger(sweep.store).failure(stage_id) for stage_id in missing]
+    tried = (stage_id for stage_id in missing if not {*missing} & {*sweep.plan.stages[stage_id].needs})
+    failures = [Ledger(sweep.store).failure(stage_id) for stage_id in tried]  # what others ended by is older
     is_input = any(failure is not None and failure.cause == UserError.CAUSE for failure in failures)
     return UserError.EXIT_CODE if is_input else int(bool(missing))

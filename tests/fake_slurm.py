@@ -159,8 +159,8 @@ class FakeLauncher(Launcher):
 
     def __init__(self, store: Store, plan: Plan, max_running=None, resources=RESOURCES, clock=None, delays=(1.0, 2.0)):
         self.clock, self.told = clock or Clock(), []
-        cancellation, profile = Cancellation(store.root), Profile("test", resources, None)
-        new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, max_running, cancellation, Path("/code"))
+        cancellation, profile = Cancellation(store.root), Profile("test", resources, max_running)
+        new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, cancellation, Path("/code"))
         slurm = commands.SlurmCommands(self.clock.sleep, delays)
         super().__init__(store, plan, new_jobs, slurm, self.told.append, clock=self.clock)
 

@@ -37,8 +37,8 @@ from hfprune_dist.store.stage import Stage
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
 FAILURES = "failure.*.json"
-# The cause of an attempt that made the artifact, and those of attempts whose ends say nothing about the stage.
-DONE, INTERRUPTED, NOT_RUN = "done", "interrupted", "not run"
+# The cause of an attempt that made the artifact, and that of one whose end says nothing about the stage.
+DONE, INTERRUPTED = "done", "interrupted"
 # That of attempts whose ends nobody recorded, once there is a later one.
 CUT_OFF = "cut off"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
@@ -100,7 +100,7 @@ class End:
 
     Attributes:
         cause: done; input (the user can fix it), lost input (an artifact must be made again), code (we must fix it),
-            out of memory, or killed (from outside); a backend may give others, e.g. bad node.
+            out of memory, killed (from outside), interrupted (nothing is wrong with the stage), or cancelled.
         message: for the user.
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
         rank: the rank that failed; -1 for an attempt.
@@ -132,7 +132,7 @@ class End:
         """Sorts ends of ranks, the best explanation first: bad input explains more than any error of ours, and errors
         that only report the loss of another rank explain least. Time decides only among equals: clocks of hosts differ.
         """
-        ours = self.cause in ("code", "killed")
+        ours = self.cause == "code"
         return not self.cause.endswith("input"), ours, self.is_consequence, self.at, self.rank
 
     @property
@@ -270,15 +270,15 @@ class Ledger:
         write_json(attempt.folder / INTENT, asdict(intent))
         return attempt
 
+    def last_end(self, stage_id: str) -> End | None:
+        """Return how the last attempt at a stage ended, or what its ranks say while that is not recorded."""
+        attempts = self.attempts_at(stage_id)
+        return (attempts[-1].end or next(iter(attempts[-1].failures()), None)) if attempts else None
+
     def failure(self, stage_id: str) -> End | None:
-        """Return why the last attempt at a stage failed: its end, or what its ranks say while none is recorded; None if
-        it has not failed.
-        """
-        for attempt in self.attempts_at(stage_id)[-1:]:
-            end = attempt.end or next(iter(attempt.failures()), None)
-            if end is not None and end.cause not in (DONE, INTERRUPTED, NOT_RUN):
-                return end
-        return None
+        """Return why the last attempt at a stage failed; None if it has not failed."""
+        end = self.last_end(stage_id)
+        return None if end is None or end.cause in (DONE, INTERRUPTED) else end
 
     def ends(self, stage_id: str) -> list[tuple[Attempt, End | None]]:
         """Return the attempts at a stage, first to last, each with its end, also if nobody was there to record it; None

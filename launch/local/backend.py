@@ -17,7 +17,7 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import unwritable
-from hfprune_dist.store.attempts import DONE, INTERRUPTED, NOT_RUN, Attempt, End, Ledger, end_of_log, local_log
+from hfprune_dist.store.attempts import DONE, INTERRUPTED, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_dist.store.claims import Cancellation, Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Stage
@@ -98,7 +98,7 @@ class LocalBackend:
                 left = next(iter(attempt.failures()), End("input", full, time.time()) if full else None)
                 cause, message = explain_death(left, codes, log)
         except ClaimLostError as lost:
-            cause, message = (DONE, "") if handle.is_done() else (NOT_RUN, str(lost))
+            cause, message = (DONE, "") if handle.is_done() else (INTERRUPTED, str(lost))
         finally:
             end = End(cause, message, time.time())
             with contextlib.suppress(OSError):  # a full disk has no room for it

@@ -23,31 +23,27 @@ class Cause(StrEnum):
     DONE = "done"
     """The artifact is there and verified."""
     INTERRUPTED = "interrupted"
-    """By preemption, once all was saved, or by the time limit while it got further; it goes on from there."""
-    BAD_NODE = "bad node"
-    """A node died, or can't run the stage."""
+    """Nothing is wrong with the stage: its job was preempted once all was saved, met the time limit while it got
+    further, or never began the stage (its launcher died while it submitted, a job that it needs did not succeed, or
+    another process had the stage)."""
     KILLED = "killed"
-    """A rank died without a message, waited in vain for another one, or met the time limit and got no further."""
+    """From outside: a node died, or could not run the stage; a rank died without a message, or waited in vain for
+    another one; or the job met its time limit and got no further."""
     LOST_INPUT = "lost input"
     """An artifact that the stage reads, or has made, is damaged or gone; it is made again."""
-    NOT_RUN = "not run"
-    """The job never began the stage: its launcher died while it submitted, a job that it needs did not succeed, or
-    another process had the stage."""
     OUT_OF_MEMORY = "out of memory"
     CANCELLED = "cancelled"
     INPUT = "input"
-    """The user can correct it, in the profile too."""
+    """The user can correct it, in the profile or on the disk too."""
     CODE = "code"
     """A mistake in this project."""
 
 
 # Cause -> how often a launcher tries again by itself; 0 for the others. A new run of the command always tries again.
 RETRIES: Mapping[str, int] = {
-    Cause.INTERRUPTED: 1000,
-    Cause.BAD_NODE: 5,
-    Cause.KILLED: 2,
+    Cause.INTERRUPTED: 1000,  # a job may be dropped each time that one which it needs is interrupted
+    Cause.KILLED: 3,
     Cause.LOST_INPUT: 2,
-    Cause.NOT_RUN: 100,  # a job may be dropped each time that one which it needs is interrupted
 }
 
 LOG_TAIL_LINES = 12
@@ -59,25 +55,28 @@ LAUNCH_FAILED = re.compile(r"requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
 # What srun says if the controller, which may restart between two stages, does not answer.
 NO_CONTROLLER = "Unable to (confirm allocation|create step).*(contact slurm controller|timed out|onnection refused)"
 MEMORY = "it ran out of memory; give the stage more nodes or memory"
-# States of Slurm's that need no further explanation.
+# States of Slurm's, or reasons for them, that need no further explanation.
 STATES = {
-    "NODE_FAIL": (Cause.BAD_NODE, "its node failed"),
-    "BOOT_FAIL": (Cause.BAD_NODE, "its node did not boot"),
-    "LAUNCH_FAILED": (Cause.BAD_NODE, "its node could not launch it"),
+    **dict.fromkeys(("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED"), (Cause.KILLED, "its node failed")),
     "PREEMPTED": (Cause.INTERRUPTED, "it was preempted"),
-    "DEADLINE": (Cause.INPUT, "it met the deadline that the profile's sbatch sets; set a later one"),
+    "BadConstraints": (Cause.INPUT, "no node suits; check the profile"),
     "OUT_OF_MEMORY": (Cause.OUT_OF_MEMORY, MEMORY),
 }
-# Words of Slurm and of drivers, for which ranks have none of their own.
+# Words of Slurm and of drivers, for which ranks have none of their own, and of ranks that could record none.
 WORDS = (
+    (
+        "no space left on device|disk quota exceeded|read-only file system",
+        Cause.INPUT,
+        "it could not write; mend that, and run the same command again",
+    ),
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
         r"slurm.*prolog.*(fail|error)|couldn't chdir to|stale file handle|invalid job credential|munge decode failed"
-        r"|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA driver version is insufficient",
-        Cause.BAD_NODE,
+        r"|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA driver version is insufficient"
+        rf"|{NO_CONTROLLER}",
+        Cause.KILLED,
         "a node could not run it; if that persists, tell the cluster's administrators",
     ),
-    (NO_CONTROLLER, Cause.BAD_NODE, "its node could not reach Slurm's controller"),
     (
         r"invalid mpi type|mpi plugin|plugin name for mpi/|unable to satisfy cpu bind|cpu binding outside"
         r"|are mutually exclusive|srun: ((error: )?unable to create step|fatal|unrecognized option|invalid option)",
@@ -98,7 +97,7 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
 def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> tuple[str, str]:
     """Return cause and message; what explains most comes first."""
     if attempt.job_id is None:
-        return Cause.NOT_RUN, "the launcher died while it submitted"
+        return Cause.INTERRUPTED, "the launcher died while it submitted"
     name, runs, tail = f"job {attempt.job_id}", attempt.runs(), log_tail(attempt.logs())
     state, reason = (job.state, job.reason) if job is not None else (FORGOTTEN, "")
     nodes = f" on {job.nodes}" if job is not None and job.nodes else ""
@@ -106,14 +105,12 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     text = "\n".join(end_of_log(log, LOG_TAIL_BYTES).rpartition(START)[2] for log in attempt.logs())  # the last start's
     if how == "cancelled" or state == "CANCELLED":
         return _cancelled(ledger, attempt, reason, has_started=bool(runs))
-    if (state, reason) == ("FAILED", "BadConstraints"):
-        return Cause.INPUT, f"{name} (BadConstraints): no node suits; check the profile"
     if attempt.intent.leader and not (runs or attempt.logs() or attempt.exit_record()):
-        return Cause.NOT_RUN, f"{name} ended before it came to this stage"
+        return Cause.INTERRUPTED, f"{name} ended before it came to this stage"
     if how == "done":
         return Cause.LOST_INPUT, f"{name} made its artifact, which has been damaged or removed since"
     if how == "duplicate":
-        return Cause.NOT_RUN, f"{name} left the stage to another process that has claimed it"
+        return Cause.INTERRUPTED, f"{name} left the stage to another process that has claimed it"
     said = [each for each in attempt.failures() if not each.is_consequence]
     if said and said[0].cause != Cause.CODE:
         return said[0].cause, said[0].message
@@ -124,8 +121,8 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         reached = f"{name} reached its time limit of {attempt.intent.time_minutes} minutes before it had saved"
         cause = Cause.INTERRUPTED if _got_further(ledger, stage) else Cause.KILLED
         return cause, f"{reached}; raise time_minutes or signal_seconds in the profile"
-    if state in STATES:
-        return STATES[state][0], f"{name}{nodes}: {STATES[state][1]}\n{tail}".rstrip()
+    if told := STATES.get(state) or STATES.get(reason):
+        return told[0], f"{name}{nodes}: {told[1]}\n{tail}".rstrip()
     for words, cause, meaning in WORDS:
         if line := re.search(f"^.*({words}).*$", text, re.IGNORECASE | re.MULTILINE):
             return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
@@ -135,7 +132,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
         return Cause.INPUT, why
     if not runs and not attempt.logs():
         if state == FORGOTTEN:
-            return Cause.NOT_RUN, f"{name} never began, and Slurm has forgotten why"
+            return Cause.INTERRUPTED, f"{name} never began, and Slurm has forgotten why"
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
         return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
     return Cause.KILLED, f"{name} ({state}): a rank died without a message\nits log ends with:\n{tail}"
@@ -157,11 +154,11 @@ def _cancelled(ledger: Ledger, attempt: Attempt, reason: str, has_started: bool)
     """
     name, needs = f"job {attempt.job_id}", attempt.intent.needs
     if LAUNCH_FAILED.search(reason):
-        return Cause.BAD_NODE, f"{name} could not be started and would have waited for ever: {reason}"
+        return Cause.KILLED, f"{name} could not be started and would have waited for ever: {reason}"
     waited = has_started or reason == DEPENDENCY or reason.startswith("JobHeld")
     lacks = not waited and any(not ledger.store.handle(need).is_done() for need in needs)
     if lacks or (reason == NEVER and needs):
-        return Cause.NOT_RUN, f"{name} was dropped, as a job on which it depends did not succeed"
+        return Cause.INTERRUPTED, f"{name} was dropped, as a job on which it depends did not succeed"
     return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
 
 

@@ -65,7 +65,7 @@ def run_on_slurm(
     require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version(), tell)
+    snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version())
     screen = _Screen(console, sweep)
     launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), screen.tell)
 
@@ -175,7 +175,7 @@ def cancel_jobs(
 def show_jobs(
     console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
 ) -> None:
-    """Show what would be submitted: every batch script, and the GPU-hours that all may take at most."""
+    """Show what would be submitted: every batch script."""
     stages, serves = sweep.plan.stages, served_by(sweep.plan)
     done = {stage_id for stage_id in stages if verdicts[stage_id].state == "done"}
     todo = sweep.plan.lacking(done.__contains__)
@@ -184,12 +184,10 @@ def show_jobs(
         for stage in stages.values()
     }
     jobs = to_submit(states, profile.allocation)
-    first, gpu_hours, core_hours = {stage_id: chain[0] for chain in jobs for stage_id in chain}, 0.0, 0.0
+    first = {stage_id: chain[0] for chain in jobs for stage_id in chain}
     for chain in jobs:
         needs = {first[need] for stage_id in chain for need in stages[stage_id].needs if need in first} - {chain[0]}
         resources = profile.of_job([kind_of(stage_id) for stage_id in chain])
-        gpu_hours += resources.gpus * resources.time_minutes / 60
-        core_hours += resources.cores * resources.time_minutes / 60
         # <...> stands for what is known only when it is submitted.
         request = Request(
             resources=resources,
@@ -201,10 +199,7 @@ def show_jobs(
         )
         say(console, "\n# " + ", then ".join(f"{stages[each].kind} {stages[each].label}" for each in chain))
         say(console, batch_script(request))
-    console.print(
-        f"{counted(len(todo), 'stage')} in {counted(len(jobs), 'job')}; at most {gpu_hours:,.1f} GPU-hours and "
-        f"{core_hours:,.1f} core-hours, if each job used up its time limit once"
-    )
+    say(console, f"{counted(len(todo), 'stage')} in {counted(len(jobs), 'job')}")
 
 
 class _Screen:

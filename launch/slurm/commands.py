@@ -43,7 +43,6 @@ SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
 SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 3 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
 # What sbatch --parsable prints; sites may print notes before and after it.
 SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
-DEPENDENCY_PROBLEM = re.compile("job dependency problem", re.IGNORECASE)
 INVALID_JOB_ID = re.compile("Invalid job id", re.IGNORECASE)
 
 # Live, but on no node; in the last three Slurm holds a job until somebody releases or cancels it.
@@ -126,7 +125,7 @@ class SlurmCommands:
             raise NotNowError(f"{limit}; {BELOW_THE_LIMIT}")
         if result.returncode == 0 or _is_transient(result):
             raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
-        if DEPENDENCY_PROBLEM.search(result.stderr):
+        if "job dependency problem" in result.stderr.lower():
             raise NotNowError(f"{_last_line(result.stderr)}; tried again")
         raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}")
 

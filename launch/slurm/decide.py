@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from graphlib import TopologicalSorter
 from itertools import groupby, pairwise
 
 from hfprune_launch.slurm.causes import LAUNCH_FAILED, RETRIES
@@ -110,15 +111,13 @@ def to_submit(states: Mapping[str, StageState], resources: Callable[[str], objec
         return [chain]
 
     alike = [list(chain) for group in groups.values() for _, chain in groupby(group, resources)]
-    left = [part for chain in alike for part in parts(chain)]
-    ordered: list[list[str]] = []
-    while left:
-        missing = {stage_id for chain in left for stage_id in chain}
-        first = [chain for chain in left if not any(missing & {*states[each].needs} - {*chain} for each in chain)]
-        assert first, f"jobs that wait for each other: {left}"
-        ordered += first
-        left = [chain for chain in left if chain not in first]
-    return ordered
+    jobs = {part[0]: part for chain in alike for part in parts(chain)}
+    first = {stage_id: part[0] for part in jobs.values() for stage_id in part}
+    waits = {
+        name: {first[need] for each in part for need in states[each].needs if need in first} - {name}
+        for name, part in jobs.items()
+    }
+    return [jobs[name] for name in TopologicalSorter(waits).static_order()]
 
 
 def _submittable(states: Mapping[str, StageState]) -> list[str]:

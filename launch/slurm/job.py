@@ -52,7 +52,7 @@ FRUITLESS_STARTS = 3
 class NodeError(UserError):
     """A node, or the part of it that the job was given, can't run the stage; another node may."""
 
-    CAUSE = Cause.BAD_NODE
+    CAUSE = Cause.KILLED
 
 
 def main(folder: Path) -> None:
@@ -72,9 +72,7 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
     """
     local_size = slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
-    if not address:
-        raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
+    address = slurm["SLURM_LAUNCH_NODE_IPADDR"]
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],

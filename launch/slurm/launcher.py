@@ -25,12 +25,13 @@ from hfprune_launch.slurm.commands import (
     SlurmUnavailableError,
     SubmissionRefusedError,
 )
-from hfprune_launch.slurm.decide import Do, StageState, about_job, job_to_wait_for, to_submit
+from hfprune_launch.slurm.decide import Do, about_job, job_to_wait_for, to_submit
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
 from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -47,7 +48,6 @@ SHARE = 10
 PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-CANCELLED = "another command has cancelled this, so nothing more is submitted; run the same command again to go on"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class NewJobs:
 
     provenance: Provenance
     profile: Profile
-    max_running: int | None
     cancellation: Cancellation
     snapshot: Path
 
@@ -92,8 +91,6 @@ class Launcher:
         self._clock = clock
         self._ledger = Ledger(store)
         self.observer = Observer(self._ledger, slurm, clock)
-        # Number of the last attempt at each stage that ended before this command began: a new command tries anew.
-        self._before: dict[str, int] | None = None
 
     def step(self) -> None:
         """Do one round: look at the jobs, do what is to be done about them, then submit what is missing.
@@ -106,12 +103,12 @@ class Launcher:
             job = self.observer.jobs.get(attempt.intent.job_name)
             if job is not None and attempt.job_id is None:
                 self._adopt(attempt, job.job_id)
-        for stage_id, state in self._states().items():
+        for stage_id, state in self.observer.states(self._plan).items():
             if (found := about_job(state)) is not None:
                 self._act(stage_id, *found)
-        if self._before is None:
+        if self.observer.before is None:
             ended = [each for stage_id in self._plan.stages for each in self._ledger.jobs_of(stage_id) if each.end]
-            self._before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
+            self.observer.before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
         self._submit_missing()
 
     def run(self, show: Callable[[], object], follow: bool, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -129,7 +126,8 @@ class Launcher:
                     asked_at = self._clock()
                     self.step()
                     following = self._open()
-                    is_over = not (follow and (following or self._may_submit()))
+                    is_wanted = follow and not self._new_jobs.cancellation.is_requested()
+                    is_over = not (follow and following) and not (is_wanted and self._left())
                 shown_at = self._clock()
                 show()
                 if is_over:
@@ -144,23 +142,18 @@ class Launcher:
             except (OSError, UserError) as error:
                 if not _may_pass(error) or self._clock() - answered_at >= PATIENCE_S:
                     raise
-                message = f"the store can't be read or written ({error}); jobs go on, and it is tried again"
-                self._tell(Event("waiting", message=message))
+                self._tell(Event("waiting", message=f"the store fails ({error}); jobs go on, and it is tried again"))
             sleep(look)
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
-        states = self._states().values()
+        states = self.observer.states(self._plan).values()
         return [self._plan.stages[each.stage_id] for each in states if each.is_wanted and not each.has_attempt]
 
     # Observe.
 
     def _open(self) -> list[Attempt]:
-        attempts = (self._ledger.open_job(stage_id) for stage_id in self._plan.stages)
-        return [attempt for attempt in attempts if attempt is not None]
-
-    def _states(self) -> dict[str, StageState]:
-        return self.observer.states(self._plan, self._before or {})
+        return [each for stage_id in self._plan.stages if (each := self._ledger.open_job(stage_id)) is not None]
 
     def _has_recorded_its_end(self, attempt: Attempt) -> bool:
         """Return whether the store says that a job which ran is over, before Slurm is asked."""
@@ -169,10 +162,9 @@ class Launcher:
             return False
         return attempt.exit_record() is not None or self._store.handle(attempt.intent.stage_id).is_committed()
 
-    def _may_submit(self) -> bool:
-        """Return whether a stage could not be submitted that can be later."""
-        new = self._new_jobs
-        return not new.cancellation.is_requested() and bool(to_submit(self._states(), new.profile.allocation))
+    def _left(self) -> list[list[str]]:
+        """Return the jobs that can be submitted by now, or later in a queue that is full at present."""
+        return to_submit(self.observer.states(self._plan), self._new_jobs.profile.allocation)
 
     # Act on jobs.
 
@@ -189,7 +181,7 @@ class Launcher:
             case Do.CANCEL if job is not None:
                 self._slurm.cancel([job.job_id])
             case Do.CLOSE:
-                self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
+                self._close(stage, attempt, job)
             case Do.SETTLE:
                 self._settle(stage, attempt, job)
             case Do.TELL:
@@ -201,17 +193,21 @@ class Launcher:
         if isinstance(claim, Holder):
             return  # its job lives, or its launcher is submitting it
         try:
-            if job is None:
-                if attempt.job_id is not None:
-                    return  # another launcher has just found it
-                if (found := self._slurm.jobs().get(attempt.intent.job_name)) is not None:
-                    self._adopt(attempt, found.job_id)
-                    return
+            if job is not None:
+                self._close(stage, attempt, job)
+            elif attempt.job_id is not None:
+                pass  # another launcher has just found it
+            elif (found := self._slurm.jobs().get(attempt.intent.job_name)) is not None:
+                self._adopt(attempt, found.job_id)
+            else:
                 if attempt.script.exists():  # otherwise its launcher died before sbatch
                     self._slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
-            self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
+                self._close(stage, attempt, job)
         finally:
             claim.release()
+
+    def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
+        self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
 
     def _end(self, stage: Stage, attempt: Attempt, end: End) -> None:
         """Record how an attempt ended, for the next launcher and the report."""
@@ -232,8 +228,8 @@ class Launcher:
     def _submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         # Under a limit, other launchers must not submit between our look at the queue and our last submission.
-        with nullcontext() if self._new_jobs.max_running is None else self._ledger.locked():
-            missing = to_submit(self._states(), self._new_jobs.profile.allocation)
+        with nullcontext() if self._new_jobs.profile.max_running is None else self._ledger.locked():
+            missing = self._left()
             try:
                 queue = self._queue() if missing else []
                 for chain in missing:
@@ -244,7 +240,7 @@ class Launcher:
 
     def _queue(self) -> list[str]:
         """Return the ids of the store's jobs that wait or run, in the order of their submission, if limited."""
-        if self._new_jobs.max_running is None:
+        if self._new_jobs.profile.max_running is None:
             return []
         jobs = self._slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
         ours = [job.job_id for name, job in jobs.items() if job.is_live and f"-{self._ledger.mark}-" in name]
@@ -252,7 +248,7 @@ class Launcher:
 
     def _require_wanted(self) -> None:
         if self._new_jobs.cancellation.is_requested():
-            raise NotNowError(CANCELLED)
+            raise NotNowError("another command has cancelled this; run the same command again to go on")
 
     def _submit(self, chain: list[Stage], queue: list[str]) -> None:
         """Submit a job that runs stages one after another, up to the first that another launcher has or submits.
@@ -266,7 +262,7 @@ class Launcher:
         if None in jobs:
             return  # what it has to wait for was refused, or has no known id
         dependencies = sorted({f"afterok:{job_id}" for job_id in jobs})
-        if (before := job_to_wait_for(self._new_jobs.max_running, queue)) is not None:
+        if (before := job_to_wait_for(self._new_jobs.profile.max_running, queue)) is not None:
             dependencies.append(f"afterany:{before}")
         with ExitStack() as claims:
             claimed = list(takewhile(partial(self._claim, claims), chain))
@@ -299,8 +295,8 @@ class Launcher:
         attempts: list[Attempt] = []
         for stage in chain:
             leader = attempts[0] if attempts else None
-            limit = resources.time_minutes
-            attempt = self._ledger.begin(stage, resources.ranks, time_minutes=limit, leader=leader, needs=needs)
+            ranks, limit = 1 if KINDS[stage.kind].on_one_rank else resources.ranks, resources.time_minutes
+            attempt = self._ledger.begin(stage, ranks, time_minutes=limit, leader=leader, needs=needs)
             write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = Request(

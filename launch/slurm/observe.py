@@ -26,6 +26,7 @@ class Observer:
     Attributes:
         verified: ids of stages whose artifacts are not verified again.
         jobs: what the last look found out about jobs, by name; nothing of those about which Slurm did not answer.
+        before: number of the last attempt at each stage that ended before this command began, which tries anew.
     """
 
     def __init__(self, ledger: Ledger, slurm: SlurmCommands, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,6 +36,7 @@ class Observer:
         self._since: dict[JobInfo, float] = {}
         self.verified: set[str] = set()
         self.jobs: dict[str, JobInfo] = {}
+        self.before: dict[str, int] | None = None
 
     def look(self, attempts: Iterable[Attempt]) -> None:
         """Ask Slurm about the jobs of open attempts; the controller itself about those that squeue does not list."""
@@ -56,20 +58,13 @@ class Observer:
             self.verified.add(stage_id)
         return stage_id in self.verified
 
-    def states(self, plan: Plan, attempts_before: Mapping[str, int]) -> dict[str, StageState]:
-        """Return the state of every stage, as the last look and the store show it, in plan order.
-
-        Args:
-            attempts_before: number of the last attempt at a stage that this command didn't see end.
-        """
+    def states(self, plan: Plan) -> dict[str, StageState]:
+        """Return the state of every stage, as the last look and the store show it, in plan order."""
         wanted, serves = set(plan.lacking(self.is_done)), served_by(plan)
-        return {
-            stage.id: self._state(stage, serves[stage.id], stage.id in wanted, attempts_before.get(stage.id, 0))
-            for stage in plan.stages.values()
-        }
+        return {each.id: self._state(each, serves[each.id], each.id in wanted) for each in plan.stages.values()}
 
-    def _state(self, stage: Stage, serves: frozenset[str], is_wanted: bool, before: int) -> StageState:
-        attempt = self._ledger.open_job(stage.id)
+    def _state(self, stage: Stage, serves: frozenset[str], is_wanted: bool) -> StageState:
+        attempt, before = self._ledger.open_job(stage.id), (self.before or {}).get(stage.id, 0)
         job = self.jobs.get(attempt.intent.job_name) if attempt is not None else None
         earlier = self._ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
         ends = [end.cause for each in earlier if each.intent.number > before and (end := each.end) is not None]

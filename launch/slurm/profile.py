@@ -74,30 +74,11 @@ class Resources(Section):
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
 
-    @field_validator("sbatch", mode="before")
-    @classmethod
-    def _with_dashes(cls, given: Any) -> Any:
-        return (
-            {str(name).replace("_", "-"): value for name, value in given.items()} if isinstance(given, dict) else given
-        )
-
-    @field_validator("partition", "account", "qos", "constraint", "exclude", "sbatch")
-    @classmethod
-    def _in_one_line(cls, given: Any) -> Any:
-        """Refuse text that would end its line of the batch script, so that a shell would read the rest; and
-        backslashes, which sbatch removes even from text in quotes.
-        """
-        for text in given.values() if isinstance(given, dict) else [given]:
-            if isinstance(text, str) and not (text.isprintable() and "\\" not in text):
-                raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
-        return given
-
     @field_validator("sbatch")
     @classmethod
     def _of_others(cls, sbatch: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(sbatch.keys() & OWN_OPTIONS):
-            instead = "a key of its own, the sweep itself, or SLURM_CLUSTERS sets it"
-            raise ValueError(f"{taken[0]} is not to be given there; {instead}")
+            raise ValueError(f"{taken[0]} is not to be given there; a key, the sweep, or SLURM_CLUSTERS sets it")
         return {name: value for name, value in sbatch.items() if value is not False and value is not None}
 
     @model_validator(mode="after")
@@ -126,10 +107,6 @@ class Resources(Section):
         if found is None or int(found[1]) == 0:
             return None
         return float(int(found[1]) * UNITS[found[2].upper() or "M"])
-
-    @property
-    def cores(self) -> int:
-        return self.ranks * self.cpus_per_task
 
     def device(self, threads: int) -> str:
         """Describe the device of a rank with so many threads, as far as the profile specifies it."""
@@ -189,13 +166,9 @@ def load_profile(name: str, shipped: Path) -> Profile:
 
 
 def _settings(common: Mapping[str, Any], stages: Mapping[Any, Mapping[str, Any]], kind: str) -> dict[str, Any]:
-    """Return the settings of all stages, overridden by a kind's own.
-
-    A kind that runs on a single rank takes at most one GPU of those of all stages; LoRAPrune, being a recovery, has the
-    settings of recovery unless it has its own.
+    """Return the settings of all stages, overridden by a kind's own; LoRAPrune, being a recovery, has those of recovery
+    unless it has its own.
     """
-    if KINDS[kind].on_one_rank:
-        common = {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
     own = stages.get(kind, stages.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
     merged = {**common, **own}
     for key in ("environment", "sbatch"):

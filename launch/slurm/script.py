@@ -17,6 +17,7 @@ from hfprune_launch.slurm.causes import NO_CONTROLLER, START
 from hfprune_launch.slurm.profile import Resources
 from submitit.slurm.slurm import SlurmExecutor
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.attempts import SCRIPT
@@ -156,18 +157,22 @@ def _run_stages(resources: Resources, python: str) -> str:
     # logs; ranks need all that the setup has exported, whatever environment the job was submitted with.
     required = ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}", "--open-mode=append"]
     arguments = shlex.join(["--unbuffered", *required, "--export=ALL", *resources.srun_args])
+    alone = "|".join(kind for kind, about in KINDS.items() if about.on_one_rank)
     signal_at = 60 * (resources.time_minutes - 1) - resources.signal_seconds  # Slurm may be a minute early
     return f"""\
 while [ "$hfprune_stages" ]; do
-    hfprune_logs="$hfprune_stages/$SLURM_JOB_ID"
+    hfprune_logs="$hfprune_stages/$SLURM_JOB_ID" hfprune_ranks=()
+    [[ $hfprune_stages =~ /({alone})/[^/]+/[^/]+$ ]] && hfprune_ranks=(--nodes=1 --ntasks=1)
     echo "{START} ${{SLURM_RESTART_COUNT:-0}}" >>"${{hfprune_logs}}_srun_log.err"
     srun --output "${{hfprune_logs}}_%t_log.out" --error "${{hfprune_logs}}_%t_log.err" {arguments} \\
-        {python} -u -m hfprune_launch.slurm.job "$hfprune_stages" 2>>"${{hfprune_logs}}_srun_log.err"
+        "${{hfprune_ranks[@]}}" {python} -u -m hfprune_launch.slurm.job "$hfprune_stages" \\
+        2>>"${{hfprune_logs}}_srun_log.err"
     hfprune_code=$?
     if [ $hfprune_code = 0 ]; then
         hfprune_record 0
         hfprune_stages=("${{hfprune_stages[@]:1}}") hfprune_got_further=1 hfprune_tries=0
-    elif tail -n 2 "${{hfprune_logs}}_srun_log.err" | grep -qE "{NO_CONTROLLER}" && ((++hfprune_tries <= 60)); then
+    elif tac "${{hfprune_logs}}_srun_log.err" | sed "/^{START}/q" | head -n 2 | grep -qE "{NO_CONTROLLER}" &&
+        ((++hfprune_tries <= 60)); then
         sleep 10
     elif [ $hfprune_code != {UNHEARD} ] || [ ! "$hfprune_got_further" ]; then
         hfprune_end $hfprune_code

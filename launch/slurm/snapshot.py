@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,11 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.atomic_files import fsync_path, write_json
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
-_SOMETHING_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
+def take_snapshot(project: Project, folder: Path, code: Mapping[str, Any]) -> Path:
+    """Copy the project's packages to ``<folder>/<digest of their content>-<random>``, or reuse an intact copy.
 
-def take_snapshot(
-    project: Project, folder: Path, code: Mapping[str, Any], tell: Callable[[str], object] = lambda _: None
-) -> Path:
-    """Copy the project's packages to ``<folder>/<digest of their content>``, or reuse an intact copy that is there.
-
-    A copy whose content no longer matches its name (emptied by a full disk, purged by a cleaner of old files) is set
-    aside, since every job that runs it would fail, which is told.
+    A copy whose content no longer matches its name (cut off by a full disk, purged by a cleaner) is left to its jobs.
 
     Args:
         code: provenance (commit, digest of the uncommitted changes), kept with the copy.
@@ -37,14 +30,15 @@ def take_snapshot(
                 copy = draft / package / file.relative_to(original)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-        # The copy is digested, since the originals may be edited at this moment.
-        snapshot = folder / _digest(draft)
-        while not _is_intact(snapshot):
-            aside = snapshot.with_name(f"damaged-{snapshot.name}-{uuid.uuid4().hex[:8]}")
-            with suppress(FileNotFoundError):  # jobs that run in it keep using it
-                snapshot.rename(aside)
-                tell(f"the code in {snapshot} was damaged: set aside as {aside}, copied again")
-            _publish(draft, snapshot, code)
+        digest = _digest(draft)  # of the copy, since the originals may be edited at this moment
+        for existing in sorted(folder.glob(f"{digest}-*")):
+            if _is_intact(existing, digest):
+                return existing
+        write_json(draft / "provenance.json", dict(code))
+        for path in [*draft.rglob("*"), draft]:
+            fsync_path(path)
+        snapshot = draft.rename(folder / f"{digest}{draft.name.removeprefix('.draft')}")
+        fsync_path(folder)
         return snapshot
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -61,21 +55,8 @@ def _digest(folder: Path) -> str:
     return digest_of({str(file.relative_to(folder)): hashes.of_file(file) for file in _modules(folder)})[:16]
 
 
-def _is_intact(snapshot: Path) -> bool:
+def _is_intact(snapshot: Path, digest: str) -> bool:
     try:
-        return snapshot.is_dir() and _digest(snapshot) == snapshot.name
+        return _digest(snapshot) == digest
     except UserError:  # a file that can't be read
         return False
-
-
-def _publish(draft: Path, snapshot: Path, code: Mapping[str, Any]) -> None:
-    """Give a complete copy its name once all of it is on disk, unless another sweep was faster."""
-    write_json(draft / "provenance.json", dict(code))
-    for path in [*draft.rglob("*"), draft]:
-        fsync_path(path)
-    try:
-        draft.rename(snapshot)
-    except OSError as error:
-        if error.errno not in _SOMETHING_IS_THERE:
-            raise
-    fsync_path(snapshot.parent)

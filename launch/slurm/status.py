@@ -118,7 +118,10 @@ def _state(stage: Stage, ledger: Ledger, job: JobInfo | None) -> tuple[str, str]
     if holder is not None:
         return "died", f"{holder} ended without giving a reason; run the same command again"
     missing = [need for need in stage.needs if not store.handle(need).is_committed()]
-    return ("waiting", f"for {missing[0]}") if missing else ("missing", "")
+    if missing:
+        return "waiting", f"for {missing[0]}"
+    end = ledger.last_end(stage.id)
+    return "missing", end.in_one_line if end is not None else ""
 
 
 def status_table(statuses: list[StageStatus]) -> Table:

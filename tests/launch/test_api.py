@@ -48,7 +48,7 @@ def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause
 
 def test_a_stage_that_another_process_took_is_one_too(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_run, "LocalBackend", Failing)
-    monkeypatch.setattr(Failing, "cause", "not run")
+    monkeypatch.setattr(Failing, "cause", "interrupted")
     with pytest.raises(RuntimeError, match="importance left no artifact; run the same command again"):
         Session(tmp_path / "out", config, models=["alpha"], ratios=[0.2]).score()
 

@@ -5,6 +5,7 @@ import os
 import pytest
 from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
+from made_stages import failed
 from rows import make_artifact
 from sweeps import in_process, planned
 
@@ -83,5 +84,7 @@ def test_a_disk_that_damages_all_that_is_made_ends_the_sweep(config, tmp_path, w
     monkeypatch.setattr(Reading, "damages_again", True)
     for stage in wanted.stages.values():
         Store(tmp_path / "store").handle(stage.id).discard()
+    last = next(stage for stage in wanted.stages.values() if stage.kind == "evaluate" and "lora" in stage.label)
+    failed(Store(tmp_path / "store"), last, "input", "mended since")
     code, shown, _ = run(config, tmp_path)
-    assert code == 1 and "set aside" in shown
+    assert code == 1 and "set aside" in shown, "2 would be for what this command has tried"

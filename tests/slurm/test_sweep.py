@@ -68,11 +68,11 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
         alive.remove(stage)
     done(cluster, out, finished, submitted)
     for stage in stages:
-        assert [cause for cause in causes(out, stage) if cause != "not run"] == ["killed", "done"]
+        assert [cause for cause in causes(out, stage) if cause != "interrupted"] == ["killed", "done"]
         folders = [folder for folder in (out / "store" / stage.split()[0]).iterdir() if label_of(out, folder) == stage]
         assert read(folders[0] / "manifest.json")["world_size"] == 2
-    assert causes(out, PRUNE) == ["not run", "done"], "its job waited for the first importance"
-    assert causes(out, "evaluate alpha 0.2 + lora") == ["not run", "not run", "done"]
+    assert causes(out, PRUNE) == ["interrupted", "done"], "its job waited for the first importance"
+    assert causes(out, "evaluate alpha 0.2 + lora") == ["interrupted", "interrupted", "done"]
     snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
     assert snapshot.parent == (out / "code").resolve() and read(snapshot / "provenance.json")["git_commit"]
 

@@ -130,7 +130,7 @@ def test_of_a_long_log_only_the_end_is_read(tmp_path):
 RECORDS = [
     ("input", "no such text"),
     ("lost input", "set aside"),
-    ("bad node", "no GPU"),
+    ("killed", "no GPU"),
     ("code", "wrong"),
     ("code", LOST),
 ]
@@ -176,11 +176,11 @@ def test_an_exception_is_told_by_its_last_line():
 
 
 def test_a_stage_has_failed_as_its_last_attempt_did(ledger, attempt):
-    """By its end, or by what its ranks say while none is recorded; not if it was interrupted, or did not run."""
+    """By its end, or by what its ranks say while none is recorded; not if it was interrupted."""
     report_failure(attempt.folder, End("code", LOST, 2.0, 0))
     (attempt.folder / "failure.1.json").write_text("{")
     assert ledger.failure(STAGE.id).message == LOST
-    for cause in ("killed", "interrupted", "not run", "done"):
+    for cause in ("killed", "interrupted", "done"):
         attempt.close(End(cause, "", 3.0))
         assert ledger.failure(STAGE.id) == (attempt.end if cause == "killed" else None)
     attempt.close(End("killed", "", 3.0))

@@ -138,7 +138,7 @@ def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, rank
     successors = []
     ranks.meanwhile = lambda claim: successors.append(take_over(store))
     told = run(backend)
-    assert told.cause == "not run" and "another process has taken over this stage" in told.message
+    assert told.cause == "interrupted" and "another process has taken over this stage" in told.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
     assert Ledger(store).failure(STAGE.id) is None
@@ -148,7 +148,7 @@ def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, ranks, store,
     monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
     ranks.codes = None
     ranks.meanwhile = lambda claim: take_over(store)
-    assert run(backend).cause == "not run"
+    assert run(backend).cause == "interrupted"
     assert ranks.were_ended
 
 

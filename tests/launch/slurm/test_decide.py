@@ -135,8 +135,8 @@ def test_what_is_done_about_a_job(seen, does):
     ("seen", "is_submitted"),
     [
         ({}, True),
-        ({"ends": (Cause.KILLED,) * 2}, True),
-        ({"ends": (Cause.KILLED,) * 3}, False),
+        ({"ends": (Cause.KILLED,) * 3}, True),
+        ({"ends": (Cause.KILLED,) * 4}, False),
         ({"ends": (Cause.INTERRUPTED,) * 50 + (Cause.KILLED,)}, True),
     ],
 )

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from hfprune_dist.errors import UserError
 
 SRUN = """#!/bin/bash
-echo "srun ${{@: -1}}" >>{folder}/commands
+[[ $* = *" --nodes=1 --ntasks=1 "* ]] && alone=" alone"
+echo "srun ${{@: -1}}$alone" >>{folder}/commands
 env -0 >{folder}/environment
 """
 
@@ -84,23 +85,17 @@ def test_a_profile_may_set_what_srun_takes(run):
 
 
 @pytest.mark.parametrize(
-    ("line", "code"),
+    ("line", "record"),
     [
-        ("module load cuda/99", 127),
-        ("loader() { false; return 3; }; loader cuda", 3),
+        ("module load cuda/99", "127 setup in the profile failed in its line 2"),
+        ("loader() { false; return 3; }; loader cuda", "3 setup in the profile failed in its line 2"),
+        ("false || exit 3", "1 a line of setup in the profile ended the job"),
     ],
 )
-def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, line, code):
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(run, line, record):
     result = run(setup=["true", line, "echo never >&2"])
-    assert result.ranks is None and result.code == code
-    (record,) = result.records.values()
-    assert record == f"{code} setup in the profile failed in its line 2" and "never" not in result.said
-
-
-def test_a_setup_line_that_exits_ends_the_job_and_is_recorded(run):
-    result = run(setup=["true", "false || exit 3"])
-    assert result.ranks is None and result.code == 1
-    assert result.records == {"attempt/exit.5.0": "1 a line of setup in the profile ended the job"}
+    assert result.ranks is None and result.code == int(record.split()[0]) and "never" not in result.said
+    assert result.records == {"attempt/exit.5.0": record}
 
 
 def test_what_may_fail_in_a_setup(run, tmp_path):
@@ -145,20 +140,25 @@ def test_a_chain_ends_at_the_first_stage_that_fails_and_goes_on_there(run):
     assert result.records["d/exit.5.3"].startswith("1 "), "told of the stage that is next"
 
 
-# Its second call has no answer; nobody sleeps.
+def test_efficiency_runs_on_one_rank_of_its_jobs(run):
+    result = run(stages=("recover/x/1", "efficiency/x/1"), nodes=2, tasks_per_node=4)
+    assert result.commands == ["srun recover/x/1", "srun efficiency/x/1 alone"]
+
+
+# Its second call has no answer, the last one of "c" another end; nobody sleeps.
 UNANSWERED = """
 printf "#!/bin/sh\n" >"${0%srun}sleep"; chmod +x "${0%srun}sleep"
-[ $(wc -l <"${0%bin/srun}commands") != 2 ] && exit
+case $(wc -l <"${0%bin/srun}commands") in 2 | 4) ;; 5) exit 9 ;; *) exit 0 ;; esac
 echo "srun: error: Unable to confirm allocation for job 5: Unable to contact slurm controller (connect failure)" >&2
-echo "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job 5" >&2
+[ $(wc -l <"${0%bin/srun}commands") = 4 ] || echo "srun: Check SLURM_JOB_ID. Expired or invalid job 5" >&2
 exit 1
 """
 
 
 def test_a_chain_waits_for_a_controller_that_restarts_between_two_stages(run):
-    result = run(srun=UNANSWERED, stages="ab")
-    assert result.code == 0 and result.commands == ["srun a", "srun b", "srun b"]
-    assert result.records == {"a/exit.5.0": "0", "b/exit.5.0": "0"}
+    result = run(srun=UNANSWERED, stages="abc")
+    assert result.commands == ["srun a", "srun b", "srun b", "srun c", "srun c"]
+    assert result.records == {"a/exit.5.0": "0", "b/exit.5.0": "0", "c/exit.5.0": "9"}, "what its first try said is old"
 
 
 def test_a_chain_begins_no_stage_after_the_signal_before_its_time_limit(run):
@@ -212,9 +212,8 @@ def test_paths_reach_the_ranks_as_they_are_or_are_refused(tmp_path_factory, name
     assert f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}$" in script
 
 
-@pytest.mark.parametrize("name", ["50%", "two\nlines"])
-def test_a_path_that_jobs_can_not_have_is_refused_before_anything_is_written(config, tmp_path, name, capsys):
-    out = tmp_path / name / "out"
+def test_a_path_that_jobs_can_not_have_is_refused_before_anything_is_written(config, tmp_path, capsys):
+    out = tmp_path / "two\nlines" / "out"
     with pytest.raises(SystemExit, match="2"):
         sweep.main(["--config", str(config), "--out", str(out), "--profile", "local-cluster"])
     said = capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""The copy of the code that jobs run: complete, checked before it is reused, and repaired where it has been damaged."""
+"""The copy of the code that jobs run: complete, checked before it is reused, and not used where it has been damaged."""
 
 import pytest
 from hfprune_launch.project import Project
-from hfprune_launch.slurm import snapshot as snapshots
 from hfprune_launch.slurm.snapshot import take_snapshot
 from ranks import ROOT
 
@@ -68,32 +67,13 @@ def test_a_good_snapshot_is_used_as_it_is_and_other_code_gets_its_own(project, f
 
 
 @pytest.mark.parametrize("damage", ["removed", "added"])
-def test_a_damaged_snapshot_is_set_aside_and_made_again(project, folder, damage):
-    told = []
+def test_a_damaged_snapshot_is_left_to_its_jobs_and_another_one_made(project, folder, damage):
     snapshot = snapshot_of(project, folder, COMMIT)
     file = snapshot / "hfprune_launch" / "job.py"
     if damage == "added":
         file.with_name("torch.py").write_text("raise SystemExit\n")
     else:
         file.unlink()
-    assert snapshot_of(project, folder, COMMIT, told.append) == snapshot and content(snapshot) == copied(project)
-    aside = next(folder.glob(f"damaged-{snapshot.name}-*"))
-    assert str(aside) in told[0]
-
-
-def test_two_launchers_that_find_the_same_damage(project, folder, monkeypatch):
-    """Whatever the other launcher does between any two of our steps, there is a good snapshot in the end."""
-    snapshot = snapshot_of(project, folder, COMMIT)
-    steps = ("_is_intact", "_publish", "fsync_path")
-    for step in steps:
-        (snapshot / "hfprune_launch" / "job.py").write_text("")
-        original = getattr(snapshots, step)
-
-        def meanwhile(*arguments, step=step, original=original):
-            monkeypatch.setattr(snapshots, step, original)  # the other launcher is not disturbed
-            snapshot_of(project, folder, COMMIT)
-            return original(*arguments)
-
-        monkeypatch.setattr(snapshots, step, meanwhile)
-        assert content(snapshot_of(project, folder, COMMIT)) == copied(project), step
-        assert not list(folder.glob(".draft-*"))
+    another = snapshot_of(project, folder, COMMIT)
+    assert another != snapshot and content(another) == copied(project) and snapshot.is_dir()
+    assert snapshot_of(project, folder, COMMIT) == another and len(list(folder.iterdir())) == 2

@@ -129,6 +129,10 @@ def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(st
     assert stage_statuses(PLAN, store, None)[0].state == "submitted"
     failed(store, STAGE, "input", "a bad text")
     assert stage_statuses(PLAN, store, None)[0].state == "failed"
+    (store.handle(STAGE.id).work / "claim.1").unlink()
+    failed(store, STAGE, "interrupted", "job 5 saved its work but could not requeue itself: no")
+    status = in_job(store, "FAILED")
+    assert status.state == "missing" and "could not requeue itself" in status.detail, "though no launcher follows"
 
 
 def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_none(store, tmp_path):
