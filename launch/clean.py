@@ -37,10 +37,10 @@ from hfprune_launch.screen import make_console, say
 from hfprune_launch.slurm.observe import inputs_of_live_jobs
 from hfprune_launch.sweep_folder import Sweep, read_sweep
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
 from hfprune_dist.store.atomic_files import listed
-from hfprune_dist.store.stage import STAGE_VERSIONS
 
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse_while_needed(store: Store) -> None:
     if store.root.is_symlink():
         raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
-    handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
+    handles = (handle for kind in KINDS for handle in _handles(store, store.root / "work" / kind))
     holders = ((handle.id, handle.holder()) for handle in handles)
     if running := [stage_id for stage_id, holder in holders if holder is not None and holder.lives]:
         raise UserError(f"{store.root}: in use by a process that runs {', '.join(running)}; let it end, or cancel it")
@@ -124,7 +124,7 @@ def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) 
         about_to_run: ids of stages that may begin at any moment. Their drafts and all shared files are left out.
     """
     begun = tuple(f".draft-{stage_id.partition('/')[2]}-" for stage_id in about_to_run)
-    for kind in STAGE_VERSIONS:
+    for kind in KINDS:
         for draft in listed(store.root / kind, ".draft-*"):
             if not draft.name.startswith(begun):
                 yield Leftover(draft, "a draft of a stage that ended early")

@@ -13,6 +13,7 @@ from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.slurm.estimate import refuse_what_cannot_fit
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.examples import read_examples
@@ -20,7 +21,6 @@ from hfprune_dist.data.text import Beginning, read_beginning, read_texts, requir
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.store.machine import count_gpus
-from hfprune_dist.store.stage import RECOVERING
 
 
 class Text(NamedTuple):
@@ -46,6 +46,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
     config, plan, profile = prepared.config, prepared.sweep.plan, prepared.request.profile
     stages, evaluation = [plan.stages[stage_id] for stage_id in prepared.todo], config.evaluation
     kinds = {stage.kind for stage in stages}
+    trains = any(KINDS[kind].trains_on_pairs for kind in kinds)
     refuse_what_cannot_fit(prepared.estimates)
     if stages and profile is not None and not looks_only:
         SlurmCommands().require()
@@ -53,7 +54,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
-    for tracker in config.runtime.report_to if {*RECOVERING, "distill"} & kinds else ():
+    for tracker in config.runtime.report_to if trains or "distill" in kinds else ():
         if find_spec(tracker) is None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
@@ -95,7 +96,7 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     for held_out in evaluation.fidelity.each().values() if "reference" in kinds else ():
         bos = evaluation.add_bos_token
         yield text("evaluation.fidelity", held_out, held_out.sequence_length, held_out.windows, bos)
-    if RECOVERING & {*kinds}:
+    if any(KINDS[kind].trains_on_pairs for kind in kinds):
         yield text("recovery", recovery, recovery.sequence_length)
 
 

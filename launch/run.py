@@ -17,7 +17,7 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.launcher import NewJobs
-from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.run import Provenance
 from hfprune_launch.sweep_folder import REPORT, Sweep, read_sweep, record_run, write_page
 
 from hfprune_dist.errors import LostInputError, UserError

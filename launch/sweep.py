@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from hfprune_launch.command import command, folder, make_parser, place
 from hfprune_launch.dry_run import show_dry_run
-from hfprune_launch.local.cancel import running_without_job, wait_until_cancelled
+from hfprune_launch.local.backend import running_without_job, wait_until_cancelled
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
 from hfprune_launch.run import run_to_tables

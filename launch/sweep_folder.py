@@ -140,6 +140,8 @@ def require_folder(out: Path) -> None:
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {nearest} is not a folder that can be written to; choose another folder")
+    if not str(out.absolute()).isprintable():  # it is written to files of text, and shown
+        raise UserError(f"{str(out.absolute())!r}: not a name in UTF-8 that can be printed; choose another folder")
 
 
 def require_apart(out: Path, plan: Plan) -> None:
@@ -152,7 +154,7 @@ def require_apart(out: Path, plan: Plan) -> None:
     for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
         read = Path(source.location).resolve()
         if place == read or (source.content != "text" and read in place.parents):
-            raise UserError(f"--out {out}: the sweep reads what is in {read}; choose a folder outside of it")
+            raise UserError(f"{out}: stages read what is in {read}; choose a folder outside of it")
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:

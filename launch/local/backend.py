@@ -11,9 +11,10 @@ from pathlib import Path
 
 from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.local.warm import WarmProcess
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.run import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import unwritable
@@ -25,6 +26,8 @@ from hfprune_dist.store.stage import Stage
 RUN = "hfprune_launch.stage.run:main"
 POLL_S = 0.1
 CANCELLATION_POLL_S = 1.0
+# Time that a cancelled launcher may take to end; it waits up to 10 s for killed ranks.
+CANCELLING_S = 40.0
 LOG_TAIL_LINES = 12
 LOG_END_BYTES = 2**14
 # Signals of a process to itself. All others come from outside: from the kernel if memory is short or a page of a mapped
@@ -154,3 +157,32 @@ def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tupl
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
     return cause, message + ending
+
+
+# Cancellation of what launchers run themselves: they see the store's token, end their ranks and then themselves.
+
+
+def running_without_job(plan: Plan, store: Store) -> dict[Holder, Stage]:
+    """Return the launchers that run stages themselves, not in jobs of a batch system, each with its stage."""
+    running, ledger = {}, Ledger(store)
+    for stage in plan.stages.values():
+        holder = store.handle(stage.id).holder()
+        if holder and holder.lives and holder.job is None and ledger.open_job(stage.id) is None:
+            running[holder] = stage
+    return running
+
+
+def wait_until_cancelled(plan: Plan, store: Store) -> list[str]:
+    """Wait for launchers to leave their stages once a cancellation has been requested; return a message about each."""
+    deadline, seen, running = time.monotonic() + CANCELLING_S, dict[Holder, Stage](), running_without_job(plan, store)
+    while running and time.monotonic() < deadline:
+        seen |= running
+        time.sleep(POLL_S)
+        running = running_without_job(plan, store)
+    what = {holder: f"{stage.kind} {stage.label}: {holder}" for holder, stage in (seen | running).items()}
+    return [
+        f"not cancelled yet: {name} is still at work on it; on its machine, kill {holder.pid} ends it"
+        if holder in running
+        else f"cancelled: {name} has stopped work on it; what was saved stays, and the same command continues"
+        for holder, name in what.items()
+    ]

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState
-from hfprune_launch.stage.stage_file import find_stage_file
+from hfprune_launch.stage.run import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store

@@ -47,9 +47,10 @@ def refused(main, *arguments, folders=()):
         ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),
         ("--models=someone/nothing", "can't be downloaded"),
         # Folders.
-        ("--out={inputs}/alpha", "the sweep reads what is in"),
+        ("--out={inputs}/alpha", "stages read what is in"),
         ("--out=~nobody-of-this-name/x", "no such user"),
         ("--out=/etc/passwd/x", "/etc/passwd is not a folder"),
+        ("--out=\udcff", "not a name in UTF-8"),
     ],
 )
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
@@ -93,7 +94,7 @@ def test_a_sweep_may_lie_beside_the_text_that_it_reads_but_not_among_it(config, 
     texts.mkdir()
     (texts / "calibration.jsonl").write_bytes((config.parent / "calibration.jsonl").read_bytes())
     reading = ("--config", config, "--set", f"calibration.path={texts}", "--dry-run")
-    assert "the sweep reads what is in" in refused(sweep.main, *reading, "--out", texts, folders=(tmp_path,))
+    assert "stages read what is in" in refused(sweep.main, *reading, "--out", texts, folders=(tmp_path,))
     assert in_process(sweep.main, *reading, "--out", texts / "out")[0] == 0
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.run import Provenance, write_stage_file
 from hfprune_launch.sweep_folder import read_sweep
 from made_stages import being_made, stage_of
 from sweeps import in_process, planned
@@ -32,7 +32,7 @@ def made(config, tmp_path_factory):
                 for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
                     (draft / name).write_text("{}" + "x" * 998)
         assert in_process(sweep.main, *chosen, ratio)[0] == 0
-    assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
+    assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 surgeon-uniform-block + lora")[0] == 0
     return out
 
 

@@ -36,12 +36,8 @@ WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 
 
 # What the cell's row stands on, in order; its baselines stand on others.
-SCORES, PRUNE, RECOVER, EVALUATE = (
-    "importance alpha",
-    "prune alpha 0.2",
-    "recover alpha 0.2",
-    "evaluate alpha 0.2 + lora",
-)
+CELL = "alpha 0.2 surgeon-uniform-block"
+SCORES, PRUNE, RECOVER, EVALUATE = "importance alpha", f"prune {CELL}", f"recover {CELL}", f"evaluate {CELL} + lora"
 
 
 @pytest.fixture
@@ -325,7 +321,7 @@ def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, shor
     wait_for(lambda: at_work(out, id_of(finished[0], SCORES)))
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert re.search(r"running .*process \d+", shown) and "job" not in shown
-    assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
+    assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", f"{CELL} + lora").stdout, "said at once"
     cancelled = sweep(config, out, *ONE_CELL, "--cancel")
     assert cancelled.returncode == 0 and re.search(r"process \d+ has stopped work on it", cancelled.stdout)
     output, _ = launcher.communicate(timeout=600)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from clusters import (
+    CELL,
     DENSE,
     FORKED_RANKS,
     PRUNE,
@@ -58,8 +59,8 @@ def test_a_second_run_submits_nothing(cluster, on_cluster, config):
 
 
 def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
-    stages = ["importance alpha", "recover alpha 0.2", DENSE]
-    out = without(*stages, PRUNE, "evaluate alpha 0.2 + lora")
+    stages = ["importance alpha", f"recover {CELL}", DENSE]
+    out = without(*stages, PRUNE, f"evaluate {CELL} + lora")
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     alive = list(stages)
     while alive:
@@ -72,7 +73,7 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
         folders = [folder for folder in (out / "store" / stage.split()[0]).iterdir() if label_of(out, folder) == stage]
         assert read(folders[0] / "manifest.json")["world_size"] == 2
     assert causes(out, PRUNE) == ["interrupted", "done"], "its job waited for the first importance"
-    assert causes(out, "evaluate alpha 0.2 + lora") == ["interrupted", "interrupted", "done"]
+    assert causes(out, f"evaluate {CELL} + lora") == ["interrupted", "interrupted", "done"]
     snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
     assert snapshot.parent == (out / "code").resolve() and read(snapshot / "provenance.json")["git_commit"]
 

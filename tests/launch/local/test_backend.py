@@ -6,7 +6,7 @@ import shutil
 import pytest
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend, explain_death
-from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.run import Provenance
 from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
