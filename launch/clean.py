@@ -86,22 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
     for leftover in found if not dry_run else ():
         (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
-    staying = [] if dry_run else [leftover for leftover in found if leftover.file_sizes()]
+    staying = [] if dry_run else [str(leftover.path) for leftover in found if leftover.file_sizes()]
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
-    console, total = make_console(), 0
+    console = make_console()
     if jobs:
         say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
     for leftover, size in zip(found, sizes, strict=True):
-        if leftover not in staying:
-            total += size
-            say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
-    say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
+        say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
+    say(console, f"{sum(sizes):>15,} bytes {'would be removed' if dry_run else 'removed'}")
     for remark in remarks:
         say(console, f"note: {remark}")
     if staying:
-        paths = ", ".join(str(leftover.path) for leftover in staying)
-        raise UserError(f"{paths}: part of it can't be removed; is it another user's, or in use?")
+        raise UserError(f"{', '.join(staying)}: part of it can't be removed; is it another user's, or in use?")
     return 0
 
 

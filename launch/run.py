@@ -11,8 +11,7 @@ from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
 from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.preflight import require_runnable
-from hfprune_launch.prepare import Prepared
+from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
 from hfprune_launch.slurm.cli import run_on_slurm

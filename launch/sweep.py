@@ -192,9 +192,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "also every batch script, and what it takes; runs nothing"
     )
     instead("--dry-run", action="store_true", help=dry_run)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        assignments = [word for word in unknown if "=" in word and not word.startswith("-")]
-        hint = f"; to set a key, write --set {assignments[0]}" if assignments else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return arguments
+    return parser.parse_args(argv)

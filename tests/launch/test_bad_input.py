@@ -38,7 +38,7 @@ def refused(main, *arguments, folders=()):
         ("--ratios=0.9", "nearest possible is 0.278"),
         ("--max-running=3", "--profile"),
         ("--profile=local-cluster --ranks=2", "tasks_per_node"),
-        ("calibration.samples=3", "write --set calibration.samples=3"),
+        ("calibration.samples=3", "unrecognized arguments: calibration.samples=3"),
         # Settings.
         ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
         ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
@@ -54,7 +54,7 @@ def refused(main, *arguments, folders=()):
     ],
 )
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
-    """By whichever part finds it; what dry runs refuse too is in test_preflight.py."""
+    """By whichever part finds it; what dry runs refuse too is in test_prepare.py."""
     monkeypatch.chdir(tmp_path)
     given = ["--config", config, "--out", "out", *arguments.replace("{inputs}", str(config.parent)).split(" ")]
     assert told in refused(sweep.main, *given, folders=(tmp_path, config.parent))

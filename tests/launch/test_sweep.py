@@ -97,14 +97,9 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
     """In a browser, from the file alone; the table sorts and shows all columns, and no window is too narrow."""
     out, _ = finished
     rows = results(out)
-    pruned = rows[-1]
     with opened(out / "report.html") as shown:
         page = shown.page
-        sections = page.eval_on_selector_all("section:has(figure)", "sections => sections.map(section => section.id)")
-        assert sections == ["quality", "tasks", "layers", "losses"]
-        assert f"KL {float(pruned['kl']):.3f}" in page.inner_text(".finding")
-        points = page.eval_on_selector_all("#quality circle title", "titles => titles.map(title => title.textContent)")
-        assert any(f", {float(pruned['kl']):.3g}" in point for point in points)
+        assert f"KL {float(rows[-1]['kl']):.3f}" in page.inner_text(".finding")
         page.click("#rows button[title=kl]")
         page.click("#rows button[title=kl]")
         sorted_rows = page.eval_on_selector_all("#rows tbody tr", "rows => rows.map(row => row.cells[0].dataset.v)")
@@ -116,10 +111,7 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
         for width in (375, 1280):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") == width
-        page.eval_on_selector("#rows-section .wide", "wide => wide.scrollLeft = 1000")
-        assert page.eval_on_selector("#rows td", "cell => cell.getBoundingClientRect().left") >= 0, "it stays in view"
         assert shown.errors == [] and shown.requests == [(out / "report.html").resolve().as_uri()]
-    assert (out / "report.html").stat().st_size < 2e6
 
 
 def test_checkpoints_load_by_their_names_and_have_a_card_and_no_path_of_this_machine(finished, config):
@@ -292,13 +284,17 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
 
 
 def test_cells_that_do_not_need_a_stage_whose_rank_was_killed_are_finished(finished, config, short_of):
-    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "evaluate alpha dense")
+    """With the bits that they have without such a stage before them."""
+    of_control = id_of(finished[0], "recover alpha dense")
+    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "recover alpha dense", "evaluate alpha dense + lora")
     result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, "work/importance"))
     assert result.returncode == 1
     assert "failed importance" in result.stdout and "a rank died without a message" in result.stdout
     dense, control, pruned = results(out)
     assert dense["status"] == control["status"] == "done"
     assert pruned["status"] == "failed" and "importance failed (killed)" in pruned["cause"]
+    ours, alone = (folder / "store" / of_control / "model.safetensors" for folder in (out, finished[0]))
+    assert ours.read_bytes() == alone.read_bytes()
 
 
 def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):

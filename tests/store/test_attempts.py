@@ -90,16 +90,6 @@ def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     assert [(run.job_id, run.restart) for run in attempt.runs()] == [("7", 0), ("7", 1), ("7", 10), ("8", 0)]
 
 
-def test_a_job_that_is_over_loses_its_claim(ledger):
-    handle = ledger.store.handle(STAGE.id)
-    claim = handle.claim("7")
-    with handle.claimed_briefly("8") as other:
-        assert other is None and claim.is_held()
-    with handle.claimed_briefly("7"):
-        assert not claim.is_held()
-    assert handle.holder() is None
-
-
 def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_artifact(ledger, attempt):
     attempt.record_run(Run("7", 0, "n1", 100.0))
     with being_made(ledger.store, STAGE, finished=160.0) as draft:

@@ -134,22 +134,19 @@ def take_over(store):
     return claim, draft
 
 
-def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, ranks, store):
+@pytest.mark.parametrize("codes", [{0: 1}, None])
+def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, ranks, store, monkeypatch, codes):
+    """Ranks that go on are ended."""
+    monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
     successors = []
+    ranks.codes = codes
     ranks.meanwhile = lambda claim: successors.append(take_over(store))
     told = run(backend)
+    assert ranks.were_ended == (codes is None)
     assert told.cause == "interrupted" and "another process has taken over this stage" in told.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
     assert Ledger(store).failure(STAGE.id) is None
-
-
-def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, ranks, store, monkeypatch):
-    monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
-    ranks.codes = None
-    ranks.meanwhile = lambda claim: take_over(store)
-    assert run(backend).cause == "interrupted"
-    assert ranks.were_ended
 
 
 def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, ranks, store, monkeypatch):

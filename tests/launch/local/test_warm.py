@@ -108,6 +108,21 @@ def test_nothing_but_imports_happens_before_a_fork(log, monkeypatch):
             assert warm_process.num_threads() == 1 and "hfprune_launch.local.warm" in warm_process.cmdline()
 
 
+def test_a_process_does_not_grow_with_the_stages_that_it_has_started(process, log):
+    start(process, log)
+    warm_process = at_work(log)[0]
+    process.ended(300)
+
+    def size_after(stages):
+        for _ in range(stages):
+            start(process, log, main="builtins:list")
+            assert process.ended(300) == {0: 0, 1: 0}
+        return warm_process.memory_full_info().uss, warm_process.num_fds(), warm_process.num_threads()
+
+    (before, *handles), (after, *left) = size_after(5), size_after(50)
+    assert after < before + 2**20 and left == handles
+
+
 @pytest.mark.parametrize(("action", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("1 / 0", 1)])
 def test_a_rank_that_fails_takes_the_others_along_and_is_the_one_that_is_reported(process, log, action, code):
     start(process, log, "1", action)
