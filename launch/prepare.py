@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hfprune_launch.local.hardware import device_here, ranks_here
+from hfprune_launch.local.backend import device_here, ranks_here
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import say
 from hfprune_launch.slurm.commands import SlurmCommands
