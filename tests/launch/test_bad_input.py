@@ -40,7 +40,6 @@ def refused(main, *arguments, folders=()):
         ("--profile=local-cluster --ranks=2", "tasks_per_node"),
         ("calibration.samples=3", "unrecognized arguments: calibration.samples=3"),
         # Settings.
-        ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
         ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
@@ -65,7 +64,6 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
     [
         (report, ["nowhere"], "no sweep.json"),
         (compare, ["nowhere", "./nowhere", "--out", "x"], "given twice"),
-        (compare, ["nowhere", "--out", "x"], "no sweep.json"),
         (sweep, ["--ratios", "0.3"], "no models are named"),
         (sweep, ["--status", "--out", "nowhere"], "no sweep.json"),
     ],

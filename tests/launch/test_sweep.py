@@ -24,20 +24,18 @@ from hfprune_dist.results.checkpoints import MADE
 pytestmark = pytest.mark.slow
 
 
+ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
+WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
+# What the cell's row stands on, in order; its baselines stand on others.
+CELL = "alpha 0.2 surgeon-uniform-block"
+SCORES, PRUNE, RECOVER, EVALUATE = "importance alpha", f"prune {CELL}", f"recover {CELL}", f"evaluate {CELL} + lora"
+
+
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """An undisturbed sweep, with whose results every fault below must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
     return out, finish(config, out, *ONE_CELL)
-
-
-ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
-WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
-
-
-# What the cell's row stands on, in order; its baselines stand on others.
-CELL = "alpha 0.2 surgeon-uniform-block"
-SCORES, PRUNE, RECOVER, EVALUATE = "importance alpha", f"prune {CELL}", f"recover {CELL}", f"evaluate {CELL} + lora"
 
 
 @pytest.fixture
@@ -74,8 +72,8 @@ def assert_same_as(finished_out, out):
         assert ours and all(theirs[name] == content for name, content in ours.items())
 
 
-def test_one_row_per_cell_with_its_baselines(finished):
-    out, _ = finished
+def test_one_row_per_cell_with_its_baselines_and_where_all_comes_from(finished):
+    out, result = finished
     rows = results(out)
     assert [(row["model"], row["ratio"], row["recovery"]) for row in rows] == [
         ("alpha", "0.0", "none"),
@@ -91,6 +89,10 @@ def test_one_row_per_cell_with_its_baselines(finished):
     assert float(control["kl"]) > 0 and float(pruned["kl"]) > float(control["kl"])
     assert int(pruned["parameters"]) < int(dense["parameters"])
     assert float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=0.01)
+    assert all(f"  {out / row['checkpoint']}\n" in result.stdout for row in (control, pruned))
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
+    assert manifest["config"].items() >= resolved.items() and manifest["provenance"]["packages"]["torch"]
 
 
 def test_its_report_shows_the_numbers_of_its_table(finished):
@@ -173,18 +175,6 @@ def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(con
     shutil.rmtree(tmp_path / "store")
     model = loaded_by_its_card(elsewhere)["model"]
     assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
-
-
-def test_its_files_keep_the_configuration_and_where_all_comes_from(finished, config):
-    out, result = finished
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
-    assert all(row["provenance"]["seed"] == 0 and 0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
-    checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
-    assert len(checkpoints) == 2 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
-    resolved = yaml.safe_load((out / "config.yaml").read_text())
-    manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
-    assert manifest["config"].items() >= resolved.items() and manifest["provenance"]["packages"]["torch"]
 
 
 def test_a_second_run_runs_nothing(finished, config):

@@ -1,9 +1,6 @@
 """The ledger of attempts, of which some records may be damaged or strange; why they failed."""
 
-import errno
-import os
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -63,23 +60,6 @@ def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
         (folder / name).mkdir()
     assert [found.intent for found in ledger.attempts_at(STAGE.id)] == [attempt.intent]
     assert ledger.begin(STAGE, **JOB).intent.number == 7
-
-
-def test_what_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch):
-    """A disk or network error says nothing about what has been submitted."""
-
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "expired")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", refuse)
-        with pytest.raises(PermissionError, match="expired"):
-            reread(ledger)
-    monkeypatch.setattr(os, "listdir", refuse)
-    monkeypatch.setattr(os, "scandir", refuse)
-    for read in (attempt.runs, attempt.logs, ledger.open_jobs):
-        with pytest.raises(PermissionError, match="expired"):
-            read()
 
 
 def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):

@@ -12,7 +12,7 @@ from made_stages import stage_of
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.attempts import End, Ledger, report_failure
+from hfprune_dist.store.attempts import End, Ledger
 from hfprune_dist.store.claims import Cancellation, Claim, try_claim
 from hfprune_dist.store.stage import Input
 
@@ -110,19 +110,6 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     backend._cancellation = Cancellation(store.root)
     ranks.meanwhile = lambda claim: commit(store, claim)
     assert run(backend) is None
-
-
-@pytest.mark.parametrize(
-    ("left", "codes"),
-    [(code(TIMEOUT), {0: 1}), (code(CLOSED), {1: -9}), (None, {1: -11})],
-)
-def test_the_failure_that_is_told_is_the_one_on_record(backend, ranks, store, left, codes):
-    def meanwhile(claim):
-        if left is not None:
-            report_failure(Ledger(store).attempts_at(STAGE.id)[-1].folder, left)
-
-    ranks.meanwhile, ranks.codes = meanwhile, codes
-    assert run(backend) == Ledger(store).failure(STAGE.id)
 
 
 def take_over(store):
