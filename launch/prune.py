@@ -166,7 +166,7 @@ def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
     """Copy a row's checkpoint, with its card, to a folder that is whole once it has its name; say what it is."""
     update = sweep.write_checkpoints()
     rows = dict(zip(sweep.plan.cells, sweep.rows(), strict=True))
-    cell, row = next((one, row) for one, row in rows.items() if one.results == cell.results)
+    row = rows[cell]
     if not row["checkpoint"].startswith(CHECKPOINTS):
         raise UserError("; ".join(update.remarks))
     new = out.with_name(f".{out.name}.new")

@@ -59,7 +59,7 @@ def card_of(config, tmp_path_factory):
     fill(store, plan)
     rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
 
-    def card_of(label="alpha 0.2 hfprune + lora", files=(), dense=DENSE["alpha"]):
+    def card_of(label="alpha 0.2 surgeon-uniform-block + lora", files=(), dense=DENSE["alpha"]):
         cell = next(cell for cell in plan.cells if cell.label == label)
         card = Card("name", cell, rows, plan, store, dense)
         card.manifest["files"] |= dict.fromkeys(files)
