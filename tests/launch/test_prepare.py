@@ -97,7 +97,7 @@ def test_paths_without_text(inputs, refusal, key, make, expected):
 
 
 def test_pairs_without_anything_to_train_on(inputs, refusal):
-    (inputs / "pairs.jsonl").write_text(f"{json.dumps({'instruction': 'ask', 'response': 'x' * 400})}\n" * 3)
+    (inputs / "pairs.jsonl").write_text(f"{json.dumps({'instruction': 'x' * 400, 'response': 'tell'})}\n" * 3)
     assert_parts(refusal(), "none of 3 records", "recovery.sequence_length 320")
 
 

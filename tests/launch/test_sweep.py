@@ -177,20 +177,6 @@ def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(con
     assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
 
 
-def test_a_second_run_runs_nothing(finished, config):
-    out, _ = finished
-    before = times_of_files(out / "store")
-    result = sweep(config, out, *ONE_CELL)
-    assert result.returncode == 0 and "stages to run" not in result.stdout
-    assert times_of_files(out / "store") == before
-
-
-def times_of_files(store):
-    """Return when each file changed, without hashes, which are only kept of files that are old enough."""
-    files = [file for file in store.rglob("*") if file.is_file() and file.parent.name != "hashes"]
-    return {file: file.stat().st_mtime_ns for file in files}
-
-
 def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
     """The README's lines run; no stage does."""
     out, _ = finished
