@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
