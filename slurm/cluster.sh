@@ -4,9 +4,8 @@
 # loopback address; otherwise it listens on all addresses, and says so.
 #
 #   slurm/cluster.sh install                       Debian packages, as root
-#   slurm/cluster.sh up DIR [--grace-time SECONDS]
+#   slurm/cluster.sh up DIR                        leaves alone what runs; down first, to change a setting
 #   slurm/cluster.sh start|stop DIR DAEMON         one daemon: n1, n2, n3, n4, slurmctld, munge
-#   slurm/cluster.sh status DIR
 #   slurm/cluster.sh down DIR
 #
 # DIR is a folder of the cluster's own, in whose path Slurm's configuration allows no white space, quotes, #, % and \.
@@ -37,9 +36,9 @@ install_packages() {
 
 # Configuration.
 
-# Slurm can be told to listen on one address instead of all; it takes the one to which the machine's name resolves.
-find_address() {
-    local own
+write_conf() {
+    # Slurm can be told to listen on one address instead of all; it takes the one to which the machine's name resolves.
+    local own ADDRESS LISTEN
     own=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 { print $1 }') || true
     case $own in
         127.*) ADDRESS=$own LISTEN="CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" ;;
@@ -49,18 +48,6 @@ find_address() {
                 "not on loopback; with a line '127.0.0.1 $(hostname)' at the top of /etc/hosts it is loopback only" >&2
             ;;
     esac
-}
-
-# Returns 1 if the file has not changed.
-write_conf() {
-    local before
-    before=$(cat "$DIR/slurm.conf" 2>/dev/null | cksum)
-    write_slurm_conf
-    cat "$DIR/site.conf" >>"$DIR/slurm.conf" 2>/dev/null || true
-    [ "$before" != "$(cat "$DIR/slurm.conf" | cksum)" ]
-}
-
-write_slurm_conf() {
     cat >"$DIR/slurm.conf" <<CONF
 ClusterName=hfprune
 $LISTEN
@@ -96,9 +83,10 @@ PreemptMode=REQUEUE
 JobRequeue=1
 JobAcctGatherType=jobacct_gather/linux
 NodeName=n[1-4] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$((PORT_BASE + 1))-$((PORT_BASE + 4))] CPUs=$CPUS RealMemory=4000
-PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE_TIME
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 CONF
+    cat "$DIR/site.conf" >>"$DIR/slurm.conf" 2>/dev/null || true
     echo "CgroupPlugin=disabled" >"$DIR/cgroup.conf"
 }
 
@@ -193,16 +181,6 @@ stop() {
     rm -f "$DIR/run/$1.pid"
 }
 
-# Stops several at once, since each of them takes seconds.
-stop_together() {
-    local daemon stops=()
-    for daemon in "$@"; do
-        stop "$daemon" &
-        stops+=($!)
-    done
-    wait "${stops[@]}"
-}
-
 wait_for() {
     local what=$1
     shift
@@ -227,14 +205,8 @@ up() {
     mkdir -p "$DIR"/{logs,run,state} "${NODES[@]/#/$DIR/spool/}"
     mkdir -p -m 755 "$DIR/munge"
     chmod a+x "$DIR" # munged requires its socket to be reachable by everyone
-    find_address
-    # Not "scontrol reconfigure": it replaces a daemon with a new process, whose pid file the old one then removes.
-    if write_conf; then
-        stop_together "${NODES[@]}" slurmctld
-    fi
-    start munge
-    start slurmctld
-    for node in "${NODES[@]}"; do start "$node"; done
+    is_running slurmctld || write_conf
+    for daemon in munge slurmctld "${NODES[@]}"; do start "$daemon"; done
     wait_for "the cluster" nodes_are_usable
     echo "up: export SLURM_CONF=$DIR/slurm.conf"
 }
@@ -247,7 +219,8 @@ down() {
             sleep 0.2
         done
     fi
-    stop_together "${NODES[@]}" slurmctld
+    for daemon in "${NODES[@]}" slurmctld; do stop "$daemon" & done # at once, as each takes seconds
+    wait
     stop munge
     # Daemons that have lost their pid files or not written them yet, and job steps that no slurmctld could end. This
     # is repeated, since a daemon that goes into the background becomes another process a moment later.
@@ -262,14 +235,6 @@ down() {
     echo "down: $DIR"
 }
 
-status() {
-    local daemon
-    for daemon in "${DAEMONS[@]}"; do
-        echo "$daemon $(is_running "$daemon" && echo running || echo stopped)"
-    done
-    if is_running slurmctld; then sinfo && squeue; fi
-}
-
 # The command line.
 
 require_number() {
@@ -278,36 +243,18 @@ require_number() {
         fail "$name '$value': must be a whole number from $least to $most"
 }
 
-command=${1:-}
-case $command in
-    install)
-        install_packages
-        exit
-        ;;
-    up | down | status | start | stop) ;;
-    *) fail "unknown command '$command'; valid: install, up, down, status, start, stop" ;;
+case ${1:-} in
+    install) wanted=1 ;;
+    up | down) wanted=2 ;;
+    start | stop) wanted=3 ;;
+    *) fail "unknown command '${1:-}'; valid: install, up, down, start, stop" ;;
 esac
-FOLDER=${2:-}
-[ -n "$FOLDER" ] || fail "usage: $0 $command DIR; see the top of this file"
-shift 2
-GRACE_TIME=0
-DAEMON=
-while [ $# -gt 0 ]; do
-    case $command:$1 in
-        up:--grace-time)
-            GRACE_TIME=${2:-}
-            require_number --grace-time "$GRACE_TIME" 0 100000
-            shift
-            ;;
-        up:*) fail "unknown option '$1'; valid: --grace-time SECONDS" ;;
-        start:* | stop:*)
-            [ -z "$DAEMON" ] || fail "$command takes one daemon, not also '$1'"
-            DAEMON=$1
-            ;;
-        *) fail "$command takes nothing after DIR, not '$1'" ;;
-    esac
-    shift
-done
+[ $# = $wanted ] || fail "usage: see the top of this file; $1 takes $((wanted - 1)) argument(s)"
+command=$1 FOLDER=${2:-} DAEMON=${3:-}
+if [ "$command" = install ]; then
+    install_packages
+    exit
+fi
 require_number PORT_BASE "$PORT_BASE" 1024 65531 # and four more ports
 require_number CPUS "$CPUS" 1 100000
 DIR=$(realpath -m -- "$FOLDER")
@@ -322,13 +269,10 @@ export SLURM_CONF=$DIR/slurm.conf
 # Only one command at a time, since a daemon that one of them is starting has no pid file yet for the others to see.
 exec 9>"$DIR/lock"
 flock 9
-case $command in
-    up | down | status) "$command" ;;
-    start | stop)
-        [[ " ${DAEMONS[*]} " == *" $DAEMON "* ]] || fail "unknown daemon '$DAEMON'; valid: ${DAEMONS[*]}"
-        # Without munge a daemon ends at once, and silently because it has gone into the background.
-        [ "$command $DAEMON" = "start munge" ] || [ "$command" = stop ] || is_running munge ||
-            fail "$FOLDER: the cluster is down, so $DAEMON can't run; start it with: $0 up $FOLDER"
-        "$command" "$DAEMON"
-        ;;
-esac
+if [ -n "$DAEMON" ]; then
+    [[ " ${DAEMONS[*]} " == *" $DAEMON "* ]] || fail "unknown daemon '$DAEMON'; valid: ${DAEMONS[*]}"
+    # Without munge a daemon ends at once, and silently because it has gone into the background.
+    [ "$command $DAEMON" = "start munge" ] || [ "$command" = stop ] || is_running munge ||
+        fail "$FOLDER: the cluster is down, so $DAEMON can't run; start it with: $0 up $FOLDER"
+fi
+"$command" ${DAEMON:+"$DAEMON"}

@@ -11,18 +11,17 @@ from pathlib import Path
 from hfprune_launch.slurm import commands
 from hfprune_launch.slurm.launcher import Launcher, NewJobs
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.stage.run import Provenance
+from hfprune_launch.stage.stage_file import Provenance
 from made_stages import being_made
 
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Cancellation
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
 
 HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
-RESOURCES = dict.fromkeys(KINDS, Resources())
+RESOURCES = dict.fromkeys(STAGE_VERSIONS, Resources())
 
 
 class Clock:
@@ -163,7 +162,7 @@ class FakeLauncher(Launcher):
         cancellation, profile = Cancellation(store.root), Profile("test", resources, max_running)
         new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, cancellation, Path("/code"))
         slurm = commands.SlurmCommands(self.clock.sleep, delays)
-        super().__init__(store, plan, new_jobs, slurm, self.told.append, clock=self.clock)
+        super().__init__(store, plan, new_jobs, slurm, self.told.append, self.clock)
 
     def step_after(self, seconds: float) -> None:
         self.clock.sleep(seconds)

@@ -34,11 +34,10 @@ from hfprune_dist.store.stage import kind_of
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
 # Seconds after which what still keeps the sweep waiting is told again.
 REMIND_S = 3600.0
-STATUS_INTERVAL_S = 5.0
+# Seconds between two looks of --status at the store, and between two questions to Slurm.
+STATUS_INTERVAL_S, SLURM_INTERVAL_S = 5.0, 60.0
 # Seconds between two looks for jobs to cancel, and for which jobs and launchers that submit one are waited for.
 LOOK_AGAIN_S, PATIENCE_S = 2.0, 60.0
-# Seconds between two questions of --status to Slurm about the same jobs.
-SLURM_INTERVAL_S = 60.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
 # States of stages on which nothing is at work.
@@ -107,13 +106,11 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
         open_jobs = (ledger.open_job(stage_id) for stage_id in sweep.plan.stages if not is_committed(stage_id))
         attempts = [attempt for attempt in open_jobs if attempt is not None]
         try:
-            are_known = all(attempt.intent.job_name in observer.jobs for attempt in attempts)
-            if not are_known or (attempts and time.monotonic() - looked_at >= SLURM_INTERVAL_S):
+            if attempts and time.monotonic() - looked_at >= SLURM_INTERVAL_S:
                 observer.look(attempts)
                 looked_at = time.monotonic()
         except SlurmUnavailableError as error:
-            message = f"Slurm does not answer ({error}): submitted jobs may wait or run"
-            screen.tell(Event("waiting", message=message))
+            screen.tell(Event("waiting", message=f"Slurm does not answer ({error}): submitted jobs may wait or run"))
             return None
         return observer.jobs
 
@@ -132,7 +129,7 @@ def cancel_sweep(console: Console, sweep: Sweep) -> bool:
     slurm = SlurmCommands()
     slurm.require()
     job_ids, going_on = cancel_jobs(sweep.store, slurm)
-    say(console, f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}" if job_ids else "no jobs to cancel")
+    say(console, f"cancelled {counted(len(job_ids), 'job')}: {' '.join(job_ids)}".removesuffix(": "))
     for what in going_on:
         say(console, f"not cancelled yet: {what}; run the same command again")
     return bool(going_on)

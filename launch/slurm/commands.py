@@ -93,21 +93,19 @@ class JobInfo:
         return self.state in WAITING_STATES
 
 
+@dataclass
 class SlurmCommands:
     """Runs Slurm's commands, again after each of the delays while there is no answer (SlurmUnavailableError)."""
 
-    def __init__(self, sleep: Callable[[float], None] = time.sleep, retry_delays_s: Sequence[float] = DELAYS_S) -> None:
-        self._sleep = sleep
-        self._delays = retry_delays_s
+    sleep: Callable[[float], None] = time.sleep
+    retry_delays_s: Sequence[float] = DELAYS_S
 
     def require(self) -> None:
         """Raise UserError if this machine can't submit jobs."""
-        missing = [name for name in ("sbatch", "squeue", "scancel", "scontrol") if shutil.which(name) is None]
-        if missing:
-            raise UserError(
-                f"--profile: no {missing[0]} on this machine; run on a node of the cluster that can submit jobs, or "
-                "leave out --profile (slurm/cluster.sh brings up a cluster for tests)"
-            )
+        for name in ("sbatch", "squeue", "scancel", "scontrol"):
+            if shutil.which(name) is None:
+                where = "a node of the cluster that can submit jobs (slurm/cluster.sh brings up one for tests)"
+                raise UserError(f"no {name} on this machine; run on {where}, or leave out --profile")
 
     def submit(self, script: Path) -> str:
         """Submit a batch script and return the job's id.
@@ -170,7 +168,7 @@ class SlurmCommands:
             ignore: errors that count as success, without output.
             is_whole: returns whether an answer is complete rather than cut off.
         """
-        for delay in (*self._delays, None):
+        for delay in (*self.retry_delays_s, None):
             result = _run(command)
             if result.returncode == 0 and is_whole(result.stdout):
                 return result.stdout
@@ -180,7 +178,7 @@ class SlurmCommands:
             if result.returncode and not _is_transient(result):
                 break
             if delay is not None:
-                self._sleep(delay)
+                self.sleep(delay)
         raise SlurmUnavailableError(f"{command[0]}: {problem}")
 
 
@@ -204,10 +202,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             check=False,
             timeout=COMMAND_TIMEOUT_S,
         )
-    except subprocess.TimeoutExpired as error:
-        said = (error.stderr or b"").decode(errors="replace")  # why it takes long, if it says so
-        ended = f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s"
-        return subprocess.CompletedProcess(command, 1, "", f"{said}{ended}")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s")
     except OSError as error:  # e.g. a node on which the user may start no more processes at this moment
         return subprocess.CompletedProcess(command, -1, "", f"{command[0]}: {error.strerror or error}")
 

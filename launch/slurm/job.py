@@ -163,8 +163,6 @@ class Start:
 
     def __init__(self, handle: StageHandle, number: int) -> None:
         attempts = {attempt.intent.number: attempt for attempt in Ledger(handle.store).attempts_at(handle.id)}
-        if number not in attempts:
-            raise UserError(f"{handle.id}: no record of attempt {number}; jobs are submitted by a sweep")
         self.attempt = attempts[number]
         self.claim: Claim | None = None
         self._handle = handle

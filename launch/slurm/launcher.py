@@ -29,7 +29,7 @@ from hfprune_launch.slurm.decide import Do, about_job, job_to_wait_for, to_submi
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
-from hfprune_launch.stage.run import Provenance, write_stage_file
+from hfprune_launch.stage.stage_file import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
@@ -70,27 +70,20 @@ class NewJobs:
     snapshot: Path
 
 
+@dataclass
 class Launcher:
     """Runs a sweep to its end, or as far as it can get; tells of every event, of waiting in every round."""
 
-    def __init__(
-        self,
-        store: Store,
-        plan: Plan,
-        new_jobs: NewJobs,
-        slurm: SlurmCommands,
-        tell: Callable[[Event], None],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store = store
-        self._plan = plan
-        self._new_jobs = new_jobs
-        self._slurm = slurm
-        self._tell = tell
-        self._clock = clock
-        self._ledger = Ledger(store)
-        self.observer = Observer(self._ledger, slurm, clock)
+    store: Store
+    plan: Plan
+    new_jobs: NewJobs
+    slurm: SlurmCommands
+    tell: Callable[[Event], None]
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.store)
+        self.observer = Observer(self.ledger, self.slurm, self.clock)
 
     def step(self) -> None:
         """Do one round: look at the jobs, do what is to be done about them, then submit what is missing.
@@ -103,11 +96,11 @@ class Launcher:
             job = self.observer.jobs.get(attempt.intent.job_name)
             if job is not None and attempt.job_id is None:
                 self._adopt(attempt, job.job_id)
-        for stage_id, state in self.observer.states(self._plan).items():
+        for stage_id, state in self.observer.states(self.plan).items():
             if (found := about_job(state)) is not None:
                 self._act(stage_id, *found)
         if self.observer.before is None:
-            ended = [each for stage_id in self._plan.stages for each in self._ledger.jobs_of(stage_id) if each.end]
+            ended = [each for stage_id in self.plan.stages for each in self.ledger.jobs_of(stage_id) if each.end]
             self.observer.before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
         self._submit_missing()
 
@@ -118,137 +111,126 @@ class Launcher:
             show: called after every look at what jobs have recorded.
             follow: False leaves after the first round that is whole.
         """
-        began_at = answered_at = self._clock()
+        began_at = answered_at = self.clock()
         asked_at, following, is_over, look = -math.inf, list[Attempt](), False, LOOK_S
         while True:
             try:
-                if self._clock() - asked_at >= ASK_S or any(map(self._has_recorded_its_end, following)):
-                    asked_at = self._clock()
+                if self.clock() - asked_at >= ASK_S or any(map(self._has_recorded_its_end, following)):
+                    asked_at = self.clock()
                     self.step()
                     following = self._open()
-                    is_wanted = follow and not self._new_jobs.cancellation.is_requested()
-                    is_over = not (follow and following) and not (is_wanted and self._left())
-                shown_at = self._clock()
+                    is_wanted = not self.new_jobs.cancellation.is_requested()
+                    is_over = not follow or not (following or (is_wanted and self._left()))
+                shown_at = self.clock()
                 show()
                 if is_over:
                     return
-                answered_at = self._clock()
+                answered_at = self.clock()
                 look = min(ASK_S, max(LOOK_S, SHARE * (answered_at - shown_at)))
             except SlurmUnavailableError as error:
-                answered_at = self._clock()
+                answered_at = self.clock()
                 if not follow and answered_at - began_at >= PATIENCE_S:
                     raise
-                self._tell(Event("waiting", message=f"Slurm does not answer ({error}); jobs go on meanwhile"))
+                self.tell(Event("waiting", message=f"Slurm does not answer ({error}); jobs go on meanwhile"))
             except (OSError, UserError) as error:
-                if not _may_pass(error) or self._clock() - answered_at >= PATIENCE_S:
+                if not _may_pass(error) or self.clock() - answered_at >= PATIENCE_S:
                     raise
-                self._tell(Event("waiting", message=f"the store fails ({error}); jobs go on, and it is tried again"))
+                self.tell(Event("waiting", message=f"the store fails ({error}); jobs go on, and it is tried again"))
             sleep(look)
 
     def unsubmitted(self) -> list[Stage]:
         """Return missing stages without a job: refused, claimed by another launcher, or without room in the queue."""
-        states = self.observer.states(self._plan).values()
-        return [self._plan.stages[each.stage_id] for each in states if each.is_wanted and not each.has_attempt]
+        states = self.observer.states(self.plan).values()
+        return [self.plan.stages[each.stage_id] for each in states if each.is_wanted and not each.has_attempt]
 
     # Observe.
 
     def _open(self) -> list[Attempt]:
-        return [each for stage_id in self._plan.stages if (each := self._ledger.open_job(stage_id)) is not None]
+        return [each for stage_id in self.plan.stages if (each := self.ledger.open_job(stage_id)) is not None]
 
     def _has_recorded_its_end(self, attempt: Attempt) -> bool:
         """Return whether the store says that a job which ran is over, before Slurm is asked."""
         job = self.observer.jobs.get(attempt.intent.job_name)
         if job is None or not job.is_live or job.is_waiting:
             return False
-        return attempt.exit_record() is not None or self._store.handle(attempt.intent.stage_id).is_committed()
+        return attempt.exit_record() is not None or self.store.handle(attempt.intent.stage_id).is_committed()
 
     def _left(self) -> list[list[str]]:
         """Return the jobs that can be submitted by now, or later in a queue that is full at present."""
-        return to_submit(self.observer.states(self._plan), self._new_jobs.profile.allocation)
+        return to_submit(self.observer.states(self.plan), self.new_jobs.profile.allocation)
 
     # Act on jobs.
 
     def _adopt(self, attempt: Attempt, job_id: str) -> None:
         attempt.record_job(job_id)
-        self._tell(Event("adopted", self._plan.stages[attempt.intent.stage_id], job_id))
+        self.tell(Event("adopted", self.plan.stages[attempt.intent.stage_id], job_id))
 
     def _act(self, stage_id: str, do: Do, message: str) -> None:
-        stage, attempt = self._plan.stages[stage_id], self._ledger.open_job(stage_id)
+        stage, attempt = self.plan.stages[stage_id], self.ledger.open_job(stage_id)
         if attempt is None:
             return  # another launcher was faster
         job = self.observer.jobs.get(attempt.intent.job_name)
         match do:
             case Do.CANCEL if job is not None:
-                self._slurm.cancel([job.job_id])
+                self.slurm.cancel([job.job_id])
             case Do.CLOSE:
                 self._close(stage, attempt, job)
             case Do.SETTLE:
                 self._settle(stage, attempt, job)
             case Do.TELL:
-                self._tell(Event("waiting", stage, attempt.job_id, message))
+                self.tell(Event("waiting", stage, attempt.job_id, message))
 
     def _settle(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
         """Close an attempt whose job Slurm doesn't know, unless the stage's claim shows that somebody is at it."""
-        claim = self._store.handle(stage.id).claim()
-        if isinstance(claim, Holder):
-            return  # its job lives, or its launcher is submitting it
-        try:
-            if job is not None:
-                self._close(stage, attempt, job)
-            elif attempt.job_id is not None:
-                pass  # another launcher has just found it
-            elif (found := self._slurm.jobs().get(attempt.intent.job_name)) is not None:
-                self._adopt(attempt, found.job_id)
-            else:
+        with self.store.handle(stage.id).claimed_briefly() as claim:
+            if claim is None or (job is None and attempt.job_id is not None):
+                return  # its job lives, its launcher is submitting it, or another one has just found it
+            if job is None:
+                if (found := self.slurm.jobs().get(attempt.intent.job_name)) is not None:
+                    self._adopt(attempt, found.job_id)
+                    return
                 if attempt.script.exists():  # otherwise its launcher died before sbatch
-                    self._slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
-                self._close(stage, attempt, job)
-        finally:
-            claim.release()
+                    self.slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
+            self._close(stage, attempt, job)
 
     def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
-        self._end(stage, attempt, explain_end(self._ledger, stage, attempt, job))
+        self._end(stage, attempt, explain_end(self.ledger, stage, attempt, job))
 
     def _end(self, stage: Stage, attempt: Attempt, end: End) -> None:
         """Record how an attempt ended, for the next launcher and the report."""
-        handle = self._store.handle(stage.id)
+        handle = self.store.handle(stage.id)
         if attempt.job_id is not None:
             with handle.claimed_briefly(attempt.job_id):  # frees the stage if the job held it
                 pass
         attempt.close(end)
         if end.cause == Cause.DONE:
             handle.discard_work()  # for a job that died between its commit and its end
-            self._tell(Event("done", stage, attempt.job_id))
+            self.tell(Event("done", stage, attempt.job_id))
             return
         self.observer.verified.clear()  # the stage may have found an artifact damaged
-        self._tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
+        self.tell(Event("ended", stage, attempt.job_id, f"{end.cause}: {end.message}"))
 
     # Submit.
 
     def _submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         # Under a limit, other launchers must not submit between our look at the queue and our last submission.
-        with nullcontext() if self._new_jobs.profile.max_running is None else self._ledger.locked():
+        with nullcontext() if self.new_jobs.profile.max_running is None else self.ledger.locked():
             missing = self._left()
             try:
                 queue = self._queue() if missing else []
                 for chain in missing:
-                    self._require_wanted()
-                    self._submit([self._plan.stages[stage_id] for stage_id in chain], queue)
+                    self._submit([self.plan.stages[stage_id] for stage_id in chain], queue)
             except NotNowError as error:
-                self._tell(Event("waiting", message=str(error)))
+                self.tell(Event("waiting", message=str(error)))
 
     def _queue(self) -> list[str]:
         """Return the ids of the store's jobs that wait or run, in the order of their submission, if limited."""
-        if self._new_jobs.profile.max_running is None:
+        if self.new_jobs.profile.max_running is None:
             return []
-        jobs = self._slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
-        ours = [job.job_id for name, job in jobs.items() if job.is_live and f"-{self._ledger.mark}-" in name]
+        jobs = self.slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
+        ours = [job.job_id for name, job in jobs.items() if job.is_live and f"-{self.ledger.mark}-" in name]
         return sorted(ours, key=int)
-
-    def _require_wanted(self) -> None:
-        if self._new_jobs.cancellation.is_requested():
-            raise NotNowError("another command has cancelled this; run the same command again to go on")
 
     def _submit(self, chain: list[Stage], queue: list[str]) -> None:
         """Submit a job that runs stages one after another, up to the first that another launcher has or submits.
@@ -257,12 +239,12 @@ class Launcher:
             queue: as ``_queue`` returns it; the new job is added.
         """
         needs = {need for stage in chain for need in stage.needs} - {stage.id for stage in chain}
-        needed = [self._ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
+        needed = [self.ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
         jobs = [None if attempt is None else attempt.job_id for attempt in needed]
         if None in jobs:
             return  # what it has to wait for was refused, or has no known id
         dependencies = sorted({f"afterok:{job_id}" for job_id in jobs})
-        if (before := job_to_wait_for(self._new_jobs.profile.max_running, queue)) is not None:
+        if (before := job_to_wait_for(self.new_jobs.profile.max_running, queue)) is not None:
             dependencies.append(f"afterany:{before}")
         with ExitStack() as claims:
             claimed = list(takewhile(partial(self._claim, claims), chain))
@@ -271,7 +253,7 @@ class Launcher:
 
     def _claim(self, claims: ExitStack, stage: Stage) -> bool:
         """Claim a stage until ``claims`` is closed; return whether it still has to be submitted."""
-        handle = self._store.handle(stage.id)
+        handle = self.store.handle(stage.id)
         claim = handle.claim()
         if isinstance(claim, Holder):
             return False
@@ -280,7 +262,7 @@ class Launcher:
         verdict = handle.verify()
         if verdict.state == "done":
             handle.discard_work()
-        elif self._ledger.open_job(stage.id) is None:
+        elif self.ledger.open_job(stage.id) is None:
             if verdict.state == "corrupt":
                 handle.set_aside(claim)
             return True
@@ -291,13 +273,13 @@ class Launcher:
 
         Later rounds repair a death between any two of these steps.
         """
-        new, resources = self._new_jobs, self._new_jobs.profile.of_job([stage.kind for stage in chain])
+        new, resources = self.new_jobs, self.new_jobs.profile.of_job([stage.kind for stage in chain])
         attempts: list[Attempt] = []
         for stage in chain:
             leader = attempts[0] if attempts else None
             ranks, limit = 1 if KINDS[stage.kind].on_one_rank else resources.ranks, resources.time_minutes
-            attempt = self._ledger.begin(stage, ranks, time_minutes=limit, leader=leader, needs=needs)
-            write_stage_file(self._store.handle(stage.id), stage, new.provenance, attempt.intent.number)
+            attempt = self.ledger.begin(stage, ranks, time_minutes=limit, leader=leader, needs=needs)
+            write_stage_file(self.store.handle(stage.id), stage, new.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = Request(
             resources=resources,
@@ -309,12 +291,13 @@ class Launcher:
         )
         script = write_submission(request)
         # A job may outlive this machine: what it reads, and what tells the next launcher of it, must do so as well.
-        for folder in (*request.folders, *(self._store.handle(stage.id).work for stage in chain)):
-            fsync_folders(folder, self._store.root)
+        for folder in (*request.folders, *(self.store.handle(stage.id).work for stage in chain)):
+            fsync_folders(folder, self.store.root)
         try:
             # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
-            self._require_wanted()
-            job_id = self._slurm.submit(script)
+            if new.cancellation.is_requested():
+                raise NotNowError("another command has cancelled this; run the same command again to go on")
+            job_id = self.slurm.submit(script)
         except SubmissionRefusedError as error:
             for stage, attempt in zip(chain, attempts, strict=True):
                 self._end(stage, attempt, End(Cause.INPUT, f"{error}; check the profile", time.time()))
@@ -325,7 +308,7 @@ class Launcher:
             raise
         attempts[0].record_job(job_id)
         for stage in chain:
-            self._tell(Event("submitted", stage, job_id))
+            self.tell(Event("submitted", stage, job_id))
         return job_id
 
 

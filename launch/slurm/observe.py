@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState
+from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -17,6 +19,7 @@ from hfprune_dist.store.stage import Stage
 PASSES = ("importance", "reference")  # kinds of passes through a dense model, which its rows share
 
 
+@dataclass
 class Observer:
     """Looks at Slurm and at the store.
 
@@ -25,35 +28,35 @@ class Observer:
     Attributes:
         verified: ids of stages whose artifacts are not verified again.
         jobs: what the last look found out about jobs, by name; nothing of those about which Slurm did not answer.
+        since: since when each of them has been in its state.
         before: number of the last attempt at each stage that ended before this command began, which tries anew.
     """
 
-    def __init__(self, ledger: Ledger, slurm: SlurmCommands, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ledger = ledger
-        self._slurm = slurm
-        self._clock = clock
-        self._since: dict[JobInfo, float] = {}
-        self.verified: set[str] = set()
-        self.jobs: dict[str, JobInfo] = {}
-        self.before: dict[str, int] | None = None
+    ledger: Ledger
+    slurm: SlurmCommands
+    clock: Callable[[], float] = time.monotonic
+    verified: set[str] = field(default_factory=set)
+    jobs: dict[str, JobInfo] = field(default_factory=dict)
+    since: dict[JobInfo, float] = field(default_factory=dict)
+    before: dict[str, int] | None = None
 
     def look(self, attempts: Iterable[Attempt]) -> None:
         """Ask Slurm about the jobs of open attempts; the controller itself about those that squeue does not list."""
         asked = [(attempt.intent.job_name, attempt.job_id) for attempt in attempts]
-        self.jobs = self._slurm.jobs()
+        self.jobs = self.slurm.jobs()
         with suppress(SlurmUnavailableError):
             for name, job_id in asked:
                 if job_id is not None and name not in self.jobs:
-                    says = self._slurm.fields(job_id)
+                    says = self.slurm.fields(job_id)
                     if says.get("JobName") != name:  # ids are reused if a cluster was set up anew, names are not
                         says = {"JobState": FORGOTTEN}
                     state, reason, nodes = (says.get(key, "") for key in ("JobState", "Reason", "NodeList"))
                     self.jobs[name] = JobInfo(job_id, state, reason, nodes, name)
-        self._since = {job: self._since.get(job, self._clock()) for job in self.jobs.values()}
+        self.since = {job: self.since.get(job, self.clock()) for job in self.jobs.values()}
 
     def is_done(self, stage_id: str) -> bool:
         """Return whether a stage has a verified artifact; verifies each only once."""
-        if stage_id not in self.verified and self._ledger.store.handle(stage_id).is_done():
+        if stage_id not in self.verified and self.ledger.store.handle(stage_id).is_done():
             self.verified.add(stage_id)
         return stage_id in self.verified
 
@@ -63,9 +66,9 @@ class Observer:
         return {each.id: self._state(each, serves[each.id], each.id in wanted) for each in plan.stages.values()}
 
     def _state(self, stage: Stage, serves: frozenset[str], is_wanted: bool) -> StageState:
-        attempt, before = self._ledger.open_job(stage.id), (self.before or {}).get(stage.id, 0)
+        attempt, before = self.ledger.open_job(stage.id), (self.before or {}).get(stage.id, 0)
         job = self.jobs.get(attempt.intent.job_name) if attempt is not None else None
-        earlier = self._ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
+        earlier = self.ledger.jobs_of(stage.id) if attempt is None and is_wanted else []
         ends = [end.cause for each in earlier if each.intent.number > before and (end := each.end) is not None]
         return StageState(
             stage.id,
@@ -76,7 +79,7 @@ class Observer:
             has_attempt=attempt is not None,
             has_id=attempt is not None and attempt.job_id is not None,
             job=job,
-            lasts=self._clock() - self._since[job] if job is not None else 0.0,
+            lasts=self.clock() - self.since[job] if job is not None else 0.0,
             # One that was done and is wanted again has been found damaged, which is no failure of its own.
             ends=tuple(cause for cause in ends if cause != DONE),
         )
@@ -92,8 +95,8 @@ def served_by(plan: Plan) -> dict[str, frozenset[str]]:
     return {stage_id: frozenset(serves or {stage_id}) for stage_id, serves in found.items()}
 
 
-def stages_of_live_jobs(store: Store) -> list[str]:
-    """Return the ids of stages whose jobs may wait or run."""
+def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
+    """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads, which must stay."""
     ledger = Ledger(store)
     attempts = [each for each in ledger.open_jobs() if not store.handle(each.intent.stage_id).is_committed()]
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
@@ -101,4 +104,10 @@ def stages_of_live_jobs(store: Store) -> list[str]:
         if attempts:
             observer.look(attempts)
     ended = {name for name, job in observer.jobs.items() if not job.is_live}
-    return [attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended]
+    submitted = {attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended}
+    found: dict[str, list[str]] = {}
+    for stage_id in sorted(submitted):
+        content = find_stage_file(store.handle(stage_id))  # if it is lost, the job can't run
+        inputs = {} if content is None else content.stage.get("inputs", {})
+        found[stage_id] = [source["location"] for source in inputs.values() if source.get("is_stage")]
+    return found

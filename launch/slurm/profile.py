@@ -15,9 +15,9 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.store.stage import kind_of
+from hfprune_dist.store.stage import STAGE_VERSIONS, kind_of
 
-StageName = Literal[*KINDS]  # type: ignore[valid-type]
+StageName = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -156,7 +156,8 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}") for kind in KINDS
+        kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}")
+        for kind in STAGE_VERSIONS
     }
     told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(asked, key) for asked in resources.values())]
     if told and not any(asked.gpus for asked in resources.values()):
@@ -166,8 +167,10 @@ def load_profile(name: str, shipped: Path) -> Profile:
 
 def _settings(common: Mapping[str, Any], stages: Mapping[Any, Mapping[str, Any]], kind: str) -> dict[str, Any]:
     """Return the settings of all stages, overridden by a kind's own; LoRAPrune, being a recovery, has those of recovery
-    unless it has its own.
+    unless it has its own. A kind that runs on one rank, in jobs of its own, takes at most one of the GPUs.
     """
+    if KINDS[kind].on_one_rank and kind in stages:
+        common = {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
     own = stages.get(kind, stages.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
     merged = {**common, **own}
     for key in ("environment", "sbatch"):

@@ -27,6 +27,7 @@ from hfprune_dist.store.machine import threads_allowed
 ENVIRONMENT = "environment.sh"
 # Characters to which Slurm (ids in the names of logs), batch scripts or PYTHONPATH give a meaning of their own.
 UNUSABLE = re.compile(r"[%\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+AS_SLURM_CALLS_IT = ("partition", "account", "qos", "nodes", "cpus_per_task", "constraint", "exclude")
 # What srun exits with if SIGUSR2 ends a rank.
 UNHEARD = 128 + signal.SIGUSR2
 
@@ -64,17 +65,12 @@ def batch_script(request: Request) -> str:
     gpus = f"{resources.gpu_type or ''}:{resources.gpus_per_node}".removeprefix(":")
     executor = _TextExecutor(request.folders[0])
     executor.update_parameters(
+        **{name: getattr(resources, name) for name in AS_SLURM_CALLS_IT},
         job_name=request.job_name,
-        partition=resources.partition,
-        account=resources.account,
-        qos=resources.qos,
-        nodes=resources.nodes,
         ntasks_per_node=resources.tasks_per_node,
         gpus_per_node=gpus if resources.gpus else None,
-        cpus_per_task=resources.cpus_per_task,
         time=resources.time_minutes,
-        constraint=resources.constraint,
-        exclude=resources.exclude,
+        mem=resources.memory,
         dependency=",".join(request.dependencies) or None,
         signal_delay_s=resources.signal_seconds,
         wckey=None,
@@ -83,7 +79,6 @@ def batch_script(request: Request) -> str:
             "kill-on-invalid-dep": "yes",  # without it, a job whose dependency failed waits for ever
             "chdir": str(request.snapshot),
             "propagate": "NONE",  # the limits (ulimit) of the launcher's shell are not meant for the nodes
-            **({"mem": resources.memory} if resources.memory else {}),
             **resources.sbatch,
         },
         setup=_setup(request),

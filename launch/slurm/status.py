@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfprune_launch.measured_hours import NO_RUN, measured_hours
 from hfprune_launch.screen import plain_table, time_left
 from hfprune_launch.slurm.causes import log_tail
 from hfprune_launch.slurm.commands import JobInfo
-from hfprune_launch.sweep_folder import NO_RUN, measured_hours
 from rich.markup import escape
 from rich.table import Table
 
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
-from hfprune_dist.store.artifacts import STAGE_FILE, Store
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, modified_at
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.
 NOT_BEGUN = ("missing", "waiting", "queued")
-# A running stage without a sign of life for this long may hang, though a step of a large model may take as long.
-STALE_MINUTES = 5
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "died": "red"}
 
 
@@ -36,7 +33,7 @@ class StageStatus:
     Attributes:
         state: done, running, queued, failed, died, waiting, missing or not needed; submitted, if Slurm says nothing of
             its job; or Slurm's state of its job.
-        detail: why it waits or failed, who runs it, or for how long it has given no sign of life.
+        detail: why it waits or failed, or who runs it.
         left: time until the end of its current phase; before it begins, what stages like it took.
     """
 
@@ -56,11 +53,11 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
     Args:
         jobs: by name; None if nothing is known of any, as Slurm does not answer.
     """
-    now, hours_of, ledger = time.time(), measured_hours(plan, store), Ledger(store)
+    hours_of, ledger = measured_hours(plan, store), Ledger(store)
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
     statuses = []
     for stage in plan.stages.values():
-        status = _status(stage, ledger, jobs, now)
+        status = _status(stage, ledger, jobs)
         if status.state in ("missing", "waiting") and stage.id not in needed:
             status = replace(status, state="not needed", detail="")
         elif status.state in NOT_BEGUN:
@@ -70,7 +67,7 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
     return statuses
 
 
-def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, now: float) -> StageStatus:
+def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None) -> StageStatus:
     handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
     attempt = attempts[-1] if attempts and attempts[-1].end is None else None
     job = jobs.get(attempt.intent.job_name) if attempt is not None and jobs else None
@@ -81,22 +78,13 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None, no
         is_next = job.state == "RUNNING" and attempt is not None and not attempt.runs()  # of those that its job runs
         state = "queued" if job.is_waiting or is_next else job.state.lower()
         detail = job.reason if job.is_waiting else ""
-    progress = left = ""
-    if state == "running":
-        runs, beat = attempt.runs() if attempt is not None else [], handle.heartbeat()
-        began = runs[-1].started if runs else None if attempt is not None else modified_at(handle.work / STAGE_FILE)
-        signs = [at for at in (began, beat.updated if beat is not None else None) if at is not None]
-        if (minutes := int((now - max(signs, default=now)) / 60)) >= STALE_MINUTES:
-            detail = f"{detail}; stale for {minutes} min".removeprefix("; ")
-        progress = str(beat or "")
-        # A heartbeat from before the start belongs to an earlier one.
-        left = "" if beat is None or beat.updated < (began or 0.0) else time_left(beat)
+    beat = handle.heartbeat() if state == "running" else None
     return StageStatus(
         stage=stage,
         state=state,
         detail=detail,
-        progress=progress,
-        left=left,
+        progress=str(beat or ""),
+        left=time_left(beat) if beat is not None else "",
         job=(attempts[-1].job_id or "") if attempts else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,7 +111,7 @@ def code(tmp_path_factory):
 def without(finished, code, tmp_path_factory):
     """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense".
 
-    Launchers check its code, and need not compile it; ``on_cluster`` has none.
+    Launchers check its code, and need not compile it.
     """
 
     def copy(*stages):
@@ -125,21 +125,6 @@ def without(finished, code, tmp_path_factory):
         return out
 
     return copy
-
-
-@pytest.fixture(scope="package")
-def on_cluster(cluster, config, tmp_path_factory):
-    """Return a function that waits for a whole sweep to end and returns its folder and output."""
-    out = tmp_path_factory.mktemp("cluster") / "out"
-    submitted = cluster.submit(config, out, "--max-running", "2", real=True)
-
-    @cache
-    def ended():
-        code, output = submitted.end()
-        assert code == 0, output
-        return out, output
-
-    return ended
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -65,9 +65,6 @@ def test_up_and_down_again(new_cluster):
         pids = {daemon: another.pid(daemon) for daemon in ("slurmctld", "n1", "n4", "munge")}
         another.run("up")
         assert pids == {daemon: another.pid(daemon) for daemon in pids}, "what runs as it should is left alone"
-        another.run("up", "--grace-time", "7")
-        assert "GraceTime=7" in another.slurm("scontrol", "show", "partition", "main")
-
         another.slurm("sbatch", "--output=/dev/null", "--wrap", f"sleep 1000 # {another.folder}")
         wait_for(lambda: "slurmstepd" in processes_in(another.folder))
         # The worst case: nobody is there to end the job, and a daemon's pid is no longer known.

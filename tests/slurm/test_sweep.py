@@ -1,5 +1,5 @@
-"""A sweep on the cluster, a rank of which is killed in each stage: the same results as on this machine; and commands
-that inspect it. If every test is asked for, also a whole sweep of processes that are no forks.
+"""A sweep on the cluster, a rank of which is killed: the same results as on this machine; and commands that inspect it,
+inside another job. If every test is asked for, also a whole sweep of processes that are no forks.
 """
 
 import re
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from clusters import (
-    CELL,
     DENSE,
     FORKED_RANKS,
     PRUNE,
@@ -19,48 +18,49 @@ from clusters import (
     job_names,
     label_of,
     read,
-    table,
 )
-from sweeps import artifacts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
+# As in a shell inside an interactive job on a GPU node, and as people set them for jobs of another kind.
+SURROUNDINGS = {
+    **dict.fromkeys(["SLURM_JOB_ID", "SLURM_JOBID", "SLURM_ARRAY_JOB_ID"], "999"),
+    **dict.fromkeys(["SLURM_NTASKS", "SLURM_NNODES", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"], "7"),
+    **dict.fromkeys(["SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_ID"], "3"),
+    **dict.fromkeys(["SLURM_MEM_PER_CPU", "SBATCH_MEM_PER_CPU", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT"], "10"),
+    **dict.fromkeys(["SLURM_EXPORT_ENV", "SBATCH_EXPORT", "SRUN_EXPORT_ENV"], "NONE"),
+    **dict.fromkeys(["SLURM_PARTITION", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_NODELIST"], "nowhere"),
+    **dict.fromkeys(["SLURM_WORKING_DIR", "SBATCH_OUTPUT"], "/nowhere"),
+    **dict.fromkeys(["SLURM_TIMELIMIT", "SBATCH_NO_REQUEUE"], "1"),
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x10",
+}
 
-def of_the_whole_sweep(test):
-    return pytest.mark.beside("whole sweep")(pytest.mark.thorough(test))
 
-
-@of_the_whole_sweep
-def test_the_bits_are_those_of_the_local_backend(on_cluster, finished):
-    out, _ = on_cluster()
-    for kind in ("importance", "prune", "recover"):
-        assert artifacts(out, kind) == artifacts(finished, kind)
-    assert table(out) == table(finished)
-
-
-@of_the_whole_sweep
-def test_jobs_ran_once_and_never_more_at_once_than_allowed(on_cluster):
-    out, _ = on_cluster()
-    assert set(causes(out)) == {"done"} and len(attempt_folders(out)) == 8
+@pytest.mark.thorough
+def test_a_whole_sweep(cluster, config, finished, tmp_path_factory):
+    """Without forks: each stage runs once, and no more jobs at once than allowed; then nothing is left to do."""
+    out = tmp_path_factory.mktemp("cluster") / "out"
+    done(cluster, out, finished, cluster.submit(config, out, "--max-running", "2", real=True))
+    assert causes(out) == ["done"] * 8
     assert len(job_names(out)) == 4, "passes, the dense model, its control, and the row"
     starts = [read(next(folder.glob("run.*.json"))) for folder in attempt_folders(out)]
     running = 0
     for _, change in sorted([(run["started"], 1) for run in starts] + [(run["ended"], -1) for run in starts]):
         running += change
         assert running <= 2
+    assert "submitted" not in done(cluster, out, finished, cluster.submit(config, out))
 
 
-@of_the_whole_sweep
-def test_a_second_run_submits_nothing(cluster, on_cluster, config):
-    out, _ = on_cluster()
-    before = len(attempt_folders(out))
-    code, output = cluster.submit(config, out).end()
-    assert code == 0 and "submitted" not in output and len(attempt_folders(out)) == before
+IMPORTANCE, RECOVERY, SCORES = "importance alpha", "recover alpha 0.2", "evaluate alpha 0.2 + lora"
 
 
-def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
-    stages = ["importance alpha", f"recover {CELL}", DENSE]
-    out = without(*stages, PRUNE, f"evaluate {CELL} + lora")
+@pytest.mark.parametrize(
+    ("stages", "missing"),
+    [((RECOVERY,), ()), pytest.param((IMPORTANCE, DENSE), (PRUNE, RECOVERY), marks=pytest.mark.thorough)],
+)
+def test_a_rank_is_killed(cluster, config, finished, without, stages, missing):
+    """In mid chain; and in what another job, which Slurm then drops, waits for."""
+    out = without(*stages, *missing, SCORES)
     submitted = cluster.submit(config, out, **SLOWLY, **FORKED_RANKS)
     alive = list(stages)
     while alive:
@@ -69,18 +69,17 @@ def test_a_rank_is_killed_in_each_stage(cluster, config, finished, without):
         alive.remove(stage)
     done(cluster, out, finished, submitted)
     for stage in stages:
-        assert [cause for cause in causes(out, stage) if cause != "interrupted"] == ["killed", "done"]
+        assert causes(out, stage) == ["killed", "done"]
         folders = [folder for folder in (out / "store" / stage.split()[0]).iterdir() if label_of(out, folder) == stage]
         assert read(folders[0] / "manifest.json")["world_size"] == 2
-    assert causes(out, PRUNE) == ["interrupted", "done"], "its job waited for the first importance"
-    assert causes(out, f"evaluate {CELL} + lora") == ["interrupted", "interrupted", "done"]
+    assert [causes(out, stage) for stage in (*missing, SCORES)] == [["interrupted", "done"]] * (len(missing) + 1)
     snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
     assert snapshot.parent == (out / "code").resolve() and read(snapshot / "provenance.json")["git_commit"]
 
 
 def test_status_logs_and_cancel(cluster, config, without):
     out = without("recover alpha dense", "evaluate alpha dense + lora")
-    slowly = {**SLOWLY, "SLOW_S": "6"}  # each of the commands below takes seconds
+    slowly = {**SLOWLY, "SLOW_S": "6", **SURROUNDINGS}  # each of the commands below takes seconds
     submitted = cluster.submit(config, out, "--no-follow", real=True, **slowly)  # its ranks are interpreters
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
@@ -91,6 +90,8 @@ def test_status_logs_and_cancel(cluster, config, without):
     assert "queued" in status and status.count("done") == 6
     logs = cluster.sweep(config, out, "--logs", "alpha dense + lora")
     assert "recovery: step 1/12" in logs
+    run = read(next(attempt_folders(out)[0].glob("run.*.json")))
+    assert (run["job_id"], run["restart"]) == (job_id, 0), "not those of the other job"
     assert "cancelled 1 job:" in cluster.sweep(config, out, "--cancel")
     assert not [state for state in cluster.states(job_names(out)).values() if state != "COMPLETING"]
     status = cluster.sweep(config, out, "--status")

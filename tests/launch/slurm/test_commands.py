@@ -66,12 +66,6 @@ def test_a_controller_that_stays_away(fake, slurm, script, slept):
     assert slept == list(DELAYS_S)
 
 
-def test_jobs_are_parsed(fake, slurm):
-    fake.jobs = {"7": Job("a|strange|name", "RUNNING", nodes="n[1-2]"), "8": Job("other", "NODE_FAIL", "NodeDown")}
-    jobs = slurm.jobs()
-    assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
-
-
 def test_the_id_is_found_among_a_sites_notes(fake, slurm, script):
     fake.answer = "your 12 core-hours are used up\nID;hfprune\nNote: 3 of your jobs wait\n"
     assert slurm.submit(script) == "101"
@@ -79,9 +73,10 @@ def test_the_id_is_found_among_a_sites_notes(fake, slurm, script):
 
 @pytest.mark.parametrize("answer", ["", f"{HEADER}7|RUNNING|None|n1|na", f"{HEADER}12", HEADER[:20]])
 def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
-    fake.jobs["7"] = Job("name", "RUNNING", nodes="n1")
+    fake.jobs = {"7": Job("a|strange|name", "RUNNING", nodes="n[1-2]"), "8": Job("other", "NODE_FAIL", "NodeDown")}
     fake.listings = [answer, answer]
-    assert list(slurm.jobs()) == ["name"]
+    jobs = slurm.jobs()
+    assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
     assert slept == list(DELAYS_S[:2])
 
 

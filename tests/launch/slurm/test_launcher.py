@@ -158,17 +158,6 @@ def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
 # Ends.
 
 
-def test_only_an_artifact_is_success(fake, store):
-    launcher = started(store)
-    complete(store, SCORES)
-    fake.set_state("101", "FAILED")
-    fake.set_state("102", "COMPLETED")
-    launcher.step()
-    assert causes(store, SCORES) == ["done"] and causes(store, PRUNES[0]) == [None], "its artifact may appear later"
-    launcher.step_after(60)
-    assert causes(store, PRUNES[0]) == ["killed", None]
-
-
 def test_a_cancelled_job_waits_for_the_user(fake, store, ledger):
     launcher = started(store)
     ledger.open_job(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
@@ -218,18 +207,6 @@ def plans_of_two(*names):
     return [
         plan_of(*(stage_of("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in names
     ]
-
-
-def test_jobs_of_commands_with_other_plans_count_for_max_running(fake, store):
-    plans = plans_of_two("a", "b", "c")
-    waits = []
-    for number, plan in enumerate(plans):
-        if number == 2:
-            for job_id in ("101", "102", "103"):
-                fake.set_state(job_id, "COMPLETED")
-        started(store, plan, max_running=2)
-        waits.append([waits_of(store, stage) for stage in plan.stages.values()])
-    assert waits == [[[], []], [["afterany:101"], ["afterany:102"]], [[], ["afterany:104"]]]
 
 
 def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch):

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from hfprune_launch.slurm.profile import Resources, load_profile
 
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
+from hfprune_dist.store.stage import STAGE_VERSIONS
 
 SHIPPED = Path(__file__).resolve().parents[3] / "slurm" / "profiles"
 
@@ -18,7 +18,12 @@ def write(tmp_path, text):
 @pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
 def test_shipped_profiles_are_valid(name):
     profile = load_profile(name, SHIPPED)
-    assert profile.name == name and set(profile.resources) == set(KINDS)
+    assert profile.name == name and set(profile.resources) == set(STAGE_VERSIONS)
+
+
+def test_an_unknown_profile():
+    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
+        load_profile("local-clutser", SHIPPED)
 
 
 def test_a_kind_of_stage_overrides_single_settings(tmp_path):
@@ -28,6 +33,7 @@ def test_a_kind_of_stage_overrides_single_settings(tmp_path):
     assert (importance.nodes, importance.ranks, importance.gpus, importance.partition) == (4, 32, 32, "gpu")
     assert (evaluate.nodes, evaluate.ranks) == (1, 8)
     assert profile.max_running == 3
+    assert [Resources(memory=memory).memory_bytes for memory in ("3tb", "512", "0")] == [3 * 2**40, 512 * 2**20, None]
 
 
 def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_path):
@@ -64,21 +70,11 @@ def test_mistakes_are_explained(tmp_path, text, expected):
         assert part in f"{caught.value}\n"
 
 
-def test_an_unknown_profile(tmp_path):
-    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
-        load_profile("local-clutser", SHIPPED)
-
-
-@pytest.mark.parametrize(
-    ("memory", "size"), [("400G", 400 * 2**30), ("512", 512 * 2**20), ("3tb", 3 * 2**40), ("0", None), (None, None)]
-)
-def test_memory_is_read_as_slurm_reads_it(memory, size):
-    assert Resources(memory=memory).memory_bytes == size
-
-
 def test_efficiency_is_measured_on_what_is_asked_for(tmp_path):
     common = "partition: gpu\nnodes: 2\ntasks_per_node: 8\ngpus_per_node: 8\nconstraint: a100\ngpu_type: a100\n"
     efficiency = load_profile(write(tmp_path, common), SHIPPED).resources["efficiency"]
+    own = load_profile(write(tmp_path, f"{common}stages: {{efficiency: {{qos: low}}}}\n"), SHIPPED)
+    assert (efficiency.ranks, own.resources["efficiency"].ranks, own.resources["efficiency"].gpus) == (16, 1, 1)
     assert efficiency.device(3) == "partition gpu, constraint a100, gpu_type a100, a GPU"
     without = load_profile(write(tmp_path, "cpus_per_task: 4\n"), SHIPPED).resources["efficiency"]
     assert without.gpus == 0 and without.device(3) == "threads: 3"
