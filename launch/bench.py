@@ -1,18 +1,24 @@
-"""Measure this machine, and a sweep's stages in a unit of time that depends little on the machine.
+"""Measure this machine and what the project takes, in a unit of time that depends little on the machine.
 
 The unit, u, is the time of one forward of 4,096 tokens (16 windows of 256) through the body of the demo's Llama, by
-plain transformers in float32, on all cores or on one GPU. It needs the demo's files (demo_assets.py).
+plain transformers in float32, on all cores or on one GPU. It needs the demo's files (demo_assets.py). In u are shown: a
+stage that does nothing, after a first one has waited for imports; a sweep's stages, with all their attempts and the
+start of ranks; and the last run of the tests by tests/run.sh.
 
 examples:
-  python launch/bench.py             u, and the demo's stages if they have run
-  python launch/bench.py runs/my     the same with another sweep's stages
+  python launch/bench.py             with the demo's stages, if they have run
+  python launch/bench.py runs/my     with another sweep's stages
 """
 
 from __future__ import annotations
 
+import os
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,13 +28,13 @@ if __name__ == "__main__":
 
 from hfprune_launch.command import command, folder, make_parser
 
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import count_gpus, usable_cores
 
 DEMO, ASSETS = Path("runs/demo"), Path("runs/demo-assets")
 WINDOWS, TOKENS = 16, 256
 ROUNDS = 3
+TESTS = Path("runs/tests.xml")
 
 
 @command
@@ -49,24 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     unit = seconds_of_a_forward(ASSETS / "llama")
     device = torch.cuda.get_device_name() if count_gpus() else f"a CPU, threads: {torch.get_num_threads()}"
     say(console, f"u = {unit:.3g} s: {WINDOWS} x {TOKENS} tokens on {device}, torch {torch.__version__}")
-    if sweep is None:
-        return 0
-    times: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "all")}  # all attempts and starts of ranks included
-    for stage in sweep.plan.stages.values():
-        ends = Ledger(sweep.store).ends(stage.id)
-        took = [
-            end.at - next((run.started for run in attempt.runs()), attempt.intent.created)
-            for attempt, end in ends
-            if end is not None and end.cause != CUT_OFF
-        ]
-        for name in (stage.kind, "all") if took else ():
-            times[name].append(sum(took))
-    numbers = "number", "seconds", "u", "longest, u"
-    table = plain_table(f"stages of {sweep.out}", *numbers, numbers=numbers)
-    for name, seconds in times.items():
-        if seconds:
-            total, longest = sum(seconds), max(seconds)
-            table.add_row(name, f"{len(seconds)}", f"{total:.1f}", f"{total / unit:.2f}", f"{longest / unit:.2f}")
+    took: dict[str, list[float]] = {"a stage that does nothing": [seconds_of_nothing()]}
+    if sweep is not None:
+        ledger = Ledger(sweep.store)
+        for stage in sweep.plan.stages.values():
+            ends = [(attempt, end) for attempt, end in ledger.ends(stage.id) if end and end.cause != CUT_OFF]
+            begun = [next((run.started for run in each.runs()), each.intent.created) for each, _ in ends]
+            for name in (stage.kind, f"all of {sweep.out}") if ends else ():
+                took.setdefault(name, []).append(sum(end.at for _, end in ends) - sum(begun))
+    rows = [(name, len(times), sum(times)) for name, times in took.items()]
+    if TESTS.is_file() and (told := re.search(r'tests="(\d+)" time="([\d.]+)"', TESTS.read_text(encoding="utf-8"))):
+        rows.append(("all tests of the last run", int(told[1]), float(told[2])))
+    table = plain_table("", "number", "seconds", "u", numbers=("number", "seconds", "u"))
+    for name, number, seconds in rows:
+        table.add_row(name, f"{number:,}", f"{seconds:.1f}", f"{seconds / unit:.2f}")
     console.print(table)
     return 0
 
@@ -92,3 +94,25 @@ def seconds_of_a_forward(model: Path) -> float:
             torch.cuda.synchronize()
         took.append(time.perf_counter() - began)
     return statistics.median(took[1:])
+
+
+def seconds_of_nothing() -> float:
+    """Return the time in which two ranks, or one for each GPU, start, join and leave."""
+    from hfprune_launch.local.warm import WarmProcess
+
+    with closing(WarmProcess()) as warm, tempfile.NamedTemporaryFile() as log:
+        for _ in range(2):
+            began = time.perf_counter()
+            warm.start("hfprune_launch.bench:do_nothing", [], count_gpus() or 2, os.environ, Path(log.name))
+            while (codes := warm.ended(1.0)) is None:
+                pass
+            assert set(codes.values()) == {0}, Path(log.name).read_text(encoding="utf-8")
+    return time.perf_counter() - began
+
+
+def do_nothing(_arguments: Sequence[str]) -> None:
+    """Be a rank of a stage that does nothing."""
+    from hfprune_dist.distributed.world import join_world, leave_world
+
+    join_world(os.environ, timeout_minutes=1, reproducible=True)
+    leave_world()

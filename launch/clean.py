@@ -7,14 +7,14 @@ examples:
 
 Removed: artifacts and progress of rows that were removed (--forget) or replaced by others, drafts of stages that
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
-rows, tables, named checkpoints and logs, and what waiting Slurm jobs need.
+rows, tables, named checkpoints and logs.
 
 --intermediates removes pruned and distilled checkpoints that finished rows were recovered from; they are made again
 only if something needs them, such as another recovery of the same pruned model. Scores of calibration passes stay, so
 another ratio costs as much as before. Large files in checkpoints/ share their bytes with the store, so these are free
 only once both are gone.
 
-exit codes: 0 done; 2 a stage of the sweep is running, something can't be removed, or bad input
+exit codes: 0 done; 2 a stage runs or is queued, something can't be removed, or bad input
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,13 @@ if __name__ == "__main__":
 
 from hfprune_launch.command import command, folder, make_parser
 from hfprune_launch.screen import make_console, say
-from hfprune_launch.slurm.observe import inputs_of_live_jobs
+from hfprune_launch.slurm.observe import stages_of_live_jobs
 from hfprune_launch.sweep_folder import Sweep, read_sweep
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
 from hfprune_dist.store.atomic_files import listed
-from hfprune_dist.store.stage import STAGE_VERSIONS
 
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
@@ -77,57 +77,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep, dry_run = read_sweep(arguments.out), arguments.dry_run
     store = sweep.store
     _refuse_while_needed(store)
-    jobs = inputs_of_live_jobs(store)
-    used = {*jobs, *(need for needs in jobs.values() for need in needs)}
-    found = list(_unused(store, {*sweep.plan.stages, *used}, about_to_run=jobs))
-    if arguments.intermediates:
-        found += _intermediates(sweep, used)
+    found = [*_unused(sweep), *(_intermediates(sweep) if arguments.intermediates else ())]
     sizes = [sum(leftover.file_sizes()) for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
     for leftover in found if not dry_run else ():
         (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
-    staying = [] if dry_run else [leftover for leftover in found if leftover.file_sizes()]
+    staying = [] if dry_run else [str(leftover.path) for leftover in found if leftover.file_sizes()]
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
-    console, total = make_console(), 0
-    if jobs:
-        say(console, f"note: the jobs of {', '.join(jobs)} may still wait or run, so what they need stays")
+    console = make_console()
     for leftover, size in zip(found, sizes, strict=True):
-        if leftover not in staying:
-            total += size
-            say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
-    say(console, f"{total:>15,} bytes {'would be removed' if dry_run else 'removed'}")
+        say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
+    say(console, f"{sum(sizes):>15,} bytes {'would be removed' if dry_run else 'removed'}")
     for remark in remarks:
         say(console, f"note: {remark}")
     if staying:
-        paths = ", ".join(str(leftover.path) for leftover in staying)
-        raise UserError(f"{paths}: part of it can't be removed; is it another user's, or in use?")
+        raise UserError(f"{', '.join(staying)}: part of it can't be removed; is it another user's, or in use?")
     return 0
 
 
 def _refuse_while_needed(store: Store) -> None:
     if store.root.is_symlink():
         raise UserError(f"{store.root} is a link, so other sweeps may use what is there; nothing is removed")
-    handles = (handle for kind in STAGE_VERSIONS for handle in _handles(store, store.root / "work" / kind))
+    handles = (handle for kind in KINDS for handle in _handles(store, store.root / "work" / kind))
     holders = ((handle.id, handle.holder()) for handle in handles)
-    if running := [stage_id for stage_id, holder in holders if holder is not None and holder.lives]:
-        raise UserError(f"{store.root}: in use by a process that runs {', '.join(running)}; let it end, or cancel it")
+    running = [stage_id for stage_id, holder in holders if holder is not None and holder.lives]
+    if found := running or stages_of_live_jobs(store):
+        raise UserError(f"{store.root}: {', '.join(found)} runs, or may run; let it end, or cancel it")
 
 
-def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) -> Iterator[Leftover]:
-    """Yield everything that the stages with these ids don't need: other artifacts and their progress, drafts, artifacts
+def _unused(sweep: Sweep) -> Iterator[Leftover]:
+    """Yield everything that the stages of a sweep don't need: other artifacts and their progress, drafts, artifacts
     that failed verification, and shared files.
 
     To be called only while no stage runs: the drafts of running stages would be included.
-
-    Args:
-        about_to_run: ids of stages that may begin at any moment. Their drafts and all shared files are left out.
     """
-    begun = tuple(f".draft-{stage_id.partition('/')[2]}-" for stage_id in about_to_run)
-    for kind in STAGE_VERSIONS:
+    store, kept = sweep.store, sweep.plan.stages
+    for kind in KINDS:
         for draft in listed(store.root / kind, ".draft-*"):
-            if not draft.name.startswith(begun):
-                yield Leftover(draft, "a draft of a stage that ended early")
+            yield Leftover(draft, "a draft of a stage that ended early")
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
                 yield Leftover(handle.artifact, "an artifact of no row of the tables", handle.discard)
@@ -136,7 +124,7 @@ def _unused(store: Store, kept: Collection[str], about_to_run: Collection[str]) 
                 yield Leftover(handle.work, "progress of a stage of no row of the tables")
     for path in listed(store.root / "quarantine", "*"):
         yield Leftover(path, "an artifact that failed verification")
-    for name, what in {} if about_to_run else SHARED.items():
+    for name, what in SHARED.items():
         if (store.root / name).is_dir():
             yield Leftover(store.root / name, what)
 
@@ -147,15 +135,11 @@ def _handles(store: Store, folder: Path) -> list[StageHandle]:
     return [store.handle(f"{folder.name}/{name}") for name in names]
 
 
-def _intermediates(sweep: Sweep, used: set[str]) -> Iterator[Leftover]:
-    """Yield checkpoints that belong to no row and that no missing stage reads.
-
-    Args:
-        used: ids of stages whose artifacts are in use in another way.
-    """
+def _intermediates(sweep: Sweep) -> Iterator[Leftover]:
+    """Yield checkpoints that belong to no row and that no missing stage reads."""
     plan, store = sweep.plan, sweep.store
     missing = plan.lacking(lambda stage_id: store.handle(stage_id).is_done())
-    kept = {*used, *plan.asked, *(result for cell in plan.cells for result in cell.results)}
+    kept = {*plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
         leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty, MANIFEST)

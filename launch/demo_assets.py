@@ -26,9 +26,8 @@ if __name__ == "__main__":
     start(__file__)
 
 from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.demo import text
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
-from hfprune_launch.demo.tasks import write_tasks
-from hfprune_launch.demo.text import instruction_pairs, paper_prose, reference_prose, standard_library, write_jsonl
 from hfprune_launch.screen import make_console, say
 
 from hfprune_dist.store.atomic_files import locked, read_object, write_json
@@ -67,12 +66,12 @@ def build(root: Path) -> None:
         for name in FOLDERS:
             shutil.rmtree(root / name, ignore_errors=True)
             (root / name).mkdir()
-        reference, library = reference_prose(), standard_library()
-        for name, prose in (("text", reference), ("papers", paper_prose())):
+        reference, library = text.reference_prose(), text.standard_library()
+        for name, prose in (("text", reference), ("papers", text.paper_prose())):
             for part, documents in prose.items():
-                write_jsonl(root / name / f"{part}.jsonl", ({"text": text} for text in documents))
-        write_jsonl(root / "instructions.jsonl", instruction_pairs(library))
-        write_tasks(root / "tasks", reference["heldout"], library)
+                text.write_jsonl(root / name / f"{part}.jsonl", ({"text": document} for document in documents))
+        text.write_jsonl(root / "instructions.jsonl", text.instruction_pairs(library))
+        text.write_tasks(root / "tasks", reference["heldout"], library)
         write_llama(weights, root / "llama")
         write_qwen(root / "llama", root / "qwen")
         write_json(root / MANIFEST, made_from)

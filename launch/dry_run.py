@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from hfprune_launch.measured_hours import NO_RUN, measured_hours
-from hfprune_launch.preflight import require_runnable
-from hfprune_launch.prepare import Prepared
+from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.screen import plain_table
 from hfprune_launch.slurm.cli import show_jobs
 from hfprune_launch.slurm.estimate import show_estimates
+from hfprune_launch.sweep_folder import NO_RUN, measured_hours
 from rich.console import Console
 from rich.markup import escape
 

@@ -1,33 +1,43 @@
-"""From a request to a runnable plan: what is missing, where it would run, and whether it can."""
+"""From a request to a runnable plan: what is missing, where it would run, and whether it can. What a stage would
+otherwise refuse only after hours of other stages' work is refused here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hfprune_launch.local.hardware import device_here, ranks_here
+from hfprune_launch.local.backend import device_here, ranks_here
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import say
-from hfprune_launch.slurm.estimate import Estimate, estimate_stages
+from hfprune_launch.slurm.commands import SlurmCommands
+from hfprune_launch.slurm.estimate import Estimate, estimate_stages, refuse_what_cannot_fit
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import default_threads, refuse_unusable_path
 from hfprune_launch.sweep_folder import Sweep, configuration, recorded_sweep, require_apart, require_folder
 from rich.console import Console
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import TextSource
+from hfprune_dist.data.examples import read_examples
+from hfprune_dist.data.text import Beginning, read_beginning, read_texts, require_data_set
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
 from hfprune_dist.planning.plan import refuse_other_checkpoints
 from hfprune_dist.planning.remarks import remarks_on_texts
-from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.claims import Cancellation
-from hfprune_dist.store.machine import count_gpus, usable_cores
+from hfprune_dist.store.machine import count_gpus
 
 NO_MODELS = (
     "no models are named: give --models, or models in a --config file; for example --models Qwen/Qwen2.5-0.5B --ratios "
@@ -93,8 +103,6 @@ def prepare(request: Request, *, download: bool) -> Prepared:
             request.tell(
                 f"note: runtime.ranks {runtime.ranks} is more than this machine's GPUs; stages run with {ranks}"
             )
-        elif not count_gpus() and ranks > usable_cores():
-            request.tell(f"note: {ranks} ranks share {counted(usable_cores(), 'core')}; as many as cores are as fast")
     else:
         resources = profile.resources["efficiency"]
         device = resources.device(default_threads(resources, runtime.threads_per_rank))
@@ -131,3 +139,114 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         estimates=estimate_stages(plan, sized, profile, runtime) if profile is not None else [],
         cancellation=cancellation,
     )
+
+
+# Whether it can run.
+
+
+class Text(NamedTuple):
+    """A text that stages will read."""
+
+    section: str  # of the configuration, which describes it
+    where: str  # its name in the stages' messages
+    beginning: Beginning[Any] | None  # its first texts; None if they come from the hub
+    sequence_length: int  # tokens per window, or per row of pairs
+    windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
+    add_bos_token: bool
+
+
+def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
+    """Check that the missing stages can run, and what they will read for every model.
+
+    Args:
+        looks_only: whether it is for a dry run, which needs no Slurm and asks for no data sets.
+
+    Raises:
+        UserError: for input that a stage would otherwise refuse only after hours of other stages' work.
+    """
+    config, plan, profile = prepared.config, prepared.sweep.plan, prepared.request.profile
+    stages, evaluation = [plan.stages[stage_id] for stage_id in prepared.todo], config.evaluation
+    kinds = {stage.kind for stage in stages}
+    trains = any(KINDS[kind].trains_on_pairs for kind in kinds)
+    refuse_what_cannot_fit(prepared.estimates)
+    if stages and profile is not None and not looks_only:
+        SlurmCommands().require()
+    if stages and profile is None and count_gpus():
+        from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
+
+        require_usable_gpus()
+    for tracker in config.runtime.report_to if trains or "distill" in kinds else ():
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
+            )
+    texts = list(_texts(config, kinds, looks_only))
+    has_tasks = bool(evaluation.tasks) and "evaluate" in kinds
+    if has_tasks:
+        from hfprune_dist.evaluation.lm_eval_tasks import check_tasks  # lm-eval takes seconds to import
+
+        include_path = Path(evaluation.include_path) if evaluation.include_path else None
+        check_tasks(evaluation.tasks, include_path, data=not looks_only)
+    # Tokenizers of dense models are those of the models pruned from them, too. A dry run may lack a model of the hub.
+    absent = {model.checkpoint.path for model in prepared.models if not model.is_here}
+    folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if parameters_of(stage).tokenizes)
+    for folder in (folder for folder in folders if folder not in absent):
+        _check_model(folder, texts, has_tasks and evaluation.apply_chat_template)
+
+
+def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Iterator[Text]:
+    """The texts that stages of these kinds will read, among those that are checked here."""
+    calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
+
+    def text(section: str, source: TextSource, length: int, windows: int = 0, add_bos_token: bool = False) -> Text:
+        name = section.rpartition(".")[2]
+        beginning: Beginning[Any] | None = None
+        path = None if source.path is None else Path(source.path)
+        if path is not None and windows:
+            beginning = read_beginning(read_texts({}, path, source.text_field, 0, name))
+        elif path is not None:
+            beginning = read_beginning(read_examples(source.model_dump(), path, 0), recovery.samples)
+        elif not looks_only:
+            require_data_set(source.model_dump())
+        where = name if path is None else f"{name} {path}"
+        return Text(section, where, beginning, length, windows, add_bos_token)
+
+    for share in calibration.shares() if "importance" in kinds else ():
+        bos = config.calibrates_with_bos
+        yield text("calibration", share.text, calibration.sequence_length, share.windows, bos)
+    for held_out in evaluation.fidelity.each().values() if "reference" in kinds else ():
+        bos = evaluation.add_bos_token
+        yield text("evaluation.fidelity", held_out, held_out.sequence_length, held_out.windows, bos)
+    if any(KINDS[kind].trains_on_pairs for kind in kinds):
+        yield text("recovery", recovery, recovery.sequence_length)
+
+
+def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
+    """Check a model's tokenizer and weights, and that each text holds a window, or a pair to train on."""
+    # These import torch and transformers, which takes seconds.
+    from hfprune_dist.data.instructions import check_examples
+    from hfprune_dist.data.tokenizer import load_tokenizer, require_chat, require_embedded, require_eos
+    from hfprune_dist.data.windows import Sampling, check_length
+    from hfprune_dist.models.loading import require_own_weights
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns when stages are started from here
+    checkpoint = open_checkpoint(folder)
+    require_own_weights(checkpoint)
+    tokenizer: Any = load_tokenizer(folder)
+    require_embedded(tokenizer, checkpoint.config["vocab_size"], folder)
+    if needs_chat:
+        require_chat(tokenizer, folder)
+    for text in texts:
+        if checkpoint.max_positions is not None and text.sequence_length > checkpoint.max_positions:
+            raise UserError(
+                f"{text.section}.sequence_length {text.sequence_length} is more than the {checkpoint.max_positions} "
+                f"positions of the model in {folder} (max_position_embeddings); choose a smaller one"
+            )
+    for text in texts:
+        if not text.windows:
+            require_eos(tokenizer, folder)
+            if text.beginning is not None:
+                check_examples(text.beginning, tokenizer, text.sequence_length, text.where)
+        elif text.beginning is not None:
+            sampling = Sampling(text.windows, text.sequence_length, seed=0, add_bos_token=text.add_bos_token)
+            check_length(text.beginning, tokenizer, sampling, text.where)

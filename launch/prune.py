@@ -4,7 +4,7 @@ nothing else. The same command goes on where it was interrupted; another ratio u
 examples:
   python launch/prune.py runs/demo-assets/llama smaller --ratio 0.3 --config configs/demo.yaml
   python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.3 --text notes.txt
-  python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.2 --recover --set calibration.samples=128
+  python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.2 --recover --set calibration.samples=128 --dry-run
 
 Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder for each model, free to be removed.
 """
@@ -26,11 +26,12 @@ if __name__ == "__main__":
     start(__file__)
 
 from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.dry_run import show_dry_run
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
 from hfprune_launch.run import StageFailedError, make
 from hfprune_launch.screen import make_console
-from hfprune_launch.sweep_folder import Sweep, read_sweep, require_folder
+from hfprune_launch.sweep_folder import Sweep, read_sweep, require_apart, require_folder
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.load import load_config, parse_assignments
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
     parser.add_argument("--config", metavar="FILE", type=place, action="append", default=[], help="YAML settings")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any key of a sweep")
+    parser.add_argument("--dry-run", action="store_true", help="show the stages, and the model's shape; runs nothing")
     arguments = vars(parser.parse_args(argv))
     try:
         prune(settings=parse_assignments(arguments.pop("set")), **arguments)
@@ -81,6 +83,7 @@ def prune(
     recover: bool | str | Path = False,
     config: Sequence[str | Path] = (),
     settings: dict[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> Path:
     """Prune a model, write it to a folder of its own, whose path is returned, and tell what became of it.
 
@@ -89,6 +92,7 @@ def prune(
         text: on which the model is pruned and, at its end, compared; by default, C4.
         recover: whether to train with LoRA afterwards; or a file of pairs to train on.
         config, settings: files, and keys such as ``calibration.samples``, of a sweep (``config/schema.py``).
+        dry_run: tell what would run, and run nothing.
 
     Raises:
         UserError: for bad input.
@@ -98,6 +102,8 @@ def prune(
     for place_of_writing in (out, out.parent):  # it is written beside its place, and then renamed
         require_folder(place_of_writing)
     held = made_checkpoint(out)
+    if out.is_mount():
+        raise UserError(f"{out}: a file system is mounted there, which no folder can replace; choose a folder in it")
     if held is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not written by this command; choose another folder")
     files = [PROJECT.configs / "prune.yaml", *(place(str(file)) for file in config)]
@@ -110,9 +116,13 @@ def prune(
             place(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
         )
     configured = load_config(files, overrides, PROJECT.configs)
-    (source,) = resolve_models(configured, PROJECT.configs / "models", FileHashes(None), download=True)
+    (source,) = resolve_models(configured, PROJECT.configs / "models", FileHashes(None), download=not dry_run)
     request = Request(cache / f"{source.name}-{source.identity[:10]}", make_console(), files, overrides)
-    prepared = prepare(request, download=True)
+    prepared = prepare(request, download=not dry_run)
+    require_apart(out, prepared.sweep.plan)
+    if dry_run:
+        show_dry_run(prepared)
+        return out
     (cell,) = (cell for cell in prepared.sweep.plan.cells if cell.ratio is not None)
     if held not in (None, cell.producers[-1]):
         raise UserError(f"{out}: holds a checkpoint of other settings; choose another folder, or remove it")
@@ -156,7 +166,7 @@ def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
     """Copy a row's checkpoint, with its card, to a folder that is whole once it has its name; say what it is."""
     update = sweep.write_checkpoints()
     rows = dict(zip(sweep.plan.cells, sweep.rows(), strict=True))
-    cell, row = next((one, row) for one, row in rows.items() if one.results == cell.results)
+    row = rows[cell]
     if not row["checkpoint"].startswith(CHECKPOINTS):
         raise UserError("; ".join(update.remarks))
     new = out.with_name(f".{out.name}.new")

@@ -10,14 +10,12 @@ from dataclasses import replace
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
-from hfprune_launch.local.hardware import note_on_bfloat16
-from hfprune_launch.preflight import require_runnable
-from hfprune_launch.prepare import Prepared
+from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.slurm.launcher import NewJobs
-from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.run import Provenance
 from hfprune_launch.sweep_folder import REPORT, Sweep, read_sweep, record_run, write_page
 
 from hfprune_dist.errors import LostInputError, UserError
@@ -104,8 +102,6 @@ def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], No
     tries: Counter[str] = Counter()
     every, ranks = counted(len(stages), "stage"), counted(backend.ranks, "rank")
     request.tell(f"{len(todo)} of {every} to run, {ranks} each; logs in {sweep.out / 'logs'}")
-    if note := note_on_bfloat16(stages[stage_id] for stage_id in todo):
-        request.tell(f"note: {note}")
     screen = StageScreen(request.console, len(todo))
     with closing(backend), screen.live:
         while waiting:

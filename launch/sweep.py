@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from hfprune_launch.command import command, folder, make_parser, place
 from hfprune_launch.dry_run import show_dry_run
-from hfprune_launch.local.cancel import running_without_job, wait_until_cancelled
+from hfprune_launch.local.backend import running_without_job, wait_until_cancelled
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
 from hfprune_launch.run import run_to_tables
@@ -192,9 +192,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "also every batch script, and what it takes; runs nothing"
     )
     instead("--dry-run", action="store_true", help=dry_run)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        assignments = [word for word in unknown if "=" in word and not word.startswith("-")]
-        hint = f"; to set a key, write --set {assignments[0]}" if assignments else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return arguments
+    return parser.parse_args(argv)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hfprune_launch.project import PROJECT
@@ -25,12 +27,14 @@ from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import locked, read_json, write_json, write_text
+from hfprune_dist.store.atomic_files import listed, locked, read_json, write_json, write_text
+from hfprune_dist.store.stage import Stage
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
 REPORT = "report.html"
 LOCK = ".lock"
+NO_RUN = "no run yet"
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def require_folder(out: Path) -> None:
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {nearest} is not a folder that can be written to; choose another folder")
+    if any("\udc80" <= letter <= "\udcff" for letter in str(out.absolute())):  # it is written to files of text
+        raise UserError(f"{str(out.absolute())!r}: its name is not UTF-8; choose another folder")
 
 
 def require_apart(out: Path, plan: Plan) -> None:
@@ -152,7 +158,7 @@ def require_apart(out: Path, plan: Plan) -> None:
     for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
         read = Path(source.location).resolve()
         if place == read or (source.content != "text" and read in place.parents):
-            raise UserError(f"--out {out}: the sweep reads what is in {read}; choose a folder outside of it")
+            raise UserError(f"{out}: stages read what is in {read}; choose a folder outside of it")
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:
@@ -170,3 +176,16 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
         return load_config(files, overrides, PROJECT.configs), ""
     laid_over = ", with this command's settings over it" if overrides else ""
     return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"
+
+
+def measured_hours(plan: Plan, store: Store) -> Callable[[Stage], float | None]:
+    """Return what tells how long finished stages of a kind and model took on average; None if there are none."""
+    took: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for kind in {stage.kind for stage in plan.stages.values()}:
+        for folder in listed(store.root / kind, "[!.]*"):
+            manifest = store.handle(f"{kind}/{folder.name}").manifest()
+            if manifest is not None and manifest.get("wall_time_s") is not None:
+                took[kind, manifest["stage"]["label"].split()[0]].append(manifest["wall_time_s"] / 3600)
+    # A label begins with the model, as in "llama 0.2 hfprune".
+    average = {kind_and_model: fmean(hours) for kind_and_model, hours in took.items()}
+    return lambda stage: average.get((stage.kind, stage.label.split()[0]))

@@ -50,7 +50,7 @@ def blank(variant: str = "llama", **changes: object) -> Checkpoint:
     config_class, model_class, options = VARIANTS[variant]
     told = {"model_type": config_class.model_type, "architectures": [model_class.__name__]}
     config: dict[str, Any] = {**told, **SHAPE, **options, **changes}
-    shapes = {name: tuple(it.shape) for name, it in model_of(variant, **changes).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_of(variant, **changes).state_dict().items()}
     family, stated = discover(config, shapes, "blank")
     tensors = {name: TensorInfo("", "F32", shape, 0, 0) for name, shape in shapes.items()}
     return Checkpoint(Path("none"), config | stated, family, tensors)

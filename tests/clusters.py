@@ -31,7 +31,8 @@ FORKED_SUCCESSORS = {**FORKED_RANKS, "INTERPRETER": sys.executable, "INTERPRETED
 CONTROL = "recover alpha dense"
 CONTROLS_SCORES = "evaluate alpha dense + lora"
 DENSE = "evaluate alpha dense"
-PRUNE = "prune alpha 0.2"
+CELL = "alpha 0.2 surgeon-uniform-block"
+PRUNE = f"prune {CELL}"
 # Anything slower than this hangs: tests that run in parallel, and those of other workers, share a slow machine.
 PATIENCE_S = 1800.0
 ONE_CELL = ("--models", "alpha", "--ratios", "0.2", "--set", "recovery.max_steps=12")

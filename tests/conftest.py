@@ -18,7 +18,6 @@ TESTS = Path(__file__).parent
 # Tests that take more than ten seconds, longest first: the others fill the gaps at the end.
 LONG = [
     "slurm",
-    "launch/test_real_model.py",
     "test_demo_assets.py",
     "launch/test_sweep.py",
     "faults",
@@ -33,7 +32,6 @@ LONG = [
 # How long an example takes depends only on the machine; what is drawn depends only on the test.
 settings.register_profile("repeatable", parent=settings.default, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-DEMO_ASSETS = ("tests/launch/test_real_model.py", "tests/test_demo_assets.py")
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +104,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 class TogetherByFile(LoadScopeScheduling):
     """Where several workers run the tests, keeps those of one file together, and those of files that share something
-    expensive: the one Slurm cluster, the GPUs or the demo's assets.
+    expensive: the one Slurm cluster or the GPUs.
     """
 
     def _split_scope(self, nodeid):
@@ -114,7 +112,7 @@ class TogetherByFile(LoadScopeScheduling):
         for folder in ("tests/slurm", "tests/gpu"):
             if file.startswith(f"{folder}/"):
                 return folder
-        return "the demo's assets" if file in DEMO_ASSETS else file
+        return file
 
 
 def pytest_collection_modifyitems(config, items):

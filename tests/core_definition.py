@@ -43,7 +43,7 @@ def layers_of(model):
 
 
 # Criteria that need only one pass, of any model.
-OF_ONE_PASS = sorted(name for name, it in CRITERIA.items() if it.student_of is None and "neurons" in it.units)
+OF_ONE_PASS = sorted(name for name, each in CRITERIA.items() if each.student_of is None and "neurons" in each.units)
 
 
 def definition(model, windows, criterion="entropy", seed=0, channels=1, output=NEURONS):
@@ -118,14 +118,14 @@ def weight_taylor(model, windows, units, output=NEURONS):
     """
     model = copy.deepcopy(model).double().requires_grad_()
     logits = model(input_ids=windows).logits
-    torch.stack([cross_entropy(*it) for it in zip(logits, windows, strict=True)]).mean().backward()
+    torch.stack([cross_entropy(*pair) for pair in zip(logits, windows, strict=True)]).mean().backward()
     scores = []
     for layer in model.model.layers:
         rows = [layer.get_submodule(name).weight for name in ROWS[output]]
         columns = layer.get_submodule(output).weight
-        products = [it.detach() * it.grad for it in (*rows, columns)]
+        products = [weight.detach() * weight.grad for weight in (*rows, columns)]
         vectors = [*products[:-1], products[-1].T]
-        scores.append(sum(it.abs().sum(1).reshape(units, -1).sum(1) for it in vectors))
+        scores.append(sum(product.abs().sum(1).reshape(units, -1).sum(1) for product in vectors))
     return torch.stack(scores)
 
 
@@ -159,7 +159,7 @@ def coupled_taylor(model, windows, keeps=None, share=0.0, temperature=1.0):
         labels_and_teacher(logits, window, told, share, temperature).backward()
         for layer, (block, numbers) in enumerate(zip(layers, kept, strict=True)):
             gate, up, down = (
-                it.weight * it.weight.grad for it in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+                part.weight * part.weight.grad for part in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
             )
             scores[layer, numbers] += (gate + up + down.T).abs().mean(dim=1).detach()
     return scores

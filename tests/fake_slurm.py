@@ -11,17 +11,18 @@ from pathlib import Path
 from hfprune_launch.slurm import commands
 from hfprune_launch.slurm.launcher import Launcher, NewJobs
 from hfprune_launch.slurm.profile import Profile, Resources
-from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.run import Provenance
 from made_stages import being_made
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Cancellation
-from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
+from hfprune_dist.store.stage import Stage
 
 HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
-RESOURCES = dict.fromkeys(STAGE_VERSIONS, Resources())
+RESOURCES = dict.fromkeys(KINDS, Resources())
 
 
 class Clock:

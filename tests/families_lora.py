@@ -45,7 +45,7 @@ def trained_and_merged(checkpoint, folder, windows):
     dense = dense_of(checkpoint)
     expected = linears_to_train(dense, checkpoint.family)
     model = get_peft_model(dense, adapter)
-    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     losses = []
     for _ in range(3):
         losses.append(model(input_ids=windows, labels=windows).loss)
@@ -55,7 +55,7 @@ def trained_and_merged(checkpoint, folder, windows):
     assert losses[-1] < losses[0]
     weights = {name: tensor.detach() for name, tensor in model.named_parameters() if "lora_" in name}
     factor = ".lora_B.default.weight"
-    trained = {name.removesuffix(factor) for name, it in weights.items() if name.endswith(factor) and it.any()}
+    trained = {name.removesuffix(factor) for name, weight in weights.items() if name.endswith(factor) and weight.any()}
     assert trained == {f"base_model.model.{name}" for name in expected}
     assert len(weights) == 2 * len(expected)
     write_adapter(folder / "adapter", weights, targets, 4, 6)

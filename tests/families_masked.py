@@ -82,7 +82,7 @@ def _silent(module, gone_U, units):
 
 def _never_chosen(layer, gone_E):
     """Keep a layer's router from choosing these experts: set their logits and corrected scores to -inf."""
-    router = next(it for name, it in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
+    router = next(module for name, module in layer.named_modules() if name.rpartition(".")[2] in ("gate", "router"))
     compute, linear = router.forward, torch.nn.functional.linear
     without = functools.partial(torch.masked_fill, mask=gone_E, value=float("-inf"))
 

@@ -110,7 +110,7 @@ def manifest_of(out: Path, kind: str) -> dict:
 def estimate_of(out: Path, model: Path, ranks: int) -> float:
     """Return the bytes that planning expects of each rank of the calibration pass, with sharded weights."""
     plan = Plan.from_json(json.loads((out / "sweep.json").read_text()))
-    stage = next(it for it in plan.stages.values() if it.kind == "importance")
+    stage = next(found for found in plan.stages.values() if found.kind == "importance")
     need = parameters_of(stage).need(Planned(stage, plan.stages, open_checkpoint(model), checkpointing=False))
     assert need is not None
     return need.on_each_gpu(ranks, whole=False) / MARGIN

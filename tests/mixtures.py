@@ -41,11 +41,11 @@ def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
     """
     generator = torch.Generator().manual_seed(1)
     units = {}
-    for it in checkpoint.pruned_kinds([structure]):
-        width = round(share * it.width)
-        units[it.kind] = [
-            top_units(torch.rand(count, generator=generator), width * it.copies * (count > 0), it.parts)
-            for count in it.counts
+    for pruned in checkpoint.pruned_kinds([structure]):
+        width = round(share * pruned.width)
+        units[pruned.kind] = [
+            top_units(torch.rand(count, generator=generator), width * pruned.copies * (count > 0), pruned.parts)
+            for count in pruned.counts
         ]
     if groups:
         units["kv_groups"] = [torch.tensor([layer % 2]) for layer in range(checkpoint.num_layers)]
@@ -116,7 +116,7 @@ def projections(checkpoint, windows_ST):
     weight [hidden_size, channels] and that projection's input [windows, tokens, channels] times the routing weight.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float64)
-    kinds = {it.kind: it for it in checkpoint.pruned_kinds([NEURONS])}
+    kinds = {one.kind: one for one in checkpoint.pruned_kinds([NEURONS])}
     places = [(kind, layer) for kind, units in kinds.items() for layer, count in enumerate(units.counts) if count]
     names = {place: kinds[place[0]].tensor(place[1], kinds[place[0]].output) for place in places}
     seen = Definition(model, {place: name for place, name in names.items() if place[0] != KIND})

@@ -80,7 +80,7 @@ def weights_in(folder):
 def assert_alike(fitted, expected, layers):
     """Check that refitted weights are those of another number of ranks, up to rounding."""
     ours, theirs = (
-        {name: read().double() for name, read in it.replacements(layers).items()} for it in (fitted, expected)
+        {name: read().double() for name, read in model.replacements(layers).items()} for model in (fitted, expected)
     )
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -178,4 +178,4 @@ def held_out_errors(ridges, weight, hidden_BTK, targets_BTC):
         ridge: (unseen_hidden @ ridge_regression(weight, hidden, targets, ridge).T - unseen_targets).square().sum()
         for ridge in ridges
     }
-    return {ridge: float(it / unseen_targets.square().sum()) for ridge, it in missed.items()}
+    return {ridge: float(error / unseen_targets.square().sum()) for ridge, error in missed.items()}

@@ -24,7 +24,7 @@ checking=$!
 trap 'kill $checking 2>/dev/null || true; rm -f "$types"' EXIT
 # Each worker takes whole files (tests/conftest.py). Workers, and the ranks that they start, use one thread each.
 code=0
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@" || code=$?
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest --junitxml runs/tests.xml --numprocesses auto --maxprocesses 4 --no-loadscope-reorder "$@" || code=$?
 [ $code != 2 ] || exit $code # interrupted
 wait $checking || code=$?
 trap 'rm -f "$types"' EXIT # its number may be another process's now

@@ -101,9 +101,9 @@ def stacked(sums, kind):
     layers = defaultdict(dict)
     for (of_kind, layer, name), sum_N in sums.sums.items():
         layers[name] |= {layer: sum_N} if of_kind == kind else {}
-    return {name: torch.stack([it[layer] for layer in sorted(it)]) for name, it in layers.items() if it}
+    return {name: torch.stack([scores[layer] for layer in sorted(scores)]) for name, scores in layers.items() if scores}
 
 
 def assert_same_bits(sums, expected):
     for one, other in zip(sums, expected, strict=True):
-        assert one.keys() == other.keys() and all(torch.equal(one[key], it) for key, it in other.items())
+        assert one.keys() == other.keys() and all(torch.equal(one[key], values) for key, values in other.items())

@@ -107,5 +107,5 @@ def load(folder):
 @torch.no_grad()
 def divergence(dense, model, windows_ST, every=1):
     """KL divergence in nats per token, over one in ``every`` tokens."""
-    log_p, log_q = (it(windows_ST, use_cache=False).logits.double().log_softmax(-1) for it in (dense, model))
+    log_p, log_q = (each(windows_ST, use_cache=False).logits.double().log_softmax(-1) for each in (dense, model))
     return (log_p.exp() * (log_p - log_q)).sum(-1)[:, ::every].mean().item()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from hfprune_launch import demo_assets
-from hfprune_launch.demo import models, tasks
+from hfprune_launch.demo import models, text
 from hfprune_launch.demo.text import shingles
 
 from hfprune_dist.errors import UserError
@@ -48,10 +48,10 @@ def test_documents_have_one_right_answer_that_nothing_was_trained_or_calibrated_
     real_assets, name, pairs, calibration_shingles
 ):
     questions = read_jsonl(real_assets / "tasks" / f"{name}.jsonl")
-    assert len(questions) == tasks.DOCUMENTS
-    assert all(len(set(question["choices"])) == tasks.CHOICES for question in questions)
+    assert len(questions) == text.DOCUMENTS
+    assert all(len(set(question["choices"])) == text.CHOICES for question in questions)
     labels = [question["label"] for question in questions]
-    assert all(labels.count(label) > tasks.DOCUMENTS / 10 for label in range(tasks.CHOICES))
+    assert all(labels.count(label) > text.DOCUMENTS / 10 for label in range(text.CHOICES))
     responses = "\n".join(pair["response"].casefold() for pair in pairs)
     for question in questions:
         answer = question["choices"][question["label"]]

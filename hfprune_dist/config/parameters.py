@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from hfprune_dist.config.section import Dtype, Section, TextSource
+from hfprune_dist.config.section import Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig
 
 # Fields of a text source that describe a data set on the hub.
@@ -60,12 +60,6 @@ class Parameters(Section):
     def to_json(self) -> dict[str, Any]:
         """The content of records, from which fingerprints are computed: all settings, but not where files are."""
         return {name: _recorded(getattr(self, name)) for name in type(self).model_fields}
-
-    @property
-    def compute_dtype(self) -> Dtype | None:
-        """The dtype in which a model computes; None if no model runs."""
-        settings: Any = getattr(self, "recovery", None) or getattr(self, "distillation", self)
-        return cast("Dtype | None", settings.dtype)
 
 
 def parameters_of(kind: str) -> type[Parameters]:

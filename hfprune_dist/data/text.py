@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from unittest import mock
 
 from hfprune_dist.checkpoints.weight_files import refuse_pointer
 from hfprune_dist.errors import UserError, hub_errors
@@ -223,12 +224,15 @@ def _explaining(where: Path | str) -> Iterator[None]:
 
 def require_data_set(source: Mapping[str, Any]) -> None:
     """Refuse a data set that is neither on the hub, which must be reached, nor in its cache; none of it is read."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().dataset_info(source["dataset"], revision=source["revision"], timeout=10.0)
-    except hub_errors():  # it may be in the cache; otherwise the message is the one that a stage would have
-        with _explaining_hub(source):
+    except hub_errors() as error:  # it may be in the cache; otherwise the message is the one that a stage would have
+        # Where the hub does not answer at all, its client would ask again for half a minute.
+        is_offline = constants.HF_HUB_OFFLINE or not isinstance(error, HfHubHTTPError)
+        with mock.patch.object(constants, "HF_HUB_OFFLINE", is_offline), _explaining_hub(source):
             _open(source)
 
 

@@ -68,13 +68,12 @@ def _refuse_same_rows(cells: Iterable[Cell]) -> None:
     """Refuse rows that differ in nothing but their names."""
     labels: dict[str, str] = {}
     for cell in cells:
-        label = label_of(cell.model, cell.ratio, cell.method, cell.recovery)
         if cell.evaluate in labels:
             raise UserError(
-                f"rows {labels[cell.evaluate]!r} and {label!r} would be the same: their models have the same "
+                f"rows {labels[cell.evaluate]!r} and {cell.label!r} would be the same: their models have the same "
                 "content, and their methods do the same at this ratio; leave one of them out"
             )
-        labels[cell.evaluate] = label
+        labels[cell.evaluate] = cell.label
 
 
 def _first_criteria(method: Method) -> set[str]:
@@ -230,8 +229,7 @@ class _Planner:
         return cells
 
     def _label(self, variant: _Variant, recovery: str = NONE) -> str:
-        method = variant.method if len(self._methods) > 1 else None
-        return label_of(variant.model, variant.ratio, method, recovery)
+        return label_of(variant.model, variant.ratio, variant.method, recovery)
 
     def _row(self, variant: _Variant, recovery: str) -> Cell:
         """The row of a checkpoint, with the stages that measure it."""

@@ -93,8 +93,8 @@ class Plan:
 
 
 def label_of(model: str, ratio: float | None, method: str | None, recovery: str) -> str:
-    """The label of a row, with the method if it is given."""
-    pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g}" + (f" {method}" if method else "")
+    """The label of a row."""
+    pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g} {method}"
     return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"
 
 
@@ -109,8 +109,8 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
         return today
     needed = {stage_id: earlier.stages[stage_id] for cell in kept for stage_id in earlier.upstream(cell)}
     stages = {**today.stages, **{stage_id: stage for stage_id, stage in needed.items() if stage_id not in today.stages}}
-    cells = _relabelled([*today.cells, *kept])
-    return replace(today, stages=stages, cells=tuple(_in_order(cells, [*earlier.cells, *today.cells])))
+    cells = _in_order([*today.cells, *kept], [*earlier.cells, *today.cells])
+    return replace(today, stages=stages, cells=tuple(cells))
 
 
 def refuse_other_checkpoints(today: Plan, earlier: Plan, out: Path) -> None:
@@ -160,13 +160,6 @@ def without_rows(plan: Plan, labels: Iterable[str]) -> Plan:
 
 def _place(cell: Cell) -> tuple[str | None, ...]:
     return cell.model, None if cell.ratio is None else f"{cell.ratio:g}", cell.method, cell.recovery
-
-
-def _relabelled(cells: list[Cell]) -> list[Cell]:
-    """Add each row's method to its label if there are several methods."""
-    if len({cell.method for cell in cells} - {None}) < 2:
-        return cells
-    return [replace(cell, label=label_of(cell.model, cell.ratio, cell.method, cell.recovery)) for cell in cells]
 
 
 def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.parameters import Parameters
+from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.data.windows import load_windows
@@ -28,7 +28,7 @@ from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
-from hfprune_dist.store.stage import STAGE_VERSIONS, Stage
+from hfprune_dist.store.stage import Stage
 
 P = TypeVar("P", bound=Parameters, covariant=True)
 
@@ -109,7 +109,7 @@ class Context(Generic[P]):
         """
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        versions = torch.__version__, transformers.__version__, STAGE_VERSIONS
+        versions = torch.__version__, transformers.__version__, [kind.version for kind in KINDS.values()]
         key = digest_of([self.stage.inputs["model"].identity, dtype, kind, *versions])[:20]
         passed = self.store.root / "layers" / f"checked-{key}.json"
         check_layers(checkpoint, windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world, passed)

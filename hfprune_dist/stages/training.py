@@ -15,6 +15,7 @@ from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.training import LoraTraining, rows_trained
 from hfprune_dist.data.examples import read_examples
@@ -35,7 +36,6 @@ from hfprune_dist.stages.shape_metrics import shape_metrics
 from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.stage import STAGE_VERSIONS
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot
@@ -161,7 +161,7 @@ def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) ->
 def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> str:
     """File name of the packed rows, made from what they depend on: data, how it is cut, the tokenizer's files."""
     content = {
-        "version": STAGE_VERSIONS["recover"],
+        "version": KINDS["recover"].version,
         "settings": context.params.recovery.model_dump(include=ROW_SETTINGS, exclude={"path"}),
         "seed": context.params.seed,
         "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 Manifest = Mapping[str, Any]
 # Marks the manifest of an artifact whose files were removed; the manifest stays, for the tables.
 EMPTIED = "emptied"
-STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/stage_file.py`` for the ranks
+STAGE_FILE = "stage.json"  # in a work folder: written by ``launch/stage/run.py`` for the ranks
 # Files of launchers in a work folder; everything else there is progress inside the stage.
 OF_LAUNCHERS = (CLAIM_FILES, f".{CLAIM_FILES}", STAGE_FILE, PROGRESS)
 

@@ -39,13 +39,8 @@ def _can_open(device: Path) -> bool:
 
 def cpu_model() -> str:
     """Return the name of this machine's processor; its architecture if there is no name."""
-    return cpu_info("model name") or platform.machine()
-
-
-def cpu_info(name: str) -> str:
-    """Return what Linux says about the first processor under a name; empty if nothing."""
-    found = re.search(rf"^{name}\s*: (.*)$", _text(CPU_INFO), re.MULTILINE)
-    return found[1].strip() if found else ""
+    found = re.search("^model name\\s*: (.*)$", _text(CPU_INFO), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
 
 
 def threads_allowed(environment: Mapping[str, str]) -> int | None:

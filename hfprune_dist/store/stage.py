@@ -14,10 +14,8 @@ from hfprune_dist.config.parameters import KINDS, Parameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
-STAGE_VERSIONS = {kind: parameters.version for kind, parameters in KINDS.items()}
-# Kinds whose artifact is a model with parts of their input model removed, and kinds that train on instructions.
-CUTTING = frozenset(kind for kind, parameters in KINDS.items() if parameters.cuts)
-RECOVERING = frozenset(kind for kind, parameters in KINDS.items() if parameters.trains_on_pairs)
+# Kinds whose artifact is a model with parts of their input model removed.
+CUTTING = frozenset(name for name, kind in KINDS.items() if kind.cuts)
 Content = Literal["", "text", "tasks", "checkpoint", "commit"]
 
 
@@ -60,7 +58,7 @@ class Stage:
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings and input identities."""
         identities = {role: source.identity for role, source in self.inputs.items()}
-        version, params = STAGE_VERSIONS[self.kind], self.params.to_json()
+        version, params = KINDS[self.kind].version, self.params.to_json()
         return digest_of({"version": version, "kind": self.kind, "params": params, "inputs": identities})[:20]
 
     @property

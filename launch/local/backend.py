@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hfprune_launch.local.hardware import ranks_here, threads_of_a_rank
 from hfprune_launch.local.warm import WarmProcess
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.run import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import unwritable
 from hfprune_dist.store.attempts import DONE, INTERRUPTED, Attempt, End, Ledger, end_of_log, local_log
 from hfprune_dist.store.claims import Cancellation, Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Heartbeat
+from hfprune_dist.store.machine import count_gpus, cpu_model, threads_allowed, usable_cores
 from hfprune_dist.store.stage import Stage
 
 RUN = "hfprune_launch.stage.run:main"
 POLL_S = 0.1
 CANCELLATION_POLL_S = 1.0
+# Time that a cancelled launcher may take to end; it waits up to 10 s for killed ranks.
+CANCELLING_S = 40.0
 LOG_TAIL_LINES = 12
 LOG_END_BYTES = 2**14
 # Signals of a process to itself. All others come from outside: from the kernel if memory is short or a page of a mapped
 # file is gone, a scheduler or a user.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+
+# What the driver of NVIDIA's GPUs tells about them.
+NVIDIA = Path("/proc/driver/nvidia")
 
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
@@ -154,3 +163,55 @@ def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tupl
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
     return cause, message + ending
+
+
+# Cancellation of what launchers run themselves: they see the store's token, end their ranks and then themselves.
+
+
+def running_without_job(plan: Plan, store: Store) -> dict[Holder, Stage]:
+    """Return the launchers that run stages themselves, not in jobs of a batch system, each with its stage."""
+    running, ledger = {}, Ledger(store)
+    for stage in plan.stages.values():
+        holder = store.handle(stage.id).holder()
+        if holder and holder.lives and holder.job is None and ledger.open_job(stage.id) is None:
+            running[holder] = stage
+    return running
+
+
+def wait_until_cancelled(plan: Plan, store: Store) -> list[str]:
+    """Wait for launchers to leave their stages once a cancellation has been requested; return a message about each."""
+    deadline, seen, running = time.monotonic() + CANCELLING_S, dict[Holder, Stage](), running_without_job(plan, store)
+    while running and time.monotonic() < deadline:
+        seen |= running
+        time.sleep(POLL_S)
+        running = running_without_job(plan, store)
+    what = {holder: f"{stage.kind} {stage.label}: {holder}" for holder, stage in (seen | running).items()}
+    return [
+        f"not cancelled yet: {name} is still at work on it; on its machine, kill {holder.pid} ends it"
+        if holder in running
+        else f"cancelled: {name} has stopped work on it; what was saved stays, and the same command continues"
+        for holder, name in what.items()
+    ]
+
+
+# What this machine has, without importing torch.
+
+
+def device_here(runtime: RuntimeConfig) -> str:
+    """Return the device of a stage with one rank: this machine's kind of GPU, or its CPU and number of threads."""
+    if not count_gpus():
+        return f"{cpu_model()}, threads: {threads_of_a_rank(runtime, 1)}"
+    facts = "\n".join(file.read_text(encoding="utf-8") for file in NVIDIA.glob("gpus/*/information"))
+    models = {model.strip() for model in re.findall("^Model:(.*)$", facts, re.MULTILINE)}
+    return ", ".join(sorted(models)) or "a GPU"
+
+
+def threads_of_a_rank(runtime: RuntimeConfig, ranks: int) -> int:
+    """Return the CPU threads of each rank of a stage that has ``ranks`` ranks on this machine."""
+    return runtime.threads_per_rank or threads_allowed(os.environ) or max(1, usable_cores() // ranks)
+
+
+def ranks_here(runtime: RuntimeConfig) -> int:
+    """Return the number of ranks of a stage on this machine: at most one for each GPU, if there are any."""
+    gpus = count_gpus()
+    return min(runtime.ranks or gpus or 1, gpus or sys.maxsize)

@@ -29,7 +29,7 @@ from hfprune_launch.slurm.decide import Do, about_job, job_to_wait_for, to_submi
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.run import Provenance, write_stage_file
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError

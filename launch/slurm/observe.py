@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState
-from hfprune_launch.stage.stage_file import find_stage_file
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -95,8 +94,8 @@ def served_by(plan: Plan) -> dict[str, frozenset[str]]:
     return {stage_id: frozenset(serves or {stage_id}) for stage_id, serves in found.items()}
 
 
-def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
-    """Id of each stage whose job may wait or run -> ids of the stages whose artifacts it reads, which must stay."""
+def stages_of_live_jobs(store: Store) -> list[str]:
+    """Return the ids of stages whose jobs may wait or run."""
     ledger = Ledger(store)
     attempts = [each for each in ledger.open_jobs() if not store.handle(each.intent.stage_id).is_committed()]
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
@@ -104,10 +103,4 @@ def inputs_of_live_jobs(store: Store) -> Mapping[str, list[str]]:
         if attempts:
             observer.look(attempts)
     ended = {name for name, job in observer.jobs.items() if not job.is_live}
-    submitted = {attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended}
-    found: dict[str, list[str]] = {}
-    for stage_id in sorted(submitted):
-        content = find_stage_file(store.handle(stage_id))  # if it is lost, the job can't run
-        inputs = {} if content is None else content.stage.get("inputs", {})
-        found[stage_id] = [source["location"] for source in inputs.values() if source.get("is_stage")]
-    return found
+    return [attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended]

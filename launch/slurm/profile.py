@@ -15,9 +15,9 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.section import Positive, Section
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
-from hfprune_dist.store.stage import STAGE_VERSIONS, kind_of
+from hfprune_dist.store.stage import kind_of
 
-StageName = Literal["importance", "reference", "prune", "distill", "recover", "evaluate", "efficiency", "loraprune"]
+StageName = Literal[*KINDS]  # type: ignore[valid-type]
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -156,8 +156,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
     whole = parse(ProfileFile, raw, str(file))
     common = whole.model_dump(exclude={"stages", "max_running"})
     resources = {
-        kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}")
-        for kind in STAGE_VERSIONS
+        kind: parse(Resources, _settings(common, whole.stages, kind), f"{file}: stages.{kind}") for kind in KINDS
     }
     told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(asked, key) for asked in resources.values())]
     if told and not any(asked.gpus for asked in resources.values()):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfprune_launch.measured_hours import NO_RUN, measured_hours
 from hfprune_launch.screen import plain_table, time_left
 from hfprune_launch.slurm.causes import log_tail
 from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.sweep_folder import NO_RUN, measured_hours
 from rich.markup import escape
 from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Run one stage on ranks that a backend has started.
+"""Run one stage on ranks that a backend has started; and the file by which it tells them what to do.
 
 To run one by hand, on a single rank:  python launch/stage/run.py runs/demo/store prune/<id>
 """
@@ -15,24 +15,53 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
-
-from hfprune_launch.stage.stage_file import find_stage_file
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import STAGE_FILE, StageHandle, Store
+from hfprune_dist.store.atomic_files import read_record, write_json
 from hfprune_dist.store.attempts import End, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
-from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.store.heartbeat import PROGRESS, Progress
 from hfprune_dist.store.stage import Stage, kind_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
     from hfprune_dist.distributed.world import World
 
 CLAIM_LOST_EXIT_CODE = 75  # "try again later", in sysexits.h
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Settings and origin of a sweep's stages, as in every manifest."""
+
+    runtime: RuntimeConfig
+    config: dict[str, Any]
+    code: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageFile(Provenance):
+    """The content of a ``stage.json``: also the stage (``Stage.to_json``) and the number of its attempt."""
+
+    stage: dict[str, Any]
+    attempt: int
+
+
+def write_stage_file(handle: StageHandle, stage: Stage, provenance: Provenance, attempt: int) -> None:
+    """Write what the ranks need to know, and remove the heartbeat of earlier attempts."""
+    handle.work.mkdir(parents=True, exist_ok=True)
+    (handle.work / PROGRESS).unlink(missing_ok=True)
+    record = {"stage": stage.to_json(), "attempt": attempt, "config": provenance.config, "code": provenance.code}
+    write_json(handle.work / STAGE_FILE, {**record, "runtime": provenance.runtime.model_dump()})
+
+
+def find_stage_file(handle: StageHandle) -> StageFile | None:
+    """Read what ``write_stage_file`` wrote; None if there is nothing that can be read."""
+    return read_record(StageFile, handle.work / STAGE_FILE)
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
         from hfprune_dist.stages.context import Context
 
     content = find_stage_file(handle)  # none if another process has done the stage
-    runtime = RuntimeConfig.model_validate({} if content is None else content.runtime)
+    runtime = RuntimeConfig() if content is None else content.runtime
     reproducible = KINDS[kind_of(handle.id)].reproducible
     world = join_world(os.environ, runtime.collective_timeout_minutes, reproducible=reproducible)
     admission = should_run(world)
@@ -135,7 +164,7 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
             stage=Stage.from_json(content.stage),
             store=handle.store,
             world=world,
-            runtime=RuntimeConfig.model_validate(content.runtime),
+            runtime=content.runtime,
             progress=Progress(handle.work if world.is_first else None, None if claim is None else claim.require_held),
             config=content.config,
             code=content.code,

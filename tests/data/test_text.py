@@ -10,15 +10,18 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pyarrow
 import pytest
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hfprune_dist.data.text import identity_of, read_beginning, read_texts
+from hfprune_dist.data import text
+from hfprune_dist.data.text import identity_of, read_beginning, read_texts, require_data_set
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import FileHashes
 
@@ -173,3 +176,13 @@ def test_a_stream_that_breaks_off_is_an_error_of_the_user(monkeypatch, error):
     assert next(texts) == "the first"
     with pytest.raises(UserError, match=r"'org/texts' .*: the connection was reset; give a local file with path"):
         next(texts)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Its client would go on for half a minute."""
+    opened = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", mock.Mock(side_effect=OSError("no network")))
+    monkeypatch.setattr(text, "_open", lambda _: opened.append(constants.HF_HUB_OFFLINE))
+    require_data_set(SOURCE)
+    assert opened == [True] and not constants.HF_HUB_OFFLINE

@@ -65,13 +65,3 @@ def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(
     recorder.disarm()
     left = [(bool(state.marks), "".join(sorted(state.names))) for state in states_of(recorder.recording)]
     assert left == [(False, ""), (False, "a"), (False, "ab"), (True, "ab"), (True, "abc")]
-
-
-def test_what_was_removed_may_be_back_and_links_stay_one_file(tmp_path, recorded):
-    (tmp_path / "old").write_text("text")
-
-    def change(folder):
-        os.link(folder / "old", folder / "new")
-        (folder / "old").unlink()
-
-    assert recorded(change) == [{"old": "text"}, {"new": "text", "old": "text"}, {"new": "text"}]

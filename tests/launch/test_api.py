@@ -46,13 +46,6 @@ def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause
     assert dense["status"] == "failed" and "broke" in dense["cause"]
 
 
-def test_a_stage_that_another_process_took_is_one_too(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_run, "LocalBackend", Failing)
-    monkeypatch.setattr(Failing, "cause", "interrupted")
-    with pytest.raises(RuntimeError, match="importance left no artifact; run the same command again"):
-        Session(tmp_path / "out", config, models=["alpha"], ratios=[0.2]).score()
-
-
 def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(api, "make", lambda _prepared, stage_ids: made.extend(stage_ids))

@@ -38,22 +38,22 @@ def refused(main, *arguments, folders=()):
         ("--ratios=0.9", "nearest possible is 0.278"),
         ("--max-running=3", "--profile"),
         ("--profile=local-cluster --ranks=2", "tasks_per_node"),
-        ("calibration.samples=3", "write --set calibration.samples=3"),
+        ("calibration.samples=3", "unrecognized arguments: calibration.samples=3"),
         # Settings.
-        ("--set=calibration.path=nowhere.jsonl", "nowhere.jsonl: No such file"),
         ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),
         ("--models=someone/nothing", "can't be downloaded"),
         # Folders.
-        ("--out={inputs}/alpha", "the sweep reads what is in"),
+        ("--out={inputs}/alpha", "stages read what is in"),
         ("--out=~nobody-of-this-name/x", "no such user"),
         ("--out=/etc/passwd/x", "/etc/passwd is not a folder"),
+        ("--out=\udcff", "its name is not UTF-8"),
     ],
 )
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
-    """By whichever part finds it; what dry runs refuse too is in test_preflight.py."""
+    """By whichever part finds it; what dry runs refuse too is in test_prepare.py."""
     monkeypatch.chdir(tmp_path)
     given = ["--config", config, "--out", "out", *arguments.replace("{inputs}", str(config.parent)).split(" ")]
     assert told in refused(sweep.main, *given, folders=(tmp_path, config.parent))
@@ -64,7 +64,6 @@ def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, argum
     [
         (report, ["nowhere"], "no sweep.json"),
         (compare, ["nowhere", "./nowhere", "--out", "x"], "given twice"),
-        (compare, ["nowhere", "--out", "x"], "no sweep.json"),
         (sweep, ["--ratios", "0.3"], "no models are named"),
         (sweep, ["--status", "--out", "nowhere"], "no sweep.json"),
     ],
@@ -93,7 +92,7 @@ def test_a_sweep_may_lie_beside_the_text_that_it_reads_but_not_among_it(config, 
     texts.mkdir()
     (texts / "calibration.jsonl").write_bytes((config.parent / "calibration.jsonl").read_bytes())
     reading = ("--config", config, "--set", f"calibration.path={texts}", "--dry-run")
-    assert "the sweep reads what is in" in refused(sweep.main, *reading, "--out", texts, folders=(tmp_path,))
+    assert "stages read what is in" in refused(sweep.main, *reading, "--out", texts, folders=(tmp_path,))
     assert in_process(sweep.main, *reading, "--out", texts / "out")[0] == 0
 
 

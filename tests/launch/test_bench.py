@@ -1,4 +1,4 @@
-"""The benchmark tells the unit of time, and in that unit what the stages of a sweep took."""
+"""The benchmark tells the unit of time, and in that unit a stage of nothing, a sweep's stages and the tests."""
 
 import re
 
@@ -15,6 +15,8 @@ from hfprune_dist.store.attempts import DONE, End, Ledger, Run
 
 def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "ASSETS", tmp_path)
+    monkeypatch.setattr(bench, "TESTS", tmp_path / "tests.xml")
+    bench.TESTS.write_text('<testsuite name="pytest" errors="0" skipped="1" tests="1898" time="268.702" />')
     save_tiny(tmp_path / "llama")
     stages = [stage_of("prune", "a"), stage_of("prune", "b", {"ratio": 0.3}), stage_of("recover", "c")]
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
@@ -29,5 +31,6 @@ def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
     code, shown, said = in_process(bench.main, sweep.out)
     assert code == 0, said
     lines = {name: numbers.split() for name, numbers in re.findall(r"^(\S.*?)  +(\d.*)$", shown, re.MULTILINE)}
-    assert re.search(r"u = [\d.e-]+ s", shown) and lines.keys() == {"prune", "all"}
-    assert lines["prune"][:2] == ["2", "2700.0"] == lines["all"][:2]
+    assert re.search(r"u = [\d.e-]+ s", shown) and lines["a stage that does nothing"][0] == "1"
+    assert lines["prune"][:2] == ["2", "2700.0"] == lines[f"all of {sweep.out}"][:2]
+    assert lines["all tests of the last run"][:2] == ["1,898", "268.7"] and len(lines) == 4

@@ -6,17 +6,14 @@ import shutil
 import pytest
 from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
-from hfprune_launch.sweep_folder import read_sweep
 from made_stages import being_made, stage_of
 from sweeps import in_process, planned
 
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.stage import Input
 
-UNKNOWN = "0" * 20  # no stage's fingerprint
+OTHER = stage_of("prune", "alpha 0.15", {"ratio": 0.15})  # of no row
+UNKNOWN = OTHER.fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def made(config, tmp_path_factory):
                 for name in ("config.json", "model.safetensors") if stage.kind in ("prune", "recover") else ("scores",):
                     (draft / name).write_text("{}" + "x" * 998)
         assert in_process(sweep.main, *chosen, ratio)[0] == 0
-    assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 + lora")[0] == 0
+    assert in_process(sweep.main, "--out", out, "--forget", "alpha 0.15 surgeon-uniform-block + lora")[0] == 0
     return out
 
 
@@ -112,36 +109,6 @@ def to_run(plan):
     return [line.split()[0] for line in plan.splitlines() if re.search(r"\b[0-9a-f]{20}  run", line)]
 
 
-@pytest.mark.parametrize("answer", ["silent", "gone"])
-def test_what_a_job_in_the_queue_needs_stays_until_the_job_is_over(out, monkeypatch, answer):
-    """Even of a row that was forgotten after its submission, and if Slurm doesn't say whether the job still waits."""
-    fake, store = Controller().install(monkeypatch), Store(out / "store")
-    (forgotten,) = set(pruned(store)) - read_sweep(out).plan.stages.keys()
-    stage = stage_of("recover", "alpha 0.15", {}, {"model": Input(forgotten, forgotten, is_stage=True)})
-    attempt = Ledger(store).begin(stage, ranks=1, time_minutes=1)
-    attempt.record_job("101")
-    write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(), {}, {}), 1)
-    with store.handle(stage.id).claimed_briefly() as claim:
-        draft = store.handle(stage.id).open_draft(claim)
-    state = "CANCELLED" if answer == "gone" else "PENDING"
-    fake.jobs["101"] = Job(attempt.intent.job_name, state)
-    if answer == "silent":
-        fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    shown = run(out, "--intermediates")
-    stays = [forgotten] if answer != "gone" else []
-    assert [stage_id for stage_id in pruned(store) if (store.root / stage_id / "model.safetensors").exists()] == stays
-    assert (
-        draft.exists()
-        == store.handle(stage.id).work.exists()
-        == (f"the jobs of {stage.id} may" in shown)
-        == bool(stays)
-    )
-
-
-def pruned(store):
-    return [f"prune/{folder.name}" for folder in (store.root / "prune").iterdir()]
-
-
 def test_drafts_progress_and_what_was_set_aside_go(out):
     store = out / "store"
     run(out)
@@ -159,25 +126,29 @@ def test_drafts_progress_and_what_was_set_aside_go(out):
     assert (store / "work" / "prune" / needed).is_dir(), "of a row that is there"
 
 
-def test_nothing_goes_while_a_stage_runs(out):
-    before = files(out)
-    handle = Store(out / "store").handle(f"prune/{UNKNOWN}")
-    claim = handle.claim()
+def refused(out, before):
     for options in ([], ["--dry-run"]):
         code, _, said = in_process(clean.main, out, *options)
-        assert code == 2 and f"runs prune/{UNKNOWN};" in said
-    claim.release()
-    shutil.rmtree(handle.work)
+        assert code == 2 and f"{OTHER.id} runs, or may run" in said
     assert files(out) == before
 
 
-def test_what_can_not_be_removed_does_not_count_as_removed(out, monkeypatch):
-    """It is another user's, or in use: on NFS, open files stay under other names."""
-    draft = out / "store" / "prune" / ".draft-0-1"
-    draft.mkdir()
-    (draft / "file").write_text("12345")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        code, _, said = in_process(clean.main, out)
-    assert code == 2 and str(draft) in said and "part of it can't be removed" in said
-    assert str(draft) in run(out) and not draft.exists()
+def test_nothing_goes_while_a_stage_runs(out):
+    handle = Store(out / "store").handle(OTHER.id)
+    claim, before = handle.claim(), files(out)
+    refused(out, before)
+    claim.release()
+    assert run(out)
+
+
+def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, monkeypatch):
+    fake = Controller().install(monkeypatch)
+    attempt = Ledger(Store(out / "store")).begin(OTHER, ranks=1, time_minutes=1)
+    attempt.record_job("101")
+    before = files(out)
+    fake.jobs["101"] = Job(attempt.intent.job_name, "PENDING")
+    refused(out, before)
+    fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    refused(out, before)
+    fake.jobs["101"] = Job(attempt.intent.job_name, "CANCELLED")
+    assert run(out)

@@ -61,11 +61,8 @@ def run(config, out):
     return in_process(sweep.main, "--config", config, "--out", out, "--models", "alpha", "--ratios", "0.2")
 
 
-@pytest.mark.parametrize(
-    ("gone", "damaged"), [(["evaluate"], ["recover", "reference"]), (["recover", "evaluate"], ["importance", "prune"])]
-)
-def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp_path, wanted, damaged, gone):
-    store = Store(tmp_path / "store")
+def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp_path, wanted):
+    store, gone, damaged = Store(tmp_path / "store"), ["recover", "evaluate"], ["importance", "prune", "reference"]
     for stage in wanted.stages.values():
         if stage.kind in gone:
             store.handle(stage.id).discard()

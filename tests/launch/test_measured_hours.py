@@ -1,7 +1,7 @@
 """Hours are those of finished stages of the same kind and model in the store; of others nothing is said."""
 
-from hfprune_launch.measured_hours import measured_hours
 from hfprune_launch.slurm.status import stage_statuses
+from hfprune_launch.sweep_folder import measured_hours
 from made_stages import being_made, stage_of
 
 from hfprune_dist.planning.plan import Plan

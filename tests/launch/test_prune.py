@@ -56,10 +56,12 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     *_, told, loads, recipe = first.stdout.splitlines()
     assert told.startswith(f"{out}: ") and " % of the dense model's; KL " in told and " on 4 held-out" in told
-    assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2" in first.stdout
+    assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2 hfprune" in first.stdout
     assert {file.name for file in Path(recipe.split()[-1]).iterdir()} == {"notes.jsonl", "notes-end.jsonl"}
     other = pruned(place, place / "half", 0.25)
-    assert other.returncode == 0 and "[2/2] done evaluate alpha 0.25" in other.stdout, "scores are there already"
+    assert other.returncode == 0 and "[2/2] done evaluate alpha 0.25 hfprune" in other.stdout, (
+        "scores are there already"
+    )
 
     again = in_process(prune.main, *arguments(place, out))
     assert again[0] == 0 and "is there already, made with these settings" in again[1]
@@ -97,7 +99,13 @@ def test_bad_input_is_one_message_and_writes_no_checkpoint(place, cache, tmp_pat
 
 def test_what_is_in_the_way_stays(place, tmp_path):
     write_documents(tmp_path / "mine.jsonl")
-    for out, expected in ((tmp_path, "not empty, and not written"), (tmp_path / "mine.jsonl", "is not a folder")):
+    refused = {tmp_path: "not empty, and not written", tmp_path / "mine.jsonl": "is not a folder"}
+    for out, expected in {**refused, "/proc": "is mounted there", place / "alpha" / "x": "stages read what is"}.items():
         code, _, said = in_process(prune.main, *arguments(place, out))
         assert code == 2 and expected in said
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.jsonl"] and not (place / "alpha" / "x").exists()
+
+
+def test_a_dry_run_shows_the_plan_and_runs_nothing(place, cache, tmp_path):
+    code, shown, _ = in_process(prune.main, *arguments(place, tmp_path / "out", 0.15, "--dry-run"))
+    assert code == 0 and "alpha 0.15 hfprune" in shown and not (tmp_path / "out").exists()

@@ -1,5 +1,5 @@
 """Rivals next to one of our methods: the same windows, one calibration pass, the same parameters removed, one table;
-and, if every test is asked for, recovery of what has biases or factors, and of what is pruned meanwhile.
+and, if every test is asked for, recovery of what has factors, and of what is pruned meanwhile.
 """
 
 import shutil
@@ -79,18 +79,16 @@ def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
         width, heads, layers, reached = line[3:7]  # lorap has its ranks behind
         assert layers == "9" and float(reached) == pytest.approx(0.2, abs=2.5e-3)
         assert ("-" in width, "-" in heads) == (name == "llm-pruner",) * 2, "protected layers keep all"
-    code, _, said = in_process(sweep_command.main, *where, "--methods", "lorap", "--models", "alpha", "--ratios", "0.9")
-    assert code == 2 and "the nearest possible is 0." in " ".join(said.split()) and not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
 def recovered(config, finished, tmp_path_factory):
-    """Recovery of what has factors, and of what has biases, with weights sharded on two ranks; and of the method that
-    prunes while it recovers. It starts from the artifacts of the sweep without recovery.
+    """Recovery of what has factors, with weights sharded on two ranks, and of the method that prunes while it recovers.
+    It starts from the artifacts of the sweep without recovery.
     """
     out = tmp_path_factory.mktemp("recovered") / "out"
     shutil.copytree(finished / "store", out / "store")
-    methods = arguments(2, methods=("flap", "lorap", "loraprune"))
+    methods = arguments(2, methods=("lorap", "loraprune"))
     sharded = ["recovery.method=lora", "recovery.max_steps=2", "runtime.sharding=zero3"]
     finish(config, out, *methods, *(word for setting in sharded for word in ("--set", setting)))
     return out
@@ -101,28 +99,12 @@ def row_of(out, method):
     return row
 
 
-def before_and_after(finished, recovered, method):
-    """The weights of a method's checkpoint without recovery and with it."""
-    places = {out: out / row_of(out, method)["checkpoint"] for out in (finished, recovered)}
-    return [load_file(folder / "model.safetensors") for folder in places.values()]
-
-
-@pytest.mark.thorough
-def test_flap_is_recovered_and_its_biases_stay(finished, recovered):
-    row, pruned = row_of(recovered, "flap"), row_of(finished, "flap")
-    assert row["parameters"] == pruned["parameters"] and row["kl"] != pruned["kl"]
-    before, after = before_and_after(finished, recovered, "flap")
-    biases = {name for name in before if name.endswith(("o_proj.bias", "down_proj.bias"))}
-    assert len(biases) == 2 * 9 and all(torch.equal(before[name], after[name]) for name in biases)
-    assert not torch.equal(*(weights["model.layers.0.mlp.down_proj.weight"] for weights in (before, after)))
-
-
 @pytest.mark.thorough
 def test_recovery_trains_both_factors_and_keeps_the_shape(finished, recovered):
     folders = [out / row_of(out, "lorap")["checkpoint"] for out in (finished, recovered)]
     checkpoints = [open_checkpoint(folder) for folder in folders]
     assert checkpoints[0].ranks == checkpoints[1].ranks and checkpoints[0].parameters == checkpoints[1].parameters
-    before, after = before_and_after(finished, recovered, "lorap")
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert changed == {name for name in before if ".self_attn." in name or ".mlp." in name}
     assert any(name.endswith("q_proj.0.weight") for name in changed)

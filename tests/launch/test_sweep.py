@@ -24,24 +24,18 @@ from hfprune_dist.results.checkpoints import MADE
 pytestmark = pytest.mark.slow
 
 
+ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
+WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
+# What the cell's row stands on, in order; its baselines stand on others.
+CELL = "alpha 0.2 surgeon-uniform-block"
+SCORES, PRUNE, RECOVER, EVALUATE = "importance alpha", f"prune {CELL}", f"recover {CELL}", f"evaluate {CELL} + lora"
+
+
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """An undisturbed sweep, with whose results every fault below must end."""
     out = tmp_path_factory.mktemp("finished") / "out"
     return out, finish(config, out, *ONE_CELL)
-
-
-ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
-WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
-
-
-# What the cell's row stands on, in order; its baselines stand on others.
-SCORES, PRUNE, RECOVER, EVALUATE = (
-    "importance alpha",
-    "prune alpha 0.2",
-    "recover alpha 0.2",
-    "evaluate alpha 0.2 + lora",
-)
 
 
 @pytest.fixture
@@ -78,8 +72,8 @@ def assert_same_as(finished_out, out):
         assert ours and all(theirs[name] == content for name, content in ours.items())
 
 
-def test_one_row_per_cell_with_its_baselines(finished):
-    out, _ = finished
+def test_one_row_per_cell_with_its_baselines_and_where_all_comes_from(finished):
+    out, result = finished
     rows = results(out)
     assert [(row["model"], row["ratio"], row["recovery"]) for row in rows] == [
         ("alpha", "0.0", "none"),
@@ -95,20 +89,19 @@ def test_one_row_per_cell_with_its_baselines(finished):
     assert float(control["kl"]) > 0 and float(pruned["kl"]) > float(control["kl"])
     assert int(pruned["parameters"]) < int(dense["parameters"])
     assert float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=0.01)
+    assert all(f"  {out / row['checkpoint']}\n" in result.stdout for row in (control, pruned))
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
+    assert manifest["config"].items() >= resolved.items() and manifest["provenance"]["packages"]["torch"]
 
 
 def test_its_report_shows_the_numbers_of_its_table(finished):
     """In a browser, from the file alone; the table sorts and shows all columns, and no window is too narrow."""
     out, _ = finished
     rows = results(out)
-    pruned = rows[-1]
     with opened(out / "report.html") as shown:
         page = shown.page
-        sections = page.eval_on_selector_all("section:has(figure)", "sections => sections.map(section => section.id)")
-        assert sections == ["quality", "tasks", "layers", "losses"]
-        assert f"KL {float(pruned['kl']):.3f}" in page.inner_text(".finding")
-        points = page.eval_on_selector_all("#quality circle title", "titles => titles.map(title => title.textContent)")
-        assert any(f", {float(pruned['kl']):.3g}" in point for point in points)
+        assert f"KL {float(rows[-1]['kl']):.3f}" in page.inner_text(".finding")
         page.click("#rows button[title=kl]")
         page.click("#rows button[title=kl]")
         sorted_rows = page.eval_on_selector_all("#rows tbody tr", "rows => rows.map(row => row.cells[0].dataset.v)")
@@ -120,10 +113,7 @@ def test_its_report_shows_the_numbers_of_its_table(finished):
         for width in (375, 1280):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") == width
-        page.eval_on_selector("#rows-section .wide", "wide => wide.scrollLeft = 1000")
-        assert page.eval_on_selector("#rows td", "cell => cell.getBoundingClientRect().left") >= 0, "it stays in view"
         assert shown.errors == [] and shown.requests == [(out / "report.html").resolve().as_uri()]
-    assert (out / "report.html").stat().st_size < 2e6
 
 
 def test_checkpoints_load_by_their_names_and_have_a_card_and_no_path_of_this_machine(finished, config):
@@ -185,32 +175,6 @@ def test_a_model_of_any_shape_is_calibrated_on_two_texts_and_compared_on_two(con
     shutil.rmtree(tmp_path / "store")
     model = loaded_by_its_card(elsewhere)["model"]
     assert sum(weight.numel() for weight in model.parameters()) == int(pruned["parameters"])
-
-
-def test_its_files_keep_the_configuration_and_where_all_comes_from(finished, config):
-    out, result = finished
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    assert all(row["kl_stderr"] > 0 and row["windows"] == 4 for row in rows if row["kl"])
-    assert all(row["provenance"]["seed"] == 0 and 0 < row["own_time_s"] <= row["wall_time_s"] for row in rows)
-    checkpoints = [out / "checkpoints" / name_of(row) for row in rows if row["checkpoint"]]
-    assert len(checkpoints) == 2 and all(f"  {folder}\n" in result.stdout for folder in checkpoints)
-    resolved = yaml.safe_load((out / "config.yaml").read_text())
-    manifest = json.loads(next((out / "store" / "prune").glob("*/manifest.json")).read_text())
-    assert manifest["config"].items() >= resolved.items() and manifest["provenance"]["packages"]["torch"]
-
-
-def test_a_second_run_runs_nothing(finished, config):
-    out, _ = finished
-    before = times_of_files(out / "store")
-    result = sweep(config, out, *ONE_CELL)
-    assert result.returncode == 0 and "stages to run" not in result.stdout
-    assert times_of_files(out / "store") == before
-
-
-def times_of_files(store):
-    """Return when each file changed, without hashes, which are only kept of files that are old enough."""
-    files = [file for file in store.rglob("*") if file.is_file() and file.parent.name != "hashes"]
-    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def test_a_session_in_python_takes_up_a_sweep(finished, config, monkeypatch):
@@ -296,13 +260,17 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
 
 
 def test_cells_that_do_not_need_a_stage_whose_rank_was_killed_are_finished(finished, config, short_of):
-    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "evaluate alpha dense")
+    """With the bits that they have without such a stage before them."""
+    of_control = id_of(finished[0], "recover alpha dense")
+    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "recover alpha dense", "evaluate alpha dense + lora")
     result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, "work/importance"))
     assert result.returncode == 1
     assert "failed importance" in result.stdout and "a rank died without a message" in result.stdout
     dense, control, pruned = results(out)
     assert dense["status"] == control["status"] == "done"
     assert pruned["status"] == "failed" and "importance failed (killed)" in pruned["cause"]
+    ours, alone = (folder / "store" / of_control / "model.safetensors" for folder in (out, finished[0]))
+    assert ours.read_bytes() == alone.read_bytes()
 
 
 def test_a_rank_that_fails_ends_the_stage_with_its_message(config, tmp_path):
@@ -325,7 +293,7 @@ def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, shor
     wait_for(lambda: at_work(out, id_of(finished[0], SCORES)))
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert re.search(r"running .*process \d+", shown) and "job" not in shown
-    assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", "alpha 0.2 + lora").stdout, "said at once"
+    assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", f"{CELL} + lora").stdout, "said at once"
     cancelled = sweep(config, out, *ONE_CELL, "--cancel")
     assert cancelled.returncode == 0 and re.search(r"process \d+ has stopped work on it", cancelled.stdout)
     output, _ = launcher.communicate(timeout=600)

@@ -100,7 +100,7 @@ def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothin
         "evaluate": 6,
     }
     (row,) = [cell for cell in alone.cells if cell.model == "a" and cell.ratio]
-    assert (row.label, row.recovery, row.criterion, len(row.producers)) == ("a 0.1", "own", None, 1)
+    assert (row.label, row.recovery, row.criterion, len(row.producers)) == ("a 0.1 loraprune", "own", None, 1)
     steps = plan_of(world, methods=names[1:], recovery__max_steps=3, **settings)
     assert not set(steps.stages) & {stage.id for kind in ("recover", "loraprune") for stage in stages_of(alone, kind)}
     asked = plan_of(world, methods=names[1:], importance__criteria=["entropy"], **settings)

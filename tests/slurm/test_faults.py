@@ -9,6 +9,7 @@ import time
 
 import pytest
 from clusters import (
+    CELL,
     CONTROL,
     CONTROLS_SCORES,
     DENSE,
@@ -63,7 +64,7 @@ def test_a_launcher_dies_while_its_job_is_in_mid_chain(cluster, config, finished
 
 
 def test_two_sweeps_at_once(cluster, config, finished, without):
-    out = without(DENSE, "evaluate alpha 0.2 + lora")
+    out = without(DENSE, f"evaluate {CELL} + lora")
     both = [cluster.submit(config, out, **FORKED_RANKS) for _ in range(2)]
     ends = [submitted.end() for submitted in both]
     assert [code for code, _ in ends] == [0, 0], ends

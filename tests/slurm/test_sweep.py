@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from clusters import (
+    CELL,
     DENSE,
     FORKED_RANKS,
     PRUNE,
@@ -51,7 +52,7 @@ def test_a_whole_sweep(cluster, config, finished, tmp_path_factory):
     assert "submitted" not in done(cluster, out, finished, cluster.submit(config, out))
 
 
-IMPORTANCE, RECOVERY, SCORES = "importance alpha", "recover alpha 0.2", "evaluate alpha 0.2 + lora"
+IMPORTANCE, RECOVERY, SCORES = "importance alpha", f"recover {CELL}", f"evaluate {CELL} + lora"
 
 
 @pytest.mark.parametrize(

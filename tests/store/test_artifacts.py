@@ -35,15 +35,6 @@ def test_a_committed_artifact_verifies_and_carries_its_manifest(store):
     assert not list((store.root / "prune").glob(".draft*"))
 
 
-def test_colleagues_may_read_what_the_umask_allows(store):
-    """Some libraries make their files readable by their owner only."""
-    before = os.umask(0o027)
-    with being_made(store, STAGE) as draft:
-        (draft / "scores.bin").touch(mode=0o600)
-    os.umask(before)
-    assert (store.handle(STAGE.id).artifact / "scores.bin").stat().st_mode & 0o777 == 0o640
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest", "no manifest"])
 def test_damage_is_found_and_set_aside(store, damage):
     make(store)
@@ -100,30 +91,6 @@ def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
         with pytest.raises(OSError, match="Input/output"):
             store.handle(STAGE.id).set_aside(Claim(store.handle(STAGE.id).work, "token"))
     assert store.handle(STAGE.id).verify().state == "done"
-
-
-def test_what_is_emptied_may_be_in_use(store, monkeypatch):
-    """On NFS, a file that is open stays under another name, which can't be removed, and so does its folder."""
-    make(store)
-    with monkeypatch.context() as patch:
-        for function in ("rmdir", "unlink"):
-            patch.setattr(os, function, unless_named(("model.bin", "sub"), getattr(os, function)))
-        store.handle(STAGE.id).empty()
-    assert not store.handle(STAGE.id).is_committed()
-    assert {path.name for path in store.handle(STAGE.id).artifact.iterdir()} == {MANIFEST, "model.bin", "sub"}
-    make(store)
-    assert store.handle(STAGE.id).verify().state == "done"
-
-
-def unless_named(names, remove):
-    """Return a function that removes what has another name."""
-
-    def removing(path, **how):
-        if Path(path).name in names:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        remove(path, **how)
-
-    return removing
 
 
 # What is left of a stage's work, before it runs and until its artifact is committed.

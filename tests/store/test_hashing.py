@@ -27,17 +27,12 @@ def reads(monkeypatch):
     return seen
 
 
-def test_all_files_of_tasks_count_but_what_tools_leave_behind(tmp_path):
-    for name in ("_default_template_yaml", "sub/_helper.py", "__pycache__/_utils.pyc", "sub/.x.swp"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert files_below(tmp_path) == ["_default_template_yaml", "sub/_helper.py"]
-
-
-def test_links_are_followed_but_never_in_circles(tmp_path):
+def test_links_are_followed_but_never_in_circles_and_what_tools_leave_behind_does_not_count(tmp_path):
     folder, elsewhere = tmp_path / "tasks", tmp_path / "disk"
-    folder.mkdir()
+    (folder / "__pycache__").mkdir(parents=True)
     elsewhere.mkdir()
+    for name in (".x.swp", "__pycache__/_utils.pyc"):
+        (folder / name).touch()
     (elsewhere / "data.jsonl").write_text("{}")
     (folder / "data").symlink_to(elsewhere)
     (folder / "again").symlink_to(folder)

@@ -5,7 +5,7 @@ import os
 
 import psutil
 import pytest
-from hfprune_launch.local.hardware import threads_of_a_rank
+from hfprune_launch.local.backend import threads_of_a_rank
 from worlds import Ranks
 
 from hfprune_dist.config.schema import RuntimeConfig

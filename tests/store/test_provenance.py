@@ -9,6 +9,7 @@ def git(folder, *arguments):
 
 def test_changes_in_any_encoding_have_a_digest(tmp_path):
     """git prints a Latin-1 text as it is."""
+    assert code_version(tmp_path) == {"git_commit": None, "dirty_diff_sha256": None}
     git(tmp_path, "init", "--quiet")
     text = tmp_path / "notes.txt"
     text.write_bytes(b"caf\xe9\n")
@@ -27,7 +28,3 @@ def test_changes_in_any_encoding_have_a_digest(tmp_path):
     (tmp_path / "launch" / "new.py").touch()
     found.add(code_version(tmp_path)["dirty_diff_sha256"])
     assert len(found) == 3 and None not in found
-
-
-def test_outside_of_a_repository_no_commit_is_known(tmp_path):
-    assert code_version(tmp_path) == {"git_commit": None, "dirty_diff_sha256": None}

@@ -6,13 +6,13 @@ import shutil
 import pytest
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend, explain_death
-from hfprune_launch.stage.stage_file import Provenance
+from hfprune_launch.stage.run import Provenance
 from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.attempts import End, Ledger, report_failure
+from hfprune_dist.store.attempts import End, Ledger
 from hfprune_dist.store.claims import Cancellation, Claim, try_claim
 from hfprune_dist.store.stage import Input
 
@@ -112,19 +112,6 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     assert run(backend) is None
 
 
-@pytest.mark.parametrize(
-    ("left", "codes"),
-    [(code(TIMEOUT), {0: 1}), (code(CLOSED), {1: -9}), (None, {1: -11})],
-)
-def test_the_failure_that_is_told_is_the_one_on_record(backend, ranks, store, left, codes):
-    def meanwhile(claim):
-        if left is not None:
-            report_failure(Ledger(store).attempts_at(STAGE.id)[-1].folder, left)
-
-    ranks.meanwhile, ranks.codes = meanwhile, codes
-    assert run(backend) == Ledger(store).failure(STAGE.id)
-
-
 def take_over(store):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "_lives", lambda *_: False)
@@ -134,22 +121,19 @@ def take_over(store):
     return claim, draft
 
 
-def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, ranks, store):
+@pytest.mark.parametrize("codes", [{0: 1}, None])
+def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, ranks, store, monkeypatch, codes):
+    """Ranks that go on are ended."""
+    monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
     successors = []
+    ranks.codes = codes
     ranks.meanwhile = lambda claim: successors.append(take_over(store))
     told = run(backend)
+    assert ranks.were_ended == (codes is None)
     assert told.cause == "interrupted" and "another process has taken over this stage" in told.message
     ((claim, draft),) = successors
     assert claim.is_held() and draft.is_dir()
     assert Ledger(store).failure(STAGE.id) is None
-
-
-def test_ranks_end_when_their_launcher_has_lost_its_claim(backend, ranks, store, monkeypatch):
-    monkeypatch.setattr(local, "CANCELLATION_POLL_S", 0.0)
-    ranks.codes = None
-    ranks.meanwhile = lambda claim: take_over(store)
-    assert run(backend).cause == "interrupted"
-    assert ranks.were_ended
 
 
 def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, ranks, store, monkeypatch):

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from hfprune_launch.slurm.profile import Resources, load_profile
 
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.stage import STAGE_VERSIONS
 
 SHIPPED = Path(__file__).resolve().parents[3] / "slurm" / "profiles"
 
@@ -18,7 +18,7 @@ def write(tmp_path, text):
 @pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
 def test_shipped_profiles_are_valid(name):
     profile = load_profile(name, SHIPPED)
-    assert profile.name == name and set(profile.resources) == set(STAGE_VERSIONS)
+    assert profile.name == name and set(profile.resources) == set(KINDS)
 
 
 def test_an_unknown_profile():

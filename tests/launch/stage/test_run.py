@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from hfprune_launch.stage.stage_file import Provenance, write_stage_file
+from hfprune_launch.stage.run import Provenance, write_stage_file
 from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig

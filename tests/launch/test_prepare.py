@@ -83,42 +83,22 @@ def test_no_document_is_long_enough(inputs, refusal, key):
     assert_parts(message, "short.jsonl", "no document has 31 tokens", "the longest has", "sequence_length")
 
 
-def make_folder_without_texts(file):
-    file.mkdir()
-    (file / "README.md").write_text("# Texts\n")
-
-
 @pytest.mark.parametrize(
     ("key", "make", "expected"),
-    [
-        (CALIBRATION, os.mkfifo, ["neither a file nor a folder"]),
-        (HELD_OUT, make_folder_without_texts, ["no file that ends in", ".jsonl"]),
-        (PAIRS, lambda file: None, ["given", "No such file"]),
-    ],
-    ids=["pipe", "folder", "missing"],
+    [(CALIBRATION, os.mkfifo, "neither a file nor a folder"), (PAIRS, lambda file: None, "given: No such file")],
+    ids=["pipe", "missing"],
 )
 def test_paths_without_text(inputs, refusal, key, make, expected):
     make(inputs / "given")
-    assert_parts(refusal("--set", f"{key}={inputs / 'given'}"), *expected)
+    assert_parts(refusal("--set", f"{key}={inputs / 'given'}"), expected)
 
 
 # Instruction pairs.
 
 
-def pairs(**fields):
-    return "\n".join(json.dumps({"instruction": "ask", "response": "tell", **fields}) for _ in range(3)) + "\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (pairs(response=" \n"), "response token"),
-        (pairs(instruction="x" * 400), "recovery.sequence_length 320"),
-    ],
-)
-def test_pairs_without_anything_to_train_on(inputs, refusal, content, told):
-    (inputs / "pairs.jsonl").write_text(content)
-    assert_parts(refusal(), "none of 3 records", told)
+def test_pairs_without_anything_to_train_on(inputs, refusal):
+    (inputs / "pairs.jsonl").write_text(f"{json.dumps({'instruction': 'x' * 400, 'response': 'tell'})}\n" * 3)
+    assert_parts(refusal(), "none of 3 records", "recovery.sequence_length 320")
 
 
 # Models.
@@ -134,7 +114,7 @@ def configured(**changes):
 
 def in_float8(model):
     weights = load_file(model / "model.safetensors")
-    save_file(weights | {Q: torch.zeros(32, 32).to(torch.float8_e4m3fn)}, model / "model.safetensors", {"format": "pt"})
+    save_file(weights | {Q: weights[Q].to(torch.float8_e4m3fn)}, model / "model.safetensors", {"format": "pt"})
 
 
 def as_pickle(model):
@@ -150,9 +130,8 @@ def without_eos(model):
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = {
-    "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
-    "activation": (configured(hidden_act="sillu"), ["config.json", "sillu"]),
     "float8": (in_float8, [Q, "F8_E4M3", "quantized"]),
+    "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
     "pickle": (as_pickle, ["pytorch_model.bin", "save_pretrained"]),
     "tokenizer cut": (lambda model: (model / "tokenizer.json").write_text('{"version"'), ["tokenizer can't be loaded"]),
     "no eos": (without_eos, ["no end-of-sequence token"]),
