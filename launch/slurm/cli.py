@@ -53,11 +53,11 @@ def run_on_slurm(
     follow: bool,
     on_end: Callable[[], None],
 ) -> int | None:
-    """Submit missing stages and adopt running jobs; return the exit code when leaving at once, None after staying.
+    """Submit missing stages and adopt running jobs, and stay until nothing more can be done; without ``follow``, return
+    the exit code at once.
 
     Args:
         new_jobs: returns the settings for new jobs, given the copy of the code that they run.
-        follow: False leaves at once; otherwise the call stays until nothing more can be done.
         on_end: called after a round in which stages' jobs have ended.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
@@ -139,10 +139,8 @@ def cancel_jobs(
     store: Store, slurm: SlurmCommands, pause: Callable[[float], object] = sleep
 ) -> tuple[list[str], list[str]]:
     """Cancel the jobs of all open attempts, and look again until there are none: a launcher may be submitting one at
-    this moment, or a job may just have put itself back into the queue.
-
-    Returns:
-        the ids of the cancelled jobs, and what still runs, or may be submitted, after some time.
+    this moment, or a job may just have put itself back into the queue. Return the ids of the cancelled jobs, and what
+    still runs, or may be submitted, after some time.
     """
     ledger = Ledger(store)
     observer = Observer(ledger, slurm)
@@ -225,10 +223,9 @@ class _Screen:
         """
         self.has_ends |= event.what in ("done", "ended")
         if event.what == "waiting":
-            now = time.monotonic()
-            if now - self._told_at.get(event.message, -math.inf) < REMIND_S:
+            if time.monotonic() - self._told_at.get(event.message, -math.inf) < REMIND_S:
                 return
-            self._told_at[event.message] = now
+            self._told_at[event.message] = time.monotonic()
         color = EVENT_COLORS.get(event.what, "cyan")
         stage = f" {event.stage.kind} {escape(event.stage.label)}" if event.stage is not None else ""
         job = f" job {event.job_id}" if event.job_id else ""

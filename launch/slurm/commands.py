@@ -55,9 +55,6 @@ LIVE_STATES = WAITING_STATES | {
 DEPENDENCY, NEVER = "Dependency", "DependencyNeverSatisfied"
 # The state of a job of which the controller says that there is none.
 FORGOTTEN = "forgotten by Slurm"
-BELOW_THE_LIMIT = (
-    "the rest is submitted when jobs have ended; if none of yours is queued, name another account, qos or partition"
-)
 
 
 class SlurmUnavailableError(Exception):
@@ -120,7 +117,8 @@ class SlurmCommands:
             return str(said[-1])
         if TOO_MANY_JOBS.search(" ".join(NAMED_LIMIT.findall(result.stderr)) or result.stderr):
             limit = "; ".join(result.stderr.strip().splitlines())  # the first line names it
-            raise NotNowError(f"{limit}; {BELOW_THE_LIMIT}")
+            instead = "if none of yours is queued, name another account, qos or partition"
+            raise NotNowError(f"{limit}; the rest is submitted when jobs have ended; {instead}")
         if result.returncode == 0 or _is_transient(result):
             raise SlurmUnavailableError(f"sbatch: {_last_line(result.stderr)}")
         if "job dependency problem" in result.stderr.lower():
@@ -162,12 +160,7 @@ class SlurmCommands:
         ignore: re.Pattern[str] | None = None,
         is_whole: Callable[[str], bool] = lambda _: True,
     ) -> str:
-        """Run a command until it succeeds; an error that waiting can't fix is a broken assumption of ours.
-
-        Args:
-            ignore: errors that count as success, without output.
-            is_whole: returns whether an answer is complete rather than cut off.
-        """
+        """Run a command until it succeeds, or says what to ``ignore``, which counts as success without output."""
         for delay in (*self.retry_delays_s, None):
             result = _run(command)
             if result.returncode == 0 and is_whole(result.stdout):
@@ -222,5 +215,4 @@ def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no message"
+    return (text.strip().splitlines() or ["no message"])[-1]

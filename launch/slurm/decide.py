@@ -89,11 +89,7 @@ def _can_not_start(job: JobInfo) -> bool:
 
 def to_submit(states: Mapping[str, StageState], resources: Callable[[str], object]) -> list[list[str]]:
     """Return the jobs to submit, each after those that make what it needs: chains of stages of the same rows that want
-    the same resources, in plan order.
-
-    Args:
-        states: of all stages, in plan order.
-        resources: returns what a stage asks for.
+    the same resources, in plan order, which is that of ``states``.
     """
     groups: dict[frozenset[str], list[str]] = {}
     for stage_id in _submittable(states):
@@ -123,9 +119,7 @@ def to_submit(states: Mapping[str, StageState], resources: Callable[[str], objec
 def _submittable(states: Mapping[str, StageState]) -> list[str]:
     """Return the stages that need a job, if what they need is done or has one."""
     found: list[str] = []
-    has_job = {
-        state.stage_id for state in states.values() if (job := state.job) and job.is_live and not _can_not_start(job)
-    }
+    has_job = {name for name, each in states.items() if each.job and each.job.is_live and not _can_not_start(each.job)}
     for state in states.values():
         has_needs = all(states[need].is_done or need in has_job for need in state.needs)
         may_try = all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())
@@ -136,10 +130,8 @@ def _submittable(states: Mapping[str, StageState]) -> list[str]:
 
 
 def job_to_wait_for(max_running: int | None, live: Sequence[str]) -> str | None:
-    """Return the job that has to be over before a new one starts, so that Slurm itself runs no more than a number of
-    jobs at once, without a launcher: the jobs form that many rows, in each of which they run one after another.
-
-    Args:
-        live: ids of the store's jobs that wait or run, in the order of their submission.
+    """Return which of the store's ``live`` jobs, in the order of their submission, has to be over before a new one
+    starts, so that Slurm itself runs no more than a number at once, without a launcher: the jobs form that many rows,
+    in each of which they run one after another.
     """
     return live[-max_running] if max_running is not None and len(live) >= max_running else None

@@ -37,10 +37,7 @@ class Estimate:
 
 
 def estimate_stages(plan: Plan, todo: Sequence[str], profile: Profile, runtime: RuntimeConfig) -> list[Estimate]:
-    """Return estimates for those of the stages in ``todo`` that run a model on GPUs.
-
-    A pruned model counts as if it were dense, except in its own refit.
-    """
+    """Return estimates for stages that run a model on GPUs; a pruned one counts as dense, except in its own refit."""
     found, opened = [], cache(open_checkpoint)
     for stage in (plan.stages[stage_id] for stage_id in todo):
         planned = Planned(stage, plan.stages, opened(plan.dense_folder(stage)), runtime.activation_checkpointing)

@@ -86,10 +86,7 @@ class Launcher:
         self.observer = Observer(self.ledger, self.slurm, self.clock)
 
     def step(self) -> None:
-        """Do one round: look at the jobs, do what is to be done about them, then submit what is missing.
-
-        The first round takes over what earlier launchers left.
-        """
+        """Do one round: look at the jobs, also those of earlier launchers, act on them, then submit what is missing."""
         attempts = self._open()
         self.observer.look(attempts)
         for attempt in attempts:
@@ -105,11 +102,8 @@ class Launcher:
         self._submit_missing()
 
     def run(self, show: Callable[[], object], follow: bool, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Do rounds until every stage is done or has failed for good.
-
-        Args:
-            show: called after every look at what jobs have recorded.
-            follow: False leaves after the first round that is whole.
+        """Do rounds until every stage is done or has failed for good, or one whole round without ``follow``; call
+        ``show`` after every look at what jobs have recorded.
         """
         began_at = answered_at = self.clock()
         asked_at, following, is_over, look = -math.inf, list[Attempt](), False, LOOK_S
@@ -229,14 +223,13 @@ class Launcher:
         if self.new_jobs.profile.max_running is None:
             return []
         jobs = self.slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
-        ours = [job.job_id for name, job in jobs.items() if job.is_live and f"-{self.ledger.mark}-" in name]
-        return sorted(ours, key=int)
+        return sorted(
+            (job.job_id for job in jobs.values() if job.is_live and f"-{self.ledger.mark}-" in job.name), key=int
+        )
 
     def _submit(self, chain: list[Stage], queue: list[str]) -> None:
-        """Submit a job that runs stages one after another, up to the first that another launcher has or submits.
-
-        Args:
-            queue: as ``_queue`` returns it; the new job is added.
+        """Submit a job that runs stages one after another, up to the first that another launcher has or submits, and
+        add it to the queue.
         """
         needs = {need for stage in chain for need in stage.needs} - {stage.id for stage in chain}
         needed = [self.ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
@@ -269,9 +262,8 @@ class Launcher:
         return False
 
     def _submit_claimed(self, chain: list[Stage], needs: list[str], dependencies: list[str]) -> str | None:
-        """Record the intent, submit, record the job and return its id; None if Slurm refuses it.
-
-        Later rounds repair a death between any two of these steps.
+        """Record the intent, submit, record the job and return its id; None if Slurm refuses it. Later rounds repair a
+        death between any two of these steps.
         """
         new, resources = self.new_jobs, self.new_jobs.profile.of_job([stage.kind for stage in chain])
         attempts: list[Attempt] = []

@@ -146,11 +146,7 @@ class Profile:
 
 
 def load_profile(name: str, shipped: Path) -> Profile:
-    """Read a profile, given the name of a shipped one or a path.
-
-    Raises:
-        UserError: for an unknown profile, an unknown key or a wrong value.
-    """
+    """Read a profile, given the name of a shipped one or a path, and check it."""
     file = _find(name, shipped)
     raw = read_yaml(file, "--profile", "keys and values at the top level")
     whole = parse(ProfileFile, raw, str(file))

@@ -19,9 +19,7 @@ def take_snapshot(project: Project, folder: Path, code: Mapping[str, Any]) -> Pa
     """Copy the project's packages to ``<folder>/<digest of their content>-<random>``, or reuse an intact copy.
 
     A copy whose content no longer matches its name (cut off by a full disk, purged by a cleaner) is left to its jobs.
-
-    Args:
-        code: provenance (commit, digest of the uncommitted changes), kept with the copy.
+    ``code``, its provenance (commit, digest of the uncommitted changes), is kept with the copy.
     """
     draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
     try:

@@ -48,11 +48,7 @@ class StageStatus:
 
 
 def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None) -> list[StageStatus]:
-    """Return one line per stage, in plan order.
-
-    Args:
-        jobs: by name; None if nothing is known of any, as Slurm does not answer.
-    """
+    """Return one line per stage, in plan order; ``jobs``: by name; None as long as Slurm does not answer."""
     hours_of, ledger = measured_hours(plan, store), Ledger(store)
     needed = set(plan.lacking(lambda stage_id: store.handle(stage_id).is_committed()))
     statuses = []
@@ -131,10 +127,8 @@ def status_table(statuses: list[StageStatus]) -> Table:
 
 
 def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
-    """Return the last lines of the newest log of every stage behind a row of the table, or of one stage.
-
-    Args:
-        name: the row's label, as the tables show it, or the id or fingerprint of a stage.
+    """Return the last lines of the newest log of every stage behind a row of the table, given its label, or of one
+    stage, given its id or fingerprint.
     """
     ledger, parts = Ledger(store), []
     for stage_id in _stages_of(plan, name):
