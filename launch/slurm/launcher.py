@@ -143,10 +143,10 @@ class Launcher:
         return [each for stage_id in self.plan.stages if (each := self.ledger.open_job(stage_id)) is not None]
 
     def _has_recorded_its_end(self, attempt: Attempt) -> bool:
-        """Return whether the store says that a job which ran is over, before Slurm is asked."""
+        """Return whether the store says that a job is over which ran, or was submitted, when Slurm was asked."""
         job = self.observer.jobs.get(attempt.intent.job_name)
-        if job is None or not job.is_live or job.is_waiting:
-            return False
+        if job is not None and (job.is_waiting or not job.is_live):
+            return False  # one that waits may have been requeued since it recorded an end
         return attempt.exit_record() is not None or self.store.handle(attempt.intent.stage_id).is_committed()
 
     def _left(self) -> list[list[str]]:

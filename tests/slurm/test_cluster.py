@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -15,32 +16,35 @@ PORT_BASE = 18100
 PROGRAMS = {"slurmctld", "slurmd", "slurmstepd", "munged", "srun"}
 
 
-def listening():
-    """Map each address that this cluster's programs listen on to its program."""
-    found = {}
+def of_all_processes(look):
+    """Return what a function returns of each process, of those that can be looked at."""
+    found = []
     for process in psutil.process_iter():
-        try:
-            # A program that has re-executed itself has the name behind Debian's links, such as slurmd-wlm.
-            program = process.name().removesuffix("-wlm")
-            if program in PROGRAMS:
-                sockets = [each.laddr for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
-                found |= {tuple(address): program for address in sockets}
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            found += look(process)
     return found
+
+
+def listening():
+    """Return the programs of clusters, each with an address on which it listens."""
+
+    def look(process):
+        # A program that has re-executed itself has the name behind Debian's links, such as slurmd-wlm.
+        program = process.name().removesuffix("-wlm")
+        sockets = process.net_connections("inet") if program in PROGRAMS else []
+        return [(program, each.laddr.ip) for each in sockets if each.status == psutil.CONN_LISTEN]
+
+    return of_all_processes(look)
 
 
 def processes_in(folder):
     """Return the programs that have files of a folder open or were started with its configuration."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            opened = [file.path for file in process.open_files()]
-            if any(str(folder) in path for path in [*opened, *process.cmdline()]):
-                found.append(process.name())
-        except psutil.Error:
-            continue
-    return found
+
+    def look(process):
+        opened = [file.path for file in process.open_files()]
+        return [process.name()] * any(str(folder) in path for path in [*opened, *process.cmdline()])
+
+    return of_all_processes(look)
 
 
 def test_nothing_can_be_reached_from_outside(cluster):
@@ -48,13 +52,13 @@ def test_nothing_can_be_reached_from_outside(cluster):
     step = subprocess.Popen(["srun", "--nodes=2", "--job-name=open", "sleep", "1000"], env=environment)
     try:
         wait_for(lambda: cluster.slurm("squeue", "--noheader", "--steps", "--name=open"))
-        wait_for(lambda: "srun" in listening().values())
+        wait_for(lambda: "srun" in dict(listening()))
         found = listening()
     finally:
         step.terminate()
         step.wait()
-    assert {"slurmctld", "slurmd", "srun"} <= set(found.values())
-    assert [address for address in found if not address[0].startswith("127.")] == []
+    assert {"slurmctld", "slurmd", "srun"} <= set(dict(found))
+    assert [each for each in found if not each[1].startswith("127.")] == []
 
 
 @of_another

@@ -27,9 +27,6 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
     found = estimates(inputs, tmp_path, profile, importance__dtype="bfloat16", methods=["fisher-refit"])
     assert {each.stage.kind for each in found} == {"importance", "reference", "prune", "recover", "evaluate"}
     assert all(each.fits and each.needed > 0 for each in found)
-
-
-def test_nothing_is_claimed_that_the_profile_does_not_say(inputs, tmp_path):
     assert all(each.fits is None for each in estimates(inputs, tmp_path, GPUS))
     assert estimates(inputs, tmp_path, "tasks_per_node: 2\n") == [], "no GPUs, no estimates"
 

@@ -30,9 +30,8 @@ def test_a_kind_of_stage_overrides_single_settings(tmp_path):
     common = "partition: gpu\ntasks_per_node: 8\ngpus_per_node: 8\nmax_running: 3\n"
     profile = load_profile(write(tmp_path, common + "stages: {importance: {nodes: 4}}\n"), SHIPPED)
     importance, evaluate = profile.resources["importance"], profile.resources["evaluate"]
-    assert (importance.nodes, importance.ranks, importance.gpus, importance.partition) == (4, 32, 32, "gpu")
-    assert (evaluate.nodes, evaluate.ranks) == (1, 8)
-    assert profile.max_running == 3
+    assert (importance.ranks, importance.gpus, importance.partition) == (32, 32, "gpu")
+    assert evaluate.ranks == 8 and profile.max_running == 3
     assert [Resources(memory=memory).memory_bytes for memory in ("3tb", "512", "0")] == [3 * 2**40, 512 * 2**20, None]
 
 
