@@ -48,11 +48,13 @@ class Criterion:
         units: the kinds of units that have scores.
         observes: the argument of ``reduce``, which is called several times and whose results are added up.
             "inputs": some tokens' h [tokens, channels]. "effects": their effects on the loss, to first order: h * dL/dh
-            added up over each unit's channels [tokens, units]. "expert_outputs": an expert's outputs [tokens,
-            hidden_size], and its routing weights [tokens]. "weights": a micro-batch's weights of one layer that the
-            units own, with the factors of their gradients (``core.linear_observer.OwnedRows``). "weight_gradients":
-            nothing; gradients are summed over the whole pass, for ``score``. "nothing": no pass is needed.
-        reduce: what is observed -> a vector of sums, of which ``score`` makes the scores of the layer's units.
+            added up over each unit's channels [tokens, units]. "expert_outputs": the outputs of the experts of tokens
+            [tokens, hidden_size], and their routing weights [tokens]. "weights": a micro-batch's weights of one layer
+            that the units own, with the factors of their gradients (``core.linear_observer.OwnedRows``).
+            "weight_gradients": nothing; gradients are summed over the whole pass, for ``score``. "nothing": no pass is
+            needed.
+        reduce: what is observed -> terms of sums over tokens [tokens, sums], of which ``score`` makes the scores of the
+            layer's units, or of one expert's; of weights, the sums themselves.
         score: the sums and the layer -> scores, float64 [units]; None if the sums are the scores.
         loss: L, if gradients are observed.
         needs_moments: whether ``score`` needs the layer's Gram matrix and curvature, which may cost a second pass.

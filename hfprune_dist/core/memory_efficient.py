@@ -16,8 +16,9 @@ from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.portions import row_blocks, widened
 
-# Called with some tokens' h * dL/dh in float32 or wider, [tokens, channels], until all tokens have been shown.
-Observer = Callable[[Tensor], None]
+# Called with some tokens' h * dL/dh in float32 or wider, [tokens, channels], and which tokens these are, until all have
+# been shown.
+Observer = Callable[[Tensor, slice], None]
 
 
 class RmsNorm(Function):
@@ -53,29 +54,20 @@ class RmsNorm(Function):
 
 
 class FrozenLinear(Function):
-    """x W^T + b, or x W + b if it ``is_transposed``, where neither W nor b gets a gradient. Keeps W itself, neither a
-    view nor a copy of it; or the one tensor of all experts' weights, if W and b are those of an ``expert``.
+    """x W^T + b, where neither W nor b gets a gradient. Keeps W itself, neither a view nor a copy of it.
 
     So a weight that is sharded over ranks can be released after forward and gathered again for backward; and a
     checkpointed layer needn't be rerun as far as a product that keeps nothing else.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_NC: Tensor, weights: Tensor, biases: Tensor | None, expert: int | None, is_transposed: bool
-    ) -> Tensor:
-        ctx.weights, ctx.expert, ctx.is_transposed = weights, expert, is_transposed
-        weight = weights if expert is None else weights[expert]
-        bias_D = biases if expert is None or biases is None else biases[expert]
-        if not is_transposed:
-            return linear(x_NC, weight, bias_D)
-        product_ND = x_NC.matmul(weight)
-        return product_ND if bias_D is None else product_ND.add_(bias_D)
+    def forward(ctx: Any, x_NC: Tensor, weight_DC: Tensor, bias_D: Tensor | None) -> Tensor:
+        ctx.weight_DC = weight_DC
+        return linear(x_NC, weight_DC, bias_D)
 
     @staticmethod
-    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight = ctx.weights if ctx.expert is None else ctx.weights[ctx.expert]
-        return gradient_ND.matmul(weight.T if ctx.is_transposed else weight), None, None, None, None
+    def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_ND.matmul(ctx.weight_DC), None, None
 
 
 class Routed(Function):
@@ -116,7 +108,7 @@ class GatedProduct(Function):
             up_gradient_ND[rows] = up_gradient
             gate_gradient_ND[rows] = torch.ops.aten.silu_backward(gradient * up, gate)
             if ctx.observer is not None:
-                ctx.observer(up_gradient.mul_(up))
+                ctx.observer(up_gradient.mul_(up), rows)
         return gate_gradient_ND.view(gradient_BTD.shape), up_gradient_ND.view(gradient_BTD.shape)
 
 
@@ -139,13 +131,13 @@ class Observed(Function):
         if ctx.observer is not None:
             hidden_ND, gradient_ND = h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2)
             for rows in row_blocks(hidden_ND):
-                ctx.observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]))
+                ctx.observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]), rows)
         return gradient_BTD if keeps_D is None else gradient_BTD * keeps_D, None
 
 
 # The same as functions.
 rms_norm: Callable[[Tensor, Tensor, float], Tensor] = RmsNorm.apply
-frozen_linear: Callable[[Tensor, Tensor, Tensor | None, int | None, bool], Tensor] = FrozenLinear.apply
+frozen_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = FrozenLinear.apply
 routed: Callable[[Tensor, Tensor], Tensor] = Routed.apply
 gated_product: Callable[[Tensor, Tensor], Tensor] = GatedProduct.apply
 observed: Callable[..., Tensor] = Observed.apply
@@ -169,9 +161,9 @@ def observe_gradient(h_BTD: Tensor, observer: Observer) -> None:
     made_by: Any = h_BTD.grad_fn
     earlier: Observer | None = made_by.observer
 
-    def observe(product_ND: Tensor) -> None:
+    def observe(product_ND: Tensor, rows: slice) -> None:
         if earlier is not None:
-            earlier(product_ND)
-        observer(product_ND)
+            earlier(product_ND, rows)
+        observer(product_ND, rows)
 
     made_by.observer = observe

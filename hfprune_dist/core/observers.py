@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfprune_dist.core.criterion import Criterion, Loss, losses_of
-from hfprune_dist.core.linear_observer import Phase, SeenLinear, seen_weights
+from hfprune_dist.core.linear_observer import OwnedRows, Phase, SeenLinear, seen_weights
 from hfprune_dist.core.memory_efficient import can_be_observed, observe_gradient, observed
 from hfprune_dist.core.portions import row_blocks, widened
 
@@ -41,9 +41,9 @@ SeeVectors = Callable[[str, int, Tensor], None]
 class SeenUnits:
     """Where a layer's units of one kind are observed.
 
-    In mixtures of experts, the output projection is called for one expert at a time, with the activations of the tokens
-    that the expert sees [tokens, channels of an expert], the expert's number, and the weights that its outputs are
-    multiplied by [tokens]; a layer's units are those of its first expert, then those of its second, and so on.
+    In mixtures of experts, the output projection is called with the activations of the tokens that the first expert
+    sees, then those of the second, and so on [tokens, channels of an expert]; the expert of each of them; and the
+    weights that its outputs are multiplied by. A layer's units are those of its first expert, then those of its second.
 
     Attributes:
         projection: the layer's output projection.
@@ -95,7 +95,7 @@ class UnitSums:
         self._linears = [(linear, loss) for loss in losses for linear in linears]
         for it in units:
             for criterion in self._observing(it, "weights"):
-                weights = seen_weights(it.rows, it.projection, partial(self._reduce, it, criterion, 0))
+                weights = seen_weights(it.rows, it.projection, partial(self._see_weights, it, criterion))
                 self._linears += [(linear, criterion.loss) for linear in weights if criterion.loss is not None]
         # What was observed of a micro-batch, float32 or wider, on the model's device.
         self._seen: dict[Key, Tensor] = {}
@@ -140,30 +140,30 @@ class UnitSums:
         return {key: sum_N for key, sum_N in taken.items() if key[2] != _ACTIVATIONS}
 
     def _before(self, units: SeenUnits, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Hook that runs before an output projection, or before that of one expert."""
-        hidden_BTD, *of_expert = inputs
-        expert = of_expert[0] if of_expert else 0
+        """Hook that runs before an output projection."""
+        hidden_BTD, *of_experts = inputs
         is_first_run = self.phase.backward_of is None  # otherwise a checkpointed layer runs again
         if is_first_run and self.phase.student is None:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
-            self._add(units, _ACTIVATIONS, 0, hidden_ND.sum()[None])
+            self._add(units, _ACTIVATIONS, hidden_ND.sum()[None])
             if self._see_inputs is not None:
                 self._see_inputs(units.kind, units.layer, hidden_ND)
             for criterion in self._observing(units, "inputs"):
                 for rows in row_blocks(hidden_ND, scratch_bytes=16):
-                    self._reduce(units, criterion, expert, widened(hidden_ND[rows]))
+                    self._reduce(units, criterion, of_experts, rows, widened(hidden_ND[rows]))
         if torch.is_grad_enabled():
-            hidden_BTD = self._in_graph(units, expert, hidden_BTD)
+            hidden_BTD = self._in_graph(units, hidden_BTD)
             if is_first_run:
-                observe_gradient(hidden_BTD, partial(self._see_effects, units, expert))
-        return (hidden_BTD, *of_expert)
+                observe_gradient(hidden_BTD, partial(self._see_effects, units, of_experts))
+        return (hidden_BTD, *of_experts)
 
     def _after(self, units: SeenUnits, _module: nn.Module, inputs: tuple[Any, ...], output_BTC: Tensor) -> None:
-        """Hook that runs after an output projection, or after an expert's."""
+        """Hook that runs after an output projection."""
         if self.phase.backward_of is None and self.phase.student is None:
             for criterion in self._observing(units, "expert_outputs"):
-                _, expert, weights_N = inputs
-                self._reduce(units, criterion, expert, widened(output_BTC.detach()), weights_N.detach())
+                _, *of_experts = inputs
+                outputs_NC, weights_N = widened(output_BTC.detach()), of_experts[1].detach()
+                self._reduce(units, criterion, of_experts, slice(None), outputs_NC, weights_N)
         if self._see_output_gradients is not None and output_BTC.requires_grad:
             for criterion in self.criteria:
                 if criterion.needs_moments and criterion.has_sums_of(units.kind):
@@ -173,7 +173,7 @@ class UnitSums:
         if self.phase.backward_of is loss and self._see_output_gradients is not None:
             self._see_output_gradients(units.kind, units.layer, gradient_BTC.flatten(0, -2))
 
-    def _in_graph(self, units: SeenUnits, expert: int, hidden_BTD: Tensor) -> Tensor:
+    def _in_graph(self, units: SeenUnits, hidden_BTD: Tensor) -> Tensor:
         """Return h in a form whose gradient can be observed, masked if the student lacks some of these units.
 
         In the first layer, h is kept even if a gated product could recompute it: the graph begins with h if no other
@@ -182,33 +182,40 @@ class UnitSums:
         if not hidden_BTD.requires_grad:
             hidden_BTD = hidden_BTD.detach().requires_grad_()
         if self.phase.student is not None and units.kind in self.phase.student:
-            own = _own(expert, hidden_BTD.shape[-1] // units.channels_per_unit)
-            keeps_U = self.phase.student[units.kind][units.layer][own]
+            keeps_U = self.phase.student[units.kind][units.layer]
             return observed(hidden_BTD, keeps_U.repeat_interleave(units.channels_per_unit))
         is_first = units.layer == self._first[units.kind]
         return hidden_BTD if not is_first and can_be_observed(hidden_BTD) else observed(hidden_BTD)
 
-    def _see_effects(self, units: SeenUnits, expert: int, product_ND: Tensor) -> None:
+    def _see_effects(self, units: SeenUnits, of_experts: Sequence[Tensor], product_ND: Tensor, rows: slice) -> None:
         """Observe some tokens' h * dL/dh."""
         assert self.phase.backward_of is not None, "a backward that is not ours"
         channels = units.channels_per_unit
         effects_NU = product_ND if channels == 1 else product_ND.unflatten(-1, (-1, channels)).sum(dim=-1)
         for criterion in self._observing(units, "effects"):
             if criterion.loss is self.phase.backward_of:
-                self._reduce(units, criterion, expert, effects_NU)
+                self._reduce(units, criterion, of_experts, rows, effects_NU)
 
-    def _reduce(self, units: SeenUnits, criterion: Criterion, expert: int, *seen: Any) -> None:
-        """Reduce what a criterion observes of a layer, or of one of its experts, and add it up."""
+    def _see_weights(self, units: SeenUnits, criterion: Criterion, owned: Sequence[OwnedRows]) -> None:
+        """Observe a micro-batch's weights of a layer."""
         assert criterion.reduce is not None
-        self._add(units, criterion.name, expert, criterion.reduce(*seen))
+        self._add(units, criterion.name, criterion.reduce(owned))
 
-    def _add(self, units: SeenUnits, name: str, expert: int, sum_N: Tensor) -> None:
+    def _reduce(
+        self, units: SeenUnits, criterion: Criterion, of_experts: Sequence[Tensor], rows: slice, *seen: Tensor
+    ) -> None:
+        """Reduce what a criterion observes of some of a layer's tokens, and add it up; for each expert by itself."""
+        assert criterion.reduce is not None
+        terms_NS = criterion.reduce(*seen)
+        if of_experts:
+            sums_ES = terms_NS.new_zeros(units.experts, terms_NS.shape[1])
+            self._add(units, criterion.name, sums_ES.index_add_(0, of_experts[0][rows], terms_NS).view(-1))
+        else:
+            self._add(units, criterion.name, terms_NS.sum(dim=0))
+
+    def _add(self, units: SeenUnits, name: str, sum_N: Tensor) -> None:
         key = units.kind, units.layer, name
-        if key not in self._seen:
-            self._seen[key] = sum_N.new_zeros(len(sum_N) * units.experts)
-        self._seen[key][_own(expert, len(sum_N))] += sum_N
-
-
-def _own(expert: int, count: int) -> slice:
-    """Return the slice of an expert's own entries in a layer's sums, which follow those of earlier experts."""
-    return slice(expert * count, (expert + 1) * count)
+        if key in self._seen:
+            self._seen[key] += sum_N
+        else:
+            self._seen[key] = sum_N

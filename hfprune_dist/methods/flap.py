@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sums_and_squares(h_ND: Tensor) -> Tensor:
-    """The sums over tokens of h and of h^2, for each channel; float64, since the variance is a difference of the two:
-    even a channel whose mean is a thousand standard deviations is known to ten digits.
+def values_and_squares(h_ND: Tensor) -> Tensor:
+    """h and h^2 of each token and channel; float64, since the variance is a difference of their sums: even a channel
+    whose mean is a thousand standard deviations is known to ten digits.
     """
     import torch
 
     h_ND = h_ND.double()
-    return torch.stack([h_ND.sum(dim=0), h_ND.square().sum(dim=0)], dim=1).flatten()
+    return torch.stack([h_ND, h_ND.square()], dim=2).flatten(1)
 
 
 def fluctuation(sums_N: Tensor, layer: ScoredLayer) -> Tensor:
@@ -44,7 +44,7 @@ CRITERIA = (
         "fluctuation",
         frozenset({NEURONS, KV_GROUPS}),
         "inputs",
-        sums_and_squares,
+        values_and_squares,
         score=fluctuation,
         in_deviations=True,
     ),

@@ -26,8 +26,8 @@ def entropy(_batch: Batch) -> LogitGradient:
 
 
 def absolute(effects_NU: Tensor) -> Tensor:
-    """Sum over tokens of |h * dL/dh|, h * dL/dh added up over a unit's channels."""
-    return effects_NU.abs().sum(dim=0)
+    """|h * dL/dh| of each token, h * dL/dh added up over a unit's channels."""
+    return effects_NU.abs()
 
 
 ENTROPY = Loss("entropy", entropy)

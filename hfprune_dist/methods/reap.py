@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def routed_norms(output_NC: Tensor, weights_N: Tensor) -> Tensor:
-    """Sum over an expert's tokens of g * ||f||, and their number."""
+    """g * ||f|| of each token, and 1, which add up to an expert's number of tokens."""
     import torch
 
     norms_N = torch.linalg.vector_norm(output_NC, dim=-1)
-    return torch.stack([norms_N * weights_N, torch.ones_like(norms_N)]).sum(dim=1)
+    return torch.stack([norms_N * weights_N, torch.ones_like(norms_N)], dim=1)
 
 
 def mean_over_tokens(sums_N: Tensor, _layer: ScoredLayer) -> Tensor:

@@ -35,8 +35,8 @@ def random_signs(batch: Batch) -> LogitGradient:
 
 
 def squares(effects_NU: Tensor) -> Tensor:
-    """Sum over tokens of (h * dL/dh)^2, h * dL/dh added up over a unit's channels."""
-    return effects_NU.square().sum(dim=0)
+    """(h * dL/dh)^2 of each token, h * dL/dh added up over a unit's channels."""
+    return effects_NU.square()
 
 
 def costs_of_removal(sums_U: Tensor, layer: ScoredLayer) -> Tensor:

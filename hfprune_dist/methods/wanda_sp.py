@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def squares_of_inputs(h_ND: Tensor) -> Tensor:
-    """Sum over tokens of h^2, for each channel."""
-    return h_ND.square().sum(dim=0)
+    """h^2 of each token and channel."""
+    return h_ND.square()
 
 
 def times_weights(squares_D: Tensor, layer: ScoredLayer) -> Tensor:

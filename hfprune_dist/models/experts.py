@@ -1,31 +1,32 @@
-"""Mixtures of experts for passes over windows: one expert after another, with activations that hooks can see.
+"""Mixtures of experts for passes over windows, with activations that hooks can see.
 
-transformers runs all experts of a layer at once, in kernels that hooks can't see into. Here, each expert that has
-tokens passes its activations through a module, the layer's ``ExpertProjections``, which has the role that ``down_proj``
-has in an MLP. The weights stay where they are: a sharded model gathers the weights of all experts of a layer together,
-whatever tokens a rank has.
+As in transformers, one product computes all experts of a layer, of as many tokens as each has, but in functions that
+hooks can't see into. Here, the activations of all pass through a module, the layer's ``ExpertProjections``, which has
+the role that ``down_proj`` has in an MLP. The weights stay where they are: a sharded model gathers the weights of all
+experts of a layer together, whatever tokens a rank has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from transformers.integrations import moe
 
 from hfprune_dist.checkpoints.families import Family
-from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, routed, summed_per_token
+from hfprune_dist.core.memory_efficient import gated_product, routed, summed_per_token
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.models.single_layer import output_of, part_of, read_by
 from hfprune_dist.structures.units import Units
 
 # The name of this implementation in transformers' dispatch.
-_IMPLEMENTATION = "hfprune_one_by_one"
+_IMPLEMENTATION = "hfprune_seen"
 _PROJECTIONS = "seen_down_proj"
 
 
@@ -44,19 +45,19 @@ class ExpertProjections(nn.Module):
         self.in_features = getattr(weight, "ds_shape", weight.shape)[1 if experts.is_transposed else 2]
         self.experts = experts.num_experts
 
-    def forward(self, hidden_ND: Tensor, expert: int, _weights_N: Tensor) -> Tensor:
-        """Project an expert's activations [tokens, in_features] to its output [tokens, hidden_size].
+    def forward(self, hidden_SD: Tensor, expert_S: Tensor, weights_S: Tensor, routes: _Routes) -> Tensor:
+        """Project experts' activations [tokens, in_features] to their outputs [tokens, hidden_size].
 
         Args:
-            _weights_N: factors by which the output will be multiplied; not used here, but seen by hooks.
+            expert_S, weights_S: those of ``routes``, for hooks.
         """
         (experts,) = self._owner
-        bias = experts.down_proj_bias if experts.has_bias else None
-        return frozen_linear(hidden_ND, experts.down_proj, bias, expert, experts.is_transposed)
+        biases = experts.down_proj_bias if experts.has_bias else None
+        return _grouped_linear(hidden_SD, experts.down_proj, biases, routes, experts.is_transposed)
 
 
 def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | None]:
-    """Make a frozen model run its experts one after another; models without experts stay as they are.
+    """Make a frozen model run its experts in view of hooks; models without experts stay as they are.
 
     Returns:
         For every layer, its experts' projections; None if it has no experts.
@@ -96,6 +97,51 @@ def _in_graph(_experts: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return inputs[0].detach().requires_grad_(), *inputs[1:]
 
 
+class _Routes(NamedTuple):
+    """Which experts see which tokens, S pairs in the order of the experts.
+
+    Attributes:
+        order_S: the permutation of ``routed``.
+        expert_S: the expert of each pair.
+        ends_E: int32, where the pairs of each expert end.
+        weights_S: factors by which experts' outputs are multiplied.
+    """
+
+    order_S: Tensor
+    expert_S: Tensor
+    ends_E: Tensor
+    weights_S: Tensor
+
+    @classmethod
+    def of_tokens(cls, experts: int, index_NK: Tensor, weights_NK: Tensor) -> _Routes:
+        order_S = index_NK.flatten().argsort(stable=True)
+        expert_S = index_NK.flatten()[order_S]
+        numbers_E = torch.arange(experts, device=expert_S.device)
+        ends_E = torch.searchsorted(expert_S, numbers_E, right=True, out_int32=True)
+        return cls(order_S, expert_S, ends_E, weights_NK.flatten()[order_S])
+
+
+class _GroupedLinear(Function):
+    """``frozen_linear`` with the weights and biases of each row's expert; keeps the one tensor of all weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SC: Tensor, weights: Tensor, biases: Tensor | None, routes: _Routes, is_transposed: bool
+    ) -> Tensor:
+        ctx.weights, ctx.ends_E, ctx.is_transposed = weights, routes.ends_E, is_transposed
+        biases_SD = None if biases is None else biases[routes.expert_S]
+        output_SD: Tensor = moe._grouped_linear(x_SC, weights, routes.ends_E, biases_SD, is_transposed)
+        return output_SD
+
+    @staticmethod
+    def backward(ctx: Any, gradient_SD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        gradient_SC = moe._grouped_linear(gradient_SD, ctx.weights, ctx.ends_E, None, not ctx.is_transposed)
+        return gradient_SC, None, None, None, None
+
+
+_grouped_linear: Callable[[Tensor, Tensor, Tensor | None, _Routes, bool], Tensor] = _GroupedLinear.apply
+
+
 def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """The output of a layer's experts for its tokens [tokens, hidden_size].
 
@@ -103,28 +149,11 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
         index_NK: the experts of each token.
         weights_NK: factors by which these experts' outputs are multiplied.
     """
-    order_S, weights_S, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
-    down = getattr(experts, _PROJECTIONS)
-    outputs = [
-        down(_activations(experts, x_NC, expert), expert, of_N)
-        for expert, (x_NC, of_N) in enumerate(parts)
-        if len(x_NC)
-    ]
-    weighted_SC = torch.cat(outputs) * weights_S[:, None]
-    return summed_per_token(weighted_SC, order_S, len(hidden_NC)).to(hidden_NC.dtype)
-
-
-def _of_each(
-    experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Order and weights of all experts' inputs; and for each expert its inputs [tokens, hidden_size] and weights."""
-    index_S = index_NK.flatten()
-    order_S = index_S.argsort(stable=True)
-    firsts_E = torch.arange(experts.num_experts + 1, device=index_S.device)
-    counts = torch.searchsorted(index_S[order_S], firsts_E).diff().tolist()  # unlike bincount, one wait for a GPU
-    weights_S = weights_NK.flatten()[order_S]
-    parts = zip(routed(hidden_NC, order_S).split(counts), weights_S.split(counts), strict=True)
-    return order_S, weights_S, list(parts)
+    routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)
+    hidden_SD = _activations(experts, routed(hidden_NC, routes.order_S), routes)
+    output_SC = getattr(experts, _PROJECTIONS)(hidden_SD, routes.expert_S, routes.weights_S, routes)
+    weighted_SC = output_SC * routes.weights_S[:, None]
+    return summed_per_token(weighted_SC, routes.order_S, len(hidden_NC)).to(hidden_NC.dtype)
 
 
 @torch.no_grad()
@@ -133,7 +162,7 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
     output: so what a projection loses of these, the layer's output loses.
 
     Args:
-        experts: the module that holds all experts; the other arguments are its inputs (see ``_run``).
+        experts: the module of all experts; the other arguments are its inputs (see ``_run``).
 
     Returns:
         For each expert, float32 [tokens, channels], for the tokens that it was given.
@@ -142,10 +171,10 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
         UserError: as ``see_experts`` does.
     """
     _require_known(experts)
-    _, _, parts = _of_each(experts, hidden_NC, index_NK, weights_NK)
-    return [
-        _activations(experts, x_NC, expert).float() * of_N.float()[:, None] for expert, (x_NC, of_N) in enumerate(parts)
-    ]
+    routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)
+    hidden_SD = _activations(experts, routed(hidden_NC, routes.order_S), routes)
+    weighted_SD = hidden_SD.float() * routes.weights_S.float()[:, None]
+    return list(weighted_SD.tensor_split(routes.ends_E[:-1].long().cpu()))
 
 
 def down_projections(experts: Any) -> list[Tensor]:
@@ -153,15 +182,15 @@ def down_projections(experts: Any) -> list[Tensor]:
     return [weight.T if experts.is_transposed else weight for weight in experts.down_proj.data]
 
 
-def _activations(experts: Any, x_NC: Tensor, expert: int) -> Tensor:
-    """The input of an expert's down projection [tokens, channels of an expert]."""
-    bias = experts.gate_up_proj_bias if experts.has_bias else None
-    made_ND = frozen_linear(x_NC, experts.gate_up_proj, bias, expert, experts.is_transposed)
+def _activations(experts: Any, x_SC: Tensor, routes: _Routes) -> Tensor:
+    """The inputs of experts' down projections [tokens, channels of an expert]."""
+    biases = experts.gate_up_proj_bias if experts.has_bias else None
+    made_SD = _grouped_linear(x_SC, experts.gate_up_proj, biases, routes, experts.is_transposed)
     has_own_gate = type(experts)._apply_gate.__module__ != moe.__name__
     if not has_own_gate and isinstance(experts.act_fn, SILU):
-        return gated_product(*made_ND.chunk(2, dim=-1))
-    gated_ND: Tensor = experts._apply_gate(made_ND)
-    return gated_ND
+        return gated_product(*made_SD.chunk(2, dim=-1))
+    gated_SD: Tensor = experts._apply_gate(made_SD)
+    return gated_SD
 
 
 def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:

@@ -76,7 +76,7 @@ def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
 
 
 def _project(layer: nn.Linear, x_NC: Tensor) -> Tensor:
-    return frozen_linear(x_NC, layer.weight, layer.bias, None, False)
+    return frozen_linear(x_NC, layer.weight, layer.bias)
 
 
 def _normalize(norm: Any, x_NC: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def test_a_frozen_linear_layer_has_torchs_bits_and_saves_no_tensor(dtype, biased
     x, gradient = random(2, 5, 16, dtype=dtype, seed=2).requires_grad_(), random(2, 5, 6, dtype=dtype, seed=3)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = frozen_linear(x, weight, bias, None, False)
+        y = frozen_linear(x, weight, bias)
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
     assert kept == []
     y.backward(gradient)
@@ -61,7 +61,7 @@ def test_a_gated_product_shows_its_output_times_the_gradient_there(monkeypatch, 
     h = gated_product(gate, up)
     assert torch.equal(h, torch.nn.functional.silu(gate) * up)
     seen = []
-    observe_gradient(h, lambda product: seen.append(product.clone()))
+    observe_gradient(h, lambda product, _rows: seen.append(product.clone()))
     h.backward(gradient)
     assert len(seen) > 1 and seen[0].dtype == torch.float32
     product = torch.cat(seen)
@@ -77,7 +77,7 @@ def test_any_other_tensor_is_observed_too():
     assert not can_be_observed(x) and not can_be_observed(x * 2)
     y = observed(x * 2)
     assert can_be_observed(y) and torch.equal(y, x * 2)
-    observe_gradient(y, seen.append)
+    observe_gradient(y, lambda product, _rows: seen.append(product))
     (y * 3).sum().backward()
     assert torch.equal(torch.cat(seen), y * 3)
     assert torch.equal(x.grad, torch.full((2, 4), 6.0))
@@ -87,7 +87,7 @@ def test_a_masked_tensor_shows_all_of_itself_and_passes_on_what_is_left():
     x, keeps, seen = torch.randn(2, 4, requires_grad=True), torch.tensor([True, False, True, True]), []
     y = observed(x * 2, keeps)
     assert torch.equal(y, x * 2 * keeps)
-    observe_gradient(y, seen.append)
+    observe_gradient(y, lambda product, _rows: seen.append(product))
     (y * 3).sum().backward()
     assert torch.equal(torch.cat(seen), x * 6)
     assert torch.equal(x.grad, torch.full((2, 4), 6.0) * keeps)
