@@ -7,6 +7,7 @@ errors.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import resource
@@ -14,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,8 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import count_gpus, threads_allowed, usable_cores
 
 T = TypeVar("T")
+# Where Linux tells about devices, by their addresses.
+PCI = Path("/sys/bus/pci/devices")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,10 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     if reproducible and torch.cuda.is_available():
         compute_deterministically()
     device = claim_device(environment)
-    torch.set_num_threads(threads_allowed(environment) or usable_cores())
+    threads = threads_allowed(environment) or usable_cores()
+    if device.type == "cuda":
+        stay_near(device, threads)
+    torch.set_num_threads(threads)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         # NCCL connects the ranks' GPUs at once, so those that share one are told before.
@@ -158,6 +165,20 @@ def claim_device(environment: MutableMapping[str, str]) -> torch.device:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def stay_near(gpu: torch.device, threads: int) -> None:
+    """Keep this process on the cores of its GPU's NUMA node, where memory for copies should lie, if there are enough of
+    those that it may use for its threads.
+    """
+    properties: Any = torch.cuda.get_device_properties(gpu)
+    with contextlib.suppress(AttributeError, OSError):  # an older torch, or a system that doesn't tell
+        numbers = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+        listed = (PCI / "{:04x}:{:02x}:{:02x}.0".format(*numbers) / "local_cpulist").read_text(encoding="utf-8")
+        ranges = [[int(core) for core in part.split("-")] for part in listed.strip().split(",") if part]
+        near = {core for ends in ranges for core in range(ends[0], ends[-1] + 1)} & os.sched_getaffinity(0)
+        if len(near) >= threads:
+            os.sched_setaffinity(0, near)
 
 
 def require_usable_gpus() -> None:

@@ -1,6 +1,7 @@
 """Every rank finds its own GPU under any binding by a launcher; two ranks on one GPU are named before NCCL refuses."""
 
 import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from worlds import Ranks
 
 from hfprune_dist.distributed import world as worlds_of_ranks
-from hfprune_dist.distributed.world import World, claim_device, require_own_gpus
+from hfprune_dist.distributed.world import World, claim_device, require_own_gpus, stay_near
 from hfprune_dist.errors import UserError
 
 
@@ -62,6 +63,29 @@ def test_ranks_that_share_a_gpu_are_named(monkeypatch, gpus, message):
     store = torch.distributed.HashStore()
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         Ranks(3).run(lambda world: require_own_gpus(torch.device("cuda", world.rank), world.rank, 3, store))
+
+
+@pytest.mark.parametrize(
+    ("listed", "threads", "cores"),
+    [
+        ("0-3,8-11", 4, {2, 3, 8, 9}),
+        ("0-3,8-11", 5, None),  # too few of its own are near
+        ("12-15", 1, None),
+        (None, 1, None),
+    ],
+)
+def test_a_rank_stays_on_the_cores_near_its_gpu(monkeypatch, tmp_path, listed, threads, cores):
+    bound, gpu = [], SimpleNamespace(pci_domain_id=0, pci_bus_id=0xAF, pci_device_id=5)
+    if listed is not None:
+        (tmp_path / "0000:af:05.0").mkdir()
+        (tmp_path / "0000:af:05.0" / "local_cpulist").write_text(f"{listed}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(worlds_of_ranks, "PCI", tmp_path)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _device: gpu)
+        patch.setattr(os, "sched_getaffinity", lambda _process: set(range(2, 10)))
+        patch.setattr(os, "sched_setaffinity", lambda _process, near: bound.append(near))
+        stay_near(torch.device("cuda", 1), threads)
+    assert bound == ([] if cores is None else [cores])
 
 
 @pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}])
