@@ -13,6 +13,7 @@ same bits on any number of ranks, and a task may have fewer documents than there
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.memory_limits import LOGITS_BYTES
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
@@ -214,7 +216,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             own = cache if some is slices[-1] else copy.deepcopy(cache)  # which is extended
             if own is not None:
                 chosen = [start_of[sequences[row][:shared]] for row in rows]
-                own.batch_select_indices(torch.tensor(chosen, device=self.device))
+                own.batch_select_indices(send(torch.tensor(chosen), self.device))
             rest = [torch.tensor(sequences[row][shared:]) for row in rows]
             # Padding comes after a sequence, so it changes nothing before.
             input_ids_BT = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True)
@@ -222,20 +224,28 @@ class ShardedLM(HFLM):  # type: ignore[misc]
             ends = [place * input_ids_BT.shape[1] + len(ids) for place, ids in enumerate(rest)]
             places_N = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, scored, strict=True)])
             logits_NV, _ = self._frozen.logits_at(input_ids_BT, places_N, own, shared)
-            for row, logits_TV in zip(rows, logits_NV.split(scored), strict=True):
-                answers[row] = _log_likelihoods(logits_TV, continuations[row])
+            found = _log_likelihoods(logits_NV, scored, [continuations[row] for row in rows])
+            answers |= zip(rows, found, strict=True)
         return [answer for row in range(len(sequences)) for answer in answers[row]]
 
 
-def _log_likelihoods(logits_TV: Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
-    """The answers for continuations that end where the logits do."""
-    log_p_TV, best_T = logits_TV.float().log_softmax(dim=-1), logits_TV.argmax(dim=-1)
-    answers = []
-    for continuation in continuations:
-        ids_T, end = torch.tensor(continuation, device=logits_TV.device), slice(-len(continuation), None)
-        found = log_p_TV[end].gather(1, ids_T[:, None]).sum()
-        answers.append((float(found), bool((best_T[end] == ids_T).all())))
-    return answers
+def _log_likelihoods(
+    logits_NV: Tensor, scored: Sequence[int], continuations: Sequence[Sequence[list[int]]]
+) -> list[list[tuple[float, bool]]]:
+    """For each sequence, of which ``scored`` logits are there, the answers for continuations that end with it."""
+    ends = zip(itertools.accumulate(scored), continuations, strict=True)
+    asked = [(end, ids) for end, of_sequence in ends for ids in of_sequence]
+    places_M = torch.cat([torch.arange(end - len(ids), end) for end, ids in asked])
+    ids_M = torch.tensor([token for _, ids in asked for token in ids])
+    places_M, ids_M = send(torch.stack([places_M, ids_M]), logits_NV.device)
+    log_p_M = logits_NV.float().log_softmax(dim=-1)[places_M, ids_M]
+    is_best_M = logits_NV.argmax(dim=-1)[places_M] == ids_M
+    seen_2M = torch.stack([log_p_M, is_best_M.float()]).cpu()  # once: a GPU waits while the host reads
+    parts = iter(seen_2M.split([len(ids) for _, ids in asked], dim=1))
+    grouped = [list(itertools.islice(parts, len(of_sequence))) for of_sequence in continuations]
+    return [
+        [(float(log_p_T.sum()), bool(is_best_T.all())) for log_p_T, is_best_T in of_sequence] for of_sequence in grouped
+    ]
 
 
 def cut_where_it_pays(lengths: Sequence[int], first: int = 0) -> list[slice]:

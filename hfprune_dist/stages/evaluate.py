@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, standard_errors
 from hfprune_dist.core.head import next_ids
 from hfprune_dist.data.tokenizer import load_tokenizer
@@ -126,8 +127,8 @@ def _fidelity(context: Context, load: Callable[[], FrozenModel]) -> dict[str, An
 
 def _compared(index: int, states: DenseStates, head: Head, model: FrozenModel | None) -> FidelitySums:
     window_T, device = states.windows_ST[index], head.weight_VC.device
-    dense = Outputs(states.hidden(index).to(device), head.weight_VC, head.bias_V, head.after)
-    targets = next_ids(window_T).to(device)
+    dense = Outputs(send(states.hidden(index), device), head.weight_VC, head.bias_V, head.after)
+    targets = send(next_ids(window_T), device)
     if model is None:
         return compare_outputs(dense, dense, targets)
     hidden_TC = model.final_hidden(window_T)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.main_memory import States
@@ -102,7 +103,7 @@ def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Te
     for done, first in enumerate(rounds, start=1):
         index = first + world.rank
         for place, hidden_TC in enumerate(hidden.pop(index, ())):
-            outputs = head.outputs(hidden_TC[None].to(world.device))
+            outputs = head.outputs(send(hidden_TC[None], world.device))
             window = index * size + place
             own[window] = redrawn_copy(windows_ST[window], outputs, window=window)
         after_each(done)
