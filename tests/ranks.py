@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from hfprune_launch.stage.run import leave_process
 from safetensors.torch import load
 
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.distributed.interruption import Interrupted
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
+from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import write_json
+from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +155,29 @@ def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
         gc.unfreeze()
         left = {int(file.name): INTERRUPTED for file in Path(folder).iterdir()}
         return [{**codes, **left}.get(rank, -signal.SIGTERM) for rank in range(size)]
+
+
+def run_here(
+    store: Store, stage: Stage, world: World | None = None, interruption: Interruption | None = None
+) -> dict[str, Any]:
+    """Run a stage to its end on a rank of this process, by default the only one; return its metrics."""
+    handle, world = store.handle(stage.id), world or SoloWorld()
+    handle.work.mkdir(parents=True, exist_ok=True)
+    claim = handle.claim("test") if world.is_first else None
+    runtime, asked = RuntimeConfig(), interruption or Interruption()
+    context = Context(stage, store, world, runtime, Progress(None), {}, {}, 1, claim, asked)
+    importlib.import_module(f"hfprune_dist.stages.{stage.kind}").run(context)
+    return metrics_of(store, stage) if world.is_first else {}
+
+
+def metrics_of(store: Store, stage: Stage) -> dict[str, Any]:
+    metrics: dict[str, Any] = store.handle(stage.id).manifest()["metrics"]
+    return metrics
+
+
+def files_of(store: Store, stage: Stage) -> dict[str, bytes]:
+    """The tensors of a stage's artifact, by the names of their files."""
+    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}
 
 
 def killing(rank: int | str, kill_at: int, match: str) -> dict[str, str]:

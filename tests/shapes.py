@@ -2,19 +2,15 @@
 
 import torch
 from made_stages import being_made, stage_of
+from ranks import metrics_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.stages import prune
-from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.score_names import score_name
 
@@ -69,23 +65,12 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     return store, stage_of("prune", "tiny", params, inputs)
 
 
-def run(store, stage, world, interruption=None):
-    store.handle(stage.id).work.mkdir(parents=True, exist_ok=True)
-    asked = interruption or Interruption()
-    claim = store.handle(stage.id).claim("test") if world.is_first else None
-    prune.run(Context(stage, store, world, RuntimeConfig(), Progress(None), {}, {}, 1, claim, asked))
-
-
 def outcome(store, stage):
     """Return everything that must have the same bits."""
     folder = store.handle(stage.id).artifact
     names = ("model.safetensors", "kept.json", "config.json")
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    return files, store.handle(stage.id).manifest()["metrics"]
-
-
-def metrics_of(store, stage):
-    return store.handle(stage.id).manifest()["metrics"]
+    return files, metrics_of(store, stage)
 
 
 def kept_of(store, stage):

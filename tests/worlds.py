@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import pickle
 import threading
 from collections import Counter
@@ -20,15 +19,12 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from ranks import write_stage_file
+from ranks import run_here, write_stage_file
 
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.scoring import shard_scorer
-from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage
 
 T = TypeVar("T")
@@ -222,19 +218,4 @@ def without_deepspeed(monkeypatch: Any) -> None:
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:
     """Run a stage to its end on these ranks, as the launcher's processes would."""
     write_stage_file(store, stage)
-
-    def run(world: World) -> None:
-        context = Context(
-            stage=stage,
-            store=store,
-            world=world,
-            runtime=RuntimeConfig(),
-            progress=Progress(None),
-            config={},
-            code={},
-            attempt=1,
-            claim=store.handle(stage.id).claim("test") if world.is_first else None,
-        )
-        importlib.import_module(f"hfprune_dist.stages.{stage.kind}").run(context)
-
-    ranks.run(run)
+    ranks.run(lambda world: run_here(store, stage, world))

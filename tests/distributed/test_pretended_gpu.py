@@ -5,29 +5,34 @@ no more kernels run, than is noted here.
 import contextlib
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import pytest
-import scoring
 import torch
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from evaluations import ALL_TASKS, evaluate_stage, write_inputs
+from families import save_model
 from fine_tunings import make_task
+from made_stages import stage_of
 from pretended_gpu import CPU, GPU, MixedError, RefusedError, pretended_gpu
-from ranks import SoloWorld, on_ranks
-from refitting import KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
-from tiny import save_tiny
+from ranks import SoloWorld, on_ranks, run_here
+from refitting import EXPERTS, KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
+from scoring import make_stage
+from tiny import save_tiny, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.fidelity import Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
 from hfprune_dist.distributed.frozen_model import FrozenModel
+from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.main_memory import to_host
 from hfprune_dist.distributed.world import World
 from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation
-from hfprune_dist.evaluation.sharded_lm import _log_likelihoods
+from hfprune_dist.evaluation.sharded_lm import ShardedLM
 from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.single_layer import LayerReader
@@ -38,8 +43,10 @@ from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes, run_lay
 from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.scoring.accumulation import Accumulation
-from hfprune_dist.scoring.shard_scorer import ShardScorer, summed_matrices
+from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, summed_matrices
+from hfprune_dist.stages import evaluate
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import write_dense_states
@@ -72,12 +79,19 @@ def test_what_a_gpu_would_refuse_is_found():
 # What is counted, for some number of layers: each in a folder of its own, with what is made before left out.
 
 
-def scored(folder, layers, gpu, criteria, kinds=KINDS):
+def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
     """The forward and backwards of one micro-batch."""
-    checkpoint, used = checkpoint_in(folder / "model", layers=layers), [CRITERIA[name] for name in criteria]
+    if variant in EXPERTS:
+        checkpoint = open_checkpoint(save_model(folder / "model", variant, vocab_size=264, num_hidden_layers=layers))
+    else:
+        checkpoint = checkpoint_in(folder / "model", variant, layers)
+    used = [CRITERIA[name] for name in criteria]
     matrices = summed_matrices(checkpoint, [checkpoint.structures[kind] for kind in kinds], used)
     totals = Accumulation(2, folder / "sums", WORLD, matrices) if matrices else None
     options = {"seed": 0, "micro_batch_size": 1, "world": WORLD, "structures": kinds, "totals": totals}
+    if any(criterion.student_of for criterion in used):
+        keeps = [torch.arange(count) > 2 for count in checkpoint.units.counts]
+        options["student"] = GivenStudent(keeps, teacher=(0.4, 0.2))
     scorer = ShardScorer(checkpoint, DTYPE, windows_of(1), used, **options)
     with counting(gpu):
         scorer.score([range(1)])
@@ -101,11 +115,12 @@ def measured(folder, layers, gpu):
 
 
 def answered(folder, layers, gpu):
-    """A request of lm-eval's."""
+    """A question of lm-eval's with four choices, which go on from its cache."""
     model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, 1, "replicate", WORLD)
+    lm = ShardedLM(model, tiny_tokenizer(), Interruption(), 1, add_bos_token=True)
+    question, *choices = windows_of(5).tolist()
     with counting(gpu):
-        logits_NV, _ = model.logits_at(windows_of(1), torch.arange(17, 20))
-        _log_likelihoods(logits_NV, [windows_of(1)[0, -3:].tolist()])
+        lm._loglikelihood_tokens([(None, question, choice[:3]) for choice in choices])
 
 
 def generated(folder, layers, gpu):
@@ -143,20 +158,23 @@ def counting(gpu):
     gpu.counted = sum(gpu.waits.values()), gpu.kernels
 
 
+QWEN3_MOE = {"kinds": ["experts"], "variant": "qwen3_moe"}
 # Name -> what runs; how often the host waits for the GPU, and how many kernels run, for each layer; and waits besides.
 # Each count has its floor: what would be left if the host read only what it decides by or writes to files, and norms,
 # rotations, gates and sums were fused with what they follow.
 CASES = {
-    "entropy": (partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (112, 26), (2, 1)),
-    "surgeon": (partial(scored, criteria=["surgeon"]), (0, 0), (135, 32), (2, 1)),
-    "llm-pruner": (partial(scored, criteria=["weight_taylor"]), (0, 0), (129, 33), (2, 1)),
-    "sdmprune": (partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (123, 29), (2, 1)),
-    "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (82, 14), (1, 1)),
+    "entropy": (partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (106, 26), (2, 1)),
+    "surgeon": (partial(scored, criteria=["surgeon"]), (0, 0), (123, 32), (2, 1)),
+    "llm-pruner": (partial(scored, criteria=["weight_taylor"]), (0, 0), (123, 33), (2, 1)),
+    "sdmprune": (partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (117, 29), (2, 1)),
+    "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (162, 41), (2, 1)),
+    "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (197, 38), (2, 1)),
+    "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
     "dense refit": (partial(refitted, method="dense"), (6, 4), (487, 64), (2, 0)),
     "layerwise refit": (partial(refitted, method="layerwise"), (9, 4), (947, 112), (7, 0)),
     "block refit": (partial(refitted, method="block", variant="qwen3"), (11, 6), (1305, 200), (11, 0)),
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
-    "lm-eval": (answered, (0, 0), (80, 12), (3, 1)),
+    "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),
     "generation": (generated, (0, 0), (108, 36), (3, 3)),
     "labels": (partial(trained, goal="labels"), (0, 0), (224, 66), (2, 1)),
     "distillation": (partial(trained, goal="distillation"), (0, 0), (224, 66), (2, 1)),
@@ -189,11 +207,55 @@ def test_waits_and_kernels(tmp_path, name):
     ],
 )
 def test_importance(tmp_path, variant, structures, criteria):
-    stage = scoring.make_stage(tmp_path, variant, "bfloat16", criteria, structures)
-    store = Store(tmp_path / "store")
+    store, text = Store(tmp_path / "store"), {"samples": 6, "sequence_length": 24, "shard_size": 2}
+    stage = make_stage(tmp_path, variant, dtype="bfloat16", criteria=criteria, structures=structures, **text)
     with pretended_gpu() as gpu:
-        scoring.run(store, stage, WORLD)
-    assert store.handle(stage.id).is_committed() and not gpu.faults
+        run_here(store, stage, WORLD)
+        if "coupled_taylor" in criteria:
+            student = {"lacks": 0.1, "teacher_share": 0.4, "teacher_temperature": 0.2}
+            second = make_stage(tmp_path, dtype="bfloat16", criteria=["coupled_taylor_distilled"], student=student)
+            inputs = {**second.inputs, "student": stage.as_input()}
+            run_here(store, stage_of("importance", "distilled", second.params, inputs), WORLD)
+    assert not gpu.faults
+
+
+def in_reused_memory(tensor, device):
+    """Return a copy on the device, of pinned memory that is used again while it is being copied."""
+    pinned = tensor.pin_memory()
+    copy = pinned.to(device, non_blocking=True)
+    pinned.zero_()
+    return copy
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_evaluation(tmp_path, monkeypatch, breaks):
+    """Fidelity reads numbers once a window, and log-likelihoods once for all choices of a forward."""
+    inputs, store = write_inputs(tmp_path), Store(tmp_path / "store")
+    if breaks:
+        monkeypatch.setattr(evaluate, "send", in_reused_memory)
+    with pretended_gpu() as gpu:
+        options = {"dtype": "bfloat16", "texts": ("held-out", "news"), "world": WORLD}
+        stage = evaluate_stage(store, inputs, [] if breaks else ALL_TASKS, **options)
+        gpu.waits.clear()
+        run_here(store, stage, WORLD)
+    assert bool(gpu.faults) == breaks
+    by_file = Counter()
+    for place, count in gpu.waits.items():
+        by_file[place.split(", ")[1].split(":")[0]] += count
+    windows = 2 * 5
+    assert by_file["core/fidelity.py"] == windows and not by_file["stages/evaluate.py"], gpu.waits
+
+
+def test_efficiency(tmp_path):
+    inputs, store = write_inputs(tmp_path), Store(tmp_path / "store")
+    roles = {role: Input(role, str(inputs / role)) for role in ("dense", "model")}
+    settings = {"prompt_tokens": [4, 9], "new_tokens": 3, "dtype": "bfloat16"}
+    stage = stage_of("efficiency", "tiny", settings, roles)
+    with pretended_gpu() as gpu:
+        metrics = run_here(store, stage, WORLD)
+    assert metrics["device"] == "pretended" and not gpu.faults
+    # Each model generates once for its memory and once for its speed, and three times the clock is read.
+    assert sum(count for place, count in gpu.waits.items() if place.startswith("synchronize")) == 2 * 2 * 2 * 3
 
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])

@@ -8,7 +8,7 @@ from core_definition import definition as of_channels
 from damage import nothing_reaches_the_disk
 from families import make_model, save_model
 from mixtures import COUNT, KIND, WHOLE, definition, experts_of, routed_outputs
-from ranks import run_stage
+from ranks import files_of, run_stage
 from safetensors.torch import load_file
 from tiny import importance_stage, write_documents
 from worlds import Ranks, run_in_threads, without_deepspeed
@@ -42,10 +42,6 @@ def stage_of(folder, model_type, criteria=EVERY, dtype="float32", calibration=No
     params |= {"dtype": dtype, "add_bos_token": True, "seed": SEED}
     params |= {} if structures == [NEURONS] else {"structures": structures}
     return importance_stage(folder, model_type, params)
-
-
-def files_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}
 
 
 def weights_of(model, layer, output):

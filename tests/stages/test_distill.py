@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from made_stages import being_made, stage_of
-from ranks import SoloWorld, killing, run_stage
+from ranks import SoloWorld, killing, metrics_of, run_stage
 from tiny import save_tiny
 from trained import losses_of, weights_of
 from transformers import AutoModelForCausalLM
@@ -101,7 +101,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
     # The logged values are the divergence itself: a step's mean over its windows, the first before anything was learnt.
     losses = losses_of(store, stage)
     assert sum(losses[:2]) / 2 == pytest.approx(before, rel=0.05)
-    metrics = store.handle(stage.id).manifest()["metrics"]
+    metrics = metrics_of(store, stage)
     assert (metrics["windows"], metrics["tokens"], metrics["steps"]) == (WINDOWS, WINDOWS * TOKENS, 12)
     assert (metrics["first_loss"], metrics["final_loss"]) == (losses[0], losses[-1])
 

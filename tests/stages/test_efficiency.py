@@ -6,6 +6,7 @@ from statistics import median
 import made_stages
 import pytest
 import torch
+from ranks import metrics_of
 from tiny import save_tiny
 from worlds import Ranks, run_in_threads
 
@@ -41,7 +42,7 @@ def stage_of(source, model="pruned", **changes):
 def test_both_models_are_measured_under_every_workload_on_the_first_rank(source, tmp_path):
     store, stage = Store(tmp_path), stage_of(source)
     run_in_threads(store, stage, Ranks(2))
-    metrics = store.handle(stage.id).manifest()["metrics"]
+    metrics = metrics_of(store, stage)
     sizes = [(it["batch_size"], it["prompt_tokens"], it["new_tokens"]) for it in metrics["runs"]]
     assert sizes == [(1, 4, 3), (1, 9, 3), (3, 4, 3), (3, 9, 3)]
     assert metrics["device"] == cpu_model() and metrics["threads"] == torch.get_num_threads()
@@ -64,6 +65,6 @@ def test_both_models_are_measured_under_every_workload_on_the_first_rank(source,
 def test_the_dense_model_is_as_fast_as_itself(source, tmp_path):
     store, stage = Store(tmp_path), stage_of(source, "dense")
     run_in_threads(store, stage, Ranks(1))
-    for run in store.handle(stage.id).manifest()["metrics"]["runs"]:
+    for run in metrics_of(store, stage)["runs"]:
         assert run["decode_speed"] == run["first_token_speed"] == {"median": 1.0, "min": 1.0, "max": 1.0}
         assert run["model"] == run["dense"]

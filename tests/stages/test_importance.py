@@ -11,17 +11,16 @@ from core_definition import (
     moments,
 )
 from made_stages import stage_of
-from ranks import killing, run_stage
+from ranks import killing, metrics_of, run_stage
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model, write_documents
+from scoring import make_stage
+from tiny import tiny_model
 from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.core.elimination import elimination_scores
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
 pytestmark = pytest.mark.slow
@@ -29,31 +28,6 @@ pytestmark = pytest.mark.slow
 
 # DeepSpeed shards only parameters with more than 100,000 elements: here, the MLPs' weights.
 SHARDED = {"hidden_size": 256, "intermediate_size": 416}
-
-
-def make_stage(
-    folder, variant="llama", *, criteria=("entropy",), shape=None, structures=None, student=None, **calibration
-):
-    model, text = folder / "model", folder / "text.jsonl"
-    if not model.exists():
-        save_tiny(model, variant, **(shape or {}))
-        write_documents(text)
-    settings = {"samples": 11, "sequence_length": 32, "micro_batch_size": 2, "shard_size": 1, "text_field": "text"}
-    params = {
-        "calibration": settings | calibration,
-        "criteria": sorted(criteria),
-        "dtype": "float32",
-        "add_bos_token": True,
-        "seed": 3,
-        **({"structures": structures} if structures else {}),
-        **({"student": student} if student else {}),
-    }
-    hashes = FileHashes(None)
-    inputs = {
-        "model": Input(hashes.of_folder(model), str(model)),
-        "calibration": Input(hashes.of_file(text), str(text)),
-    }
-    return stage_of("importance", variant, params, inputs)
 
 
 def scores_of(store, stage):
@@ -86,7 +60,7 @@ def test_anyone_can_recompute_the_scores_from_the_windows(on_one_rank):
         assert scores[f"layers.{layer}.entropy"].dtype == torch.float64
         difference = scores[f"layers.{layer}.entropy"] - expected[layer]
         assert difference.norm() / expected[layer].norm() < 1e-5
-    metrics = store.handle(stage.id).manifest()["metrics"]
+    metrics = metrics_of(store, stage)
     assert metrics["tokens"] == 11 * 32
 
 
@@ -106,7 +80,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     neurons and of KV groups.
     """
     kinds = ["neurons", "kv_groups"]
-    stage = make_stage(tmp_path, criteria=OF_ONE_PASS, shape=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
+    stage = make_stage(tmp_path, criteria=OF_ONE_PASS, sizes=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
     one = run_in(tmp_path / "one", stage, 1)
     two = Store(tmp_path / "two")
     assert run_stage(two, stage, 2, environment=killing(rank=0, kill_at=5, match="partial.draft")).returncode != 0
@@ -121,7 +95,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     }
     for name, expected in scores.items():
         assert torch.equal(scores_of(two, stage)[name], expected), name
-    metrics = [store.handle(stage.id).manifest()["metrics"] for store in (one, two)]
+    metrics = [metrics_of(store, stage) for store in (one, two)]
     assert metrics[0] == metrics[1] and 0 < metrics[0]["mean_entropy_nats"] < metrics[0]["mean_cross_entropy_nats"]
 
     model = tiny_model("llama", **SHARDED)
@@ -157,7 +131,7 @@ def test_criteria_without_a_loss_do_without_a_model(tmp_path):
     stage = make_stage(tmp_path, criteria=criteria, samples=3)
     store = run_in(tmp_path / "store", stage, 1)
     assert set(scores_of(store, stage)) == {f"layers.{layer}.{name}" for layer in range(2) for name in criteria}
-    assert not any(key.startswith("mean_") for key in store.handle(stage.id).manifest()["metrics"])
+    assert not any(key.startswith("mean_") for key in metrics_of(store, stage))
 
 
 STUDENT = {"lacks": 0.1, "teacher_share": 0.42, "teacher_temperature": 0.5}

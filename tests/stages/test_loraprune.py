@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_stages import stage_of
 from masking import read_kept
-from ranks import killing, run_stage
+from ranks import killing, metrics_of, run_stage
 from tiny import save_tiny, write_pairs
 from trained import assert_same_weights, weights_of
 from transformers import AutoModelForCausalLM
@@ -65,7 +65,7 @@ def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterru
     dense, kept = open_checkpoint(source / "model"), read_kept(artifact)
     shape = shape_for(Target.from_settings(dense, stage.params, stage.params.ratio, "tiny"))
     assert kept.shape == shape and shape.units["neurons"][0] > shape.units["neurons"][1]
-    metrics = store.handle(stage.id).manifest()["metrics"]
+    metrics = metrics_of(store, stage)
     assert metrics["ratio_reached"] == dense.parameter_counts.ratio(shape) == pytest.approx(0.2, abs=5e-3)
     assert metrics["parameters"] == open_checkpoint(artifact).parameters
     assert metrics["num_key_value_heads_by_layer"] == list(shape.units["kv_groups"])

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from masking import mask, read_kept
-from ranks import INTERRUPTED, SoloWorld, killing_in_reduction, on_ranks, run_stage
+from ranks import INTERRUPTED, killing_in_reduction, metrics_of, on_ranks, run_here, run_stage
 from safetensors.torch import load_file
-from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, metrics_of, outcome, scores_of
+from shapes import GROUPS, LAYERS, NEURONS, kept_of, load, outcome, scores_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -57,7 +57,7 @@ def test_refits_have_the_same_bits_on_any_number_of_ranks(tmp_path, settings, ra
     outcomes = []
     for size in (1, ranks):
         store, stage = prepare(tmp_path / str(size), dtype="bfloat16", **settings)
-        ended = on_ranks(size, lambda world, store=store, stage=stage: shapes.run(store, stage, world))
+        ended = on_ranks(size, lambda world, store=store, stage=stage: run_here(store, stage, world))
         assert ended == [0] * size, ended.messages
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]
@@ -101,7 +101,7 @@ def test_an_interrupted_refit_solves_no_layer_twice(tmp_path, monkeypatch):
             stream.write(f"{number}\n")
 
     def ended(ranks, store, stage, interruption=None):
-        (code,) = {*on_ranks(ranks, lambda world: shapes.run(store, stage, world, interruption))}
+        (code,) = {*on_ranks(ranks, lambda world: run_here(store, stage, world, interruption))}
         return code
 
     settings = {"refit": "dense", "samples": 24, "layers": 3, "dtype": "bfloat16"}
@@ -148,7 +148,7 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
     for refits in (False, True):
         monkeypatch.setattr(PruneParameters, "refits_norms", refits)
         store, stage = prepare(tmp_path / str(refits), ratio=0.25, refit="layerwise")
-        shapes.run(store, stage, SoloWorld())
+        run_here(store, stage)
         tensors.append(load_file(store.handle(stage.id).artifact / "model.safetensors"))
         metrics = metrics_of(store, stage)
     changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
@@ -169,7 +169,7 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
 )
 def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, variant, refit, written):
     store, stage = local(tmp_path, variant, refit=refit)
-    shapes.run(store, stage, SoloWorld())
+    run_here(store, stage)
     metrics, kept = metrics_of(store, stage), kept_of(store, stage)
     ((groups,), (width,)) = ({len(row) for row in kept[kind]} for kind in ("kv_groups", "neurons"))
     assert groups == (2 if variant == "llama-tied-biases" else 3) and width < NEURONS
@@ -190,7 +190,7 @@ def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, 
 
 def test_protected_layers_stay_whole_and_the_others_lose_more(tmp_path):
     store, stage = local(tmp_path, "qwen2", refit="block", protect_first=1, protect_last=1)
-    shapes.run(store, stage, SoloWorld())
+    run_here(store, stage)
     metrics, kept, folder = metrics_of(store, stage), kept_of(store, stage), store.handle(stage.id).artifact
     assert [len(row) for row in kept["kv_groups"]] == [GROUPS, 2, 2, GROUPS]
     first, *middle, last = (len(row) for row in kept["neurons"])

@@ -6,8 +6,8 @@ import pytest
 import shapes
 import torch
 from families import save_model, with_experts
-from ranks import SoloWorld
-from shapes import kept_of, metrics_of, scores_of
+from ranks import metrics_of, run_here
+from shapes import kept_of, scores_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -35,7 +35,7 @@ def test_what_scores_highest_stays(tmp_path, model_type, refit, structures):
     settings = {"allocation": "uniform", "structures": structures, "refit": refit, "ratio": RATIO}
     settings |= {"allocation": "local", "protect_first": 0, "protect_last": 0} if structures == BOTH else {}
     store, stage = shapes.prepare(tmp_path / "cut", model=folder, samples=16, **settings)
-    shapes.run(store, stage, SoloWorld())
+    run_here(store, stage)
     scores, kept, metrics = scores_of(store), kept_of(store, stage), metrics_of(store, stage)
     model = AutoModelForCausalLM.from_pretrained(store.handle(stage.id).artifact)
     assert metrics["parameters"] == sum(it.numel() for it in model.state_dict().values())

@@ -4,8 +4,8 @@ import pytest
 import shapes
 import torch
 from masking import read_kept
-from ranks import SoloWorld
-from shapes import metrics_of, windows_of
+from ranks import metrics_of, run_here
+from shapes import windows_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -62,7 +62,7 @@ def with_means_in_place(dense, kept, means):
 @pytest.mark.parametrize("variant", ["llama", "llama-tied-biases"])
 def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     store, stage = prepare(tmp_path, variant)
-    shapes.run(store, stage, SoloWorld())
+    run_here(store, stage)
     folder, metrics = store.handle(stage.id).artifact, metrics_of(store, stage)
     means, dense = dense_means(tmp_path / "model", windows_of(store))
     expected = logits(with_means_in_place(dense, read_kept(folder), means))

@@ -5,8 +5,8 @@ tested with model families in checkpoints/.
 import pytest
 import shapes
 import torch
-from ranks import SoloWorld
-from shapes import LAYERS, NEURONS, kept_of, metrics_of, outcome
+from ranks import metrics_of, run_here
+from shapes import LAYERS, NEURONS, kept_of, outcome
 from transformers import AutoModelForCausalLM
 from worlds import Ranks
 
@@ -31,7 +31,7 @@ def logits_of(model, ids=IDS):
 @pytest.mark.parametrize(("variant", "ratio", "cut"), [("qwen2", 0.45, PROJECTIONS), ("llama", 0.15, PROJECTIONS[:2])])
 def test_what_is_written_loads_everywhere_with_its_code_and_computes_products(tmp_path, variant, ratio, cut):
     store, stage = prepare(tmp_path, variant, ratio=ratio)
-    shapes.run(store, stage, SoloWorld())
+    run_here(store, stage)
     folder, metrics = store.handle(stage.id).artifact, metrics_of(store, stage)
     assert set(metrics["attention_ranks"]) == set(cut)
     checkpoint, dense = open_checkpoint(folder), open_checkpoint(tmp_path / "model")
@@ -61,6 +61,6 @@ def test_any_number_of_ranks_writes_the_same_bits(tmp_path):
     outcomes = []
     for size in (1, 6):
         store, stage = prepare(tmp_path / str(size), "qwen2", ratio=0.45)
-        Ranks(size).run(lambda world, store=store, stage=stage: shapes.run(store, stage, world))
+        Ranks(size).run(lambda world, store=store, stage=stage: run_here(store, stage, world))
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]

@@ -8,16 +8,14 @@ import pytest
 import shapes
 import torch
 from masking import mask
-from ranks import SoloWorld, on_ranks
+from ranks import metrics_of, on_ranks, run_here
 from shapes import (
     GROUPS,
     LAYERS,
     divergence,
     kept_of,
     load,
-    metrics_of,
     outcome,
-    run,
     scores_of,
     windows_of,
 )
@@ -65,7 +63,7 @@ def shape_in(folder):
 @pytest.mark.usefixtures("all_compete")
 def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, variant, refit):
     store, stage = prepare(tmp_path, variant, refit=refit)
-    run(store, stage, SoloWorld())
+    run_here(store, stage)
     metrics, folder = metrics_of(store, stage), store.handle(stage.id).artifact
     measured, finalists = metrics["search_kl"], metrics["finalists_kl"]
     best = min(finalists, key=finalists.get)
@@ -105,7 +103,7 @@ def expected_finalists(measured, finalists, layers=LAYERS):
 def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monkeypatch):
     monkeypatch.setattr(shape_search, "FINALISTS", 0)
     store, stage = prepare(tmp_path, layers=6, ratio=0.17)
-    run(store, stage, SoloWorld())
+    run_here(store, stage)
     measured, finalists = (metrics_of(store, stage)[name] for name in ("search_kl", "finalists_kl"))
     tried = sorted(finalists, key=numbers_of, reverse=True)
     assert [numbers_of(name)[0] for name in tried] == list(range(6, 6 - len(tried), -1)) and len(tried) > 1
@@ -130,7 +128,7 @@ def test_a_quick_stage_writes_the_fewest_layers_that_are_near_and_does_little_mo
     store, stage = prepare(tmp_path, effort="quick", refit="block", samples=16)
     monkeypatch.setattr(single_layer, "run_with_graph", counted_forward)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counted_factorization)
-    run(store, stage, SoloWorld())
+    run_here(store, stage)
     metrics = metrics_of(store, stage)
     measured = metrics["search_kl"]
     near = [name for name, kl in measured.items() if kl <= shape_search.NEAR * min(measured.values())]
@@ -161,7 +159,7 @@ def shaped(store, shape, order, layers):
 def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(tmp_path):
     layers = 6
     store, stage = prepare(tmp_path, layers=layers, refit="none", ratio=0.4)
-    run(store, stage, SoloWorld())
+    run_here(store, stage)
     order, windows = metrics_of(store, stage)["layers_in_order_of_dropping"], windows_of(store)[COMPARED]
     expected = []
     for _ in range(2):
@@ -209,7 +207,7 @@ def used(monkeypatch):
 @pytest.mark.parametrize(("samples", "judged"), [(4, 2), (70, 4)])
 def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples, judged):
     store, stage = prepare(tmp_path, samples=samples, layers=3, groups=2)
-    run(store, stage, SoloWorld())
+    run_here(store, stage)
     everything = windows_of(store)
     apart = rows(torch.cat(used["finalists"]), everything)
     seen = rows(torch.cat([*used["finalists refits"], *used["shapes"]]), everything)
@@ -228,7 +226,7 @@ def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path):
     for ranks in (1, 3):
         (folder := tmp_path / str(ranks)).mkdir()
         store, stage = prepare(folder, "qwen3", samples=4, layers=3, refit="dense")
-        ended = on_ranks(ranks, lambda world, store=store, stage=stage: run(store, stage, world))
+        ended = on_ranks(ranks, lambda world, store=store, stage=stage: run_here(store, stage, world))
         assert ended == [0] * ranks
         outcomes.append(outcome(store, stage))
     assert outcomes[0] == outcomes[1]

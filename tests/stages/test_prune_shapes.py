@@ -3,8 +3,8 @@
 import pytest
 import shapes
 import torch
-from ranks import SoloWorld
-from shapes import GROUPS, NEURONS, divergence, kept_of, metrics_of, scores_of, windows_of
+from ranks import metrics_of, run_here
+from shapes import GROUPS, NEURONS, divergence, kept_of, scores_of, windows_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -27,7 +27,7 @@ def prepare(folder, variant="llama", **changes):
 
 
 def run(store, stage, world=None):
-    shapes.run(store, stage, world or SoloWorld())
+    run_here(store, stage, world)
 
 
 def neuron_in(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_stages import stage_of
 from peft import PeftModel
-from ranks import SoloWorld, killing, run_stage
+from ranks import SoloWorld, killing, metrics_of, run_stage
 from tiny import save_tiny, write_pairs
 from tracked import require_reported
 from trained import assert_same_weights, lines_of, losses_of
@@ -85,7 +85,7 @@ def test_losses_fall_and_reach_the_manifest(uninterrupted):
     assert lines[0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert lines[0]["learning_rate"] == RECOVERY["learning_rate"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
-    metrics = store.handle(stage.id).manifest()["metrics"]
+    metrics = metrics_of(store, stage)
     assert (metrics["pairs"], metrics["dropped_pairs"], metrics["steps"]) == (40, 0, STEPS)
     assert (metrics["first_loss"], metrics["final_loss"]) == (lines[0]["loss"], lines[-1]["loss"])
     assert 0 < metrics["trained_tokens"] < metrics["tokens"] <= metrics["rows"] * RECOVERY["sequence_length"]

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from made_stages import being_made, stage_of
+from ranks import files_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, write_documents
 from transformers import AutoModelForCausalLM
@@ -37,10 +38,6 @@ def held_out(source, dtype="float32", text="held-out.jsonl"):
 def run_alone(store, stage):
     run_in_threads(store, stage, Ranks(1))
     return DenseStates(store.handle(stage.id).artifact)
-
-
-def files_of(store, stage):
-    return {file.name: file.read_bytes() for file in store.handle(stage.id).artifact.glob("*.safetensors")}
 
 
 def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
