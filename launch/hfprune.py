@@ -22,6 +22,7 @@ from hfprune_dist.errors import did_you_mean
 COMMANDS = {
     "sweep": "prune, recover and evaluate models; the same command resumes",
     "prune": "prune one model: a checkpoint in, a smaller one out",
+    "export": "write a checkpoint as GGUF (llama.cpp) or DeciLM (vLLM)",
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",

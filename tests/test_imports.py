@@ -14,8 +14,9 @@ PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
     *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
+    "export",
 }
-COMMANDS = ["hfprune", "sweep", "prune", "report", "compare", "bench", "clean", "demo_assets", "schema"]
+COMMANDS = ["hfprune", "sweep", "prune", "report", "compare", "bench", "clean", "demo_assets", "export", "schema"]
 SHARED = [
     "command",
     "dry_run",
@@ -36,7 +37,7 @@ TORCH_FREE = [
     "hfprune_dist.core.criterion",
     *(
         f"hfprune_launch.{name}"
-        for name in ("hfprune", "sweep", "prune", "report", "compare", "clean", "schema", "local.backend")
+        for name in ("hfprune", "sweep", "prune", "export", "report", "compare", "clean", "schema", "local.backend")
     ),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.

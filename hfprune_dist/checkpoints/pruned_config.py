@@ -64,7 +64,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
     assert not needed, f"layers {sorted(needed)} can't be dropped"
-    values, stated = _values(checkpoint, shape), _without_ours(checkpoint)
+    values, stated = _values(checkpoint, shape), plain_config(checkpoint)
     stated |= of_layers(stated, shape.layers) if gone else {}
     known = checkpoint.family.completed(stated)
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
@@ -127,7 +127,7 @@ def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
     return "mistral" if own == "llama" and not is_biased else None
 
 
-def _without_ours(checkpoint: Checkpoint) -> dict[str, Any]:
+def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's settings without sizes per layer, for the plain class."""
     config = dict(checkpoint.config)
     if checkpoint.is_plain:

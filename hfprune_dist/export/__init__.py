@@ -1,0 +1,26 @@
+"""Checkpoints in the formats of other engines, for those that can't read a pruned one as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.errors import UserError
+
+AS_IT_IS = "transformers and vLLM load the checkpoint as it is (trust_remote_code)"
+
+
+def require_family(checkpoint: Checkpoint, families: Iterable[str], written: str, others: str) -> None:
+    """Refuse a checkpoint of another family than these, and what none of them can have in the format ``written``.
+
+    Raises:
+        UserError: which ends with ``others`` if it is the family.
+    """
+    own, config = checkpoint.family.model_type, checkpoint.config
+    if own not in families or checkpoint.family.has_vision:
+        raise UserError(f"{checkpoint.path}: {written} is written of {', '.join(families)}, not of a {own}; {others}")
+    if checkpoint.ranks:
+        raise UserError(f"{checkpoint.path}: {written} can't hold attention of low rank; transformers loads it")
+    window = config.get("sliding_window") if config.get("use_sliding_window", own == "mistral") else None
+    if window is not None and window < (checkpoint.max_positions or 0):
+        raise UserError(f"{checkpoint.path}: {written} has no sliding_window, here {window}; {AS_IT_IS}")
