@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from hfprune_dist.config.load import from_command_line
 from hfprune_dist.results.rows import Row
-from hfprune_dist.store.stage import kind_of
+from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
 from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
 
@@ -77,8 +77,8 @@ class Session:
         made: dict[tuple[str, float, str], str] = {}
         for cell in prepared.sweep.plan.cells:
             if cell.ratio is not None and cell.method is not None:
-                before_recovery = [stage_id for stage_id in cell.producers if kind_of(stage_id) != "recover"]
-                made[cell.model, cell.ratio, cell.method] = before_recovery[-1]
+                cut = next(stage_id for stage_id in cell.producers if kind_of(stage_id) in CUTTING)
+                made[cell.model, cell.ratio, cell.method] = cut
         make(prepared, made.values())
         return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
 

@@ -9,7 +9,7 @@ Removed: artifacts and progress of rows that were removed (--forget) or replaced
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
 rows, tables, named checkpoints and logs.
 
---intermediates removes pruned and distilled checkpoints that finished rows were recovered from; they are made again
+--intermediates removes pruned checkpoints that finished rows were recovered from; they are made again
 only if something needs them, such as another recovery of the same pruned model. Scores of calibration passes stay, so
 another ratio costs as much as before. Large files in checkpoints/ share their bytes with the store, so these are free
 only once both are gone.
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Remove what nothing refers to, and list it."""
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    also = "also remove the files of pruned and distilled checkpoints that finished rows were trained from"
+    also = "also remove the files of pruned checkpoints that finished rows were trained from"
     parser.add_argument("--intermediates", action="store_true", help=also)
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)

@@ -167,7 +167,6 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
     config, plan, profile = prepared.config, prepared.sweep.plan, prepared.request.profile
     stages, evaluation = [plan.stages[stage_id] for stage_id in prepared.todo], config.evaluation
     kinds = {stage.kind for stage in stages}
-    trains = any(KINDS[kind].trains_on_pairs for kind in kinds)
     refuse_what_cannot_fit(prepared.estimates)
     if stages and profile is not None and not looks_only:
         SlurmCommands().require()
@@ -175,7 +174,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 
         require_usable_gpus()
-    for tracker in config.runtime.report_to if trains or "distill" in kinds else ():
+    for tracker in config.runtime.report_to if any(KINDS[kind].trains for kind in kinds) else ():
         if find_spec(tracker) is None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
@@ -196,7 +195,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
 
 def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Iterator[Text]:
     """The texts that stages of these kinds will read, among those that are checked here."""
-    calibration, evaluation, recovery = config.calibration, config.evaluation, config.recovery
+    calibration, evaluation = config.calibration, config.evaluation
 
     def text(section: str, source: TextSource, length: int, windows: int = 0, add_bos_token: bool = False) -> Text:
         name = section.rpartition(".")[2]
@@ -205,7 +204,8 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
         if path is not None and windows:
             beginning = read_beginning(read_texts({}, path, source.text_field, 0, name))
         elif path is not None:
-            beginning = read_beginning(read_examples(source.model_dump(), path, 0), recovery.samples)
+            settings = source.model_dump()
+            beginning = read_beginning(read_examples(settings, path, 0), settings["samples"])
         elif not looks_only:
             require_data_set(source.model_dump())
         where = name if path is None else f"{name} {path}"
@@ -217,8 +217,11 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     for held_out in evaluation.fidelity.each().values() if "reference" in kinds else ():
         bos = evaluation.add_bos_token
         yield text("evaluation.fidelity", held_out, held_out.sequence_length, held_out.windows, bos)
-    if any(KINDS[kind].trains_on_pairs for kind in kinds):
-        yield text("recovery", recovery, recovery.sequence_length)
+    trainings = [*config.recovery.trainings().values()] if "recover" in kinds else []
+    trainings += [config.recovery.complete()] if "loraprune" in kinds else []
+    reading = [training for training in trainings if training is not None and training.text != "calibration"]
+    for training in {str(training.row_settings()): training for training in reading}.values():
+        yield text("recovery", training, training.sequence_length)
 
 
 def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:

@@ -110,7 +110,8 @@ def prune(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "hfprune"
     overrides = {**(settings or {}), "models": [str(model)], "ratios": [ratio], "methods": [method]}
     if recover:
-        overrides |= {"recovery.method": "lora"} | ({} if recover is True else {"recovery.path": str(recover)})
+        overrides = {"recovery.method": "lora"} | overrides
+        overrides |= {} if recover is True else {"recovery.path": str(recover)}
     if text is not None:
         overrides |= _parts_of(
             place(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
@@ -123,7 +124,10 @@ def prune(
     if dry_run:
         show_dry_run(prepared)
         return out
-    (cell,) = (cell for cell in prepared.sweep.plan.cells if cell.ratio is not None)
+    pruned = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
+    if len(pruned) > 1:
+        raise UserError("recovery.recipes: one checkpoint takes one recipe; leave one of them, or run sweep.py")
+    (cell,) = pruned
     if held not in (None, cell.producers[-1]):
         raise UserError(f"{out}: holds a checkpoint of other settings; choose another folder, or remove it")
     if held is not None:

@@ -1,4 +1,4 @@
-"""Prune, distill, recover and evaluate models at several ratios, and print the table. To resume, run the same command
+"""Prune, recover and evaluate models at several ratios, and print the table. To resume, run the same command
 again: it runs only what is missing.
 
 examples:

@@ -13,7 +13,7 @@ from ranks import on_ranks
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.world import World
@@ -28,13 +28,11 @@ def make_task(checkpoint: Checkpoint, **settings: object) -> FineTuning:
     ids_ST = torch.randint(3, 264, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     return FineTuning(
         checkpoint=checkpoint,
-        section="recovery",
-        settings=RecoveryConfig(batch_size=ROWS, rank=4, alpha=8, **{"learning_rate": 1e-3, **settings}),
+        settings=Training(batch_size=ROWS, rank=4, alpha=8, **{"learning_rate": 1e-3, **settings}),
         seed=0,
         rows=lambda row: {"input_ids": ids_ST[row], "labels": ids_ST[row].clone()},
         schedule=Schedule(ROWS, ROWS, 0),
         total_steps=STEPS,
-        warmup_steps=0,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from hfprune_dist.config.parameters import Parameters, parameters_of
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
-from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, report_failure
 from hfprune_dist.store.stage import Input, Stage
@@ -21,7 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "importance": {"criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0},
     "reference": {"dtype": "float32", "micro_batch_size": 1},
     "prune": {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1},
-    "distill": {"distillation": DistillationConfig(), "passes": 1, "seed": 0},
     "recover": {"seed": 0},
     "evaluate": EvaluationConfig(tasks=[], dtype="float32").model_dump(exclude={"include_path", "fidelity"}),
     "efficiency": {
@@ -45,8 +44,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS = {
     "importance": ("calibration", CalibrationConfig),
-    "recover": ("recovery", RecoveryConfig),
-    "loraprune": ("recovery", RecoveryConfig),
+    "recover": ("recovery", Training),
+    "loraprune": ("recovery", Training),
     "reference": ("text", FidelityConfig),
 }
 

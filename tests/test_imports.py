@@ -42,7 +42,7 @@ TORCH_FREE = [
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.
 # Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub.
-TRAINING = {"distill", "recover", "loraprune"}
+TRAINING = {"recover", "loraprune"}
 HEAVY = {"peft": TRAINING}
 HEAVY |= {name: set() for name in ("deepspeed", "datasets", "pandas", "lm_eval", "tensorboard")}
 

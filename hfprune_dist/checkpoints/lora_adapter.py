@@ -102,11 +102,19 @@ def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cu
     """What stays of a merged weight, rounded once, to the dtype that the weight has."""
     factor_a, factor_b = adapter.factors[name]
     whole = read_tensor(checkpoint, name).float() + adapter.scale * (factor_b.float() @ factor_a.float())
-    staying = cut.apply(whole) if cut else whole
-    rounded = as_stored(checkpoint, name, staying, otherwise="lower the training's learning_rate")
-    if not rounded.isfinite().all():  # the loss of the last step, which was finite, is of the weights before it
+    return rounded(checkpoint, name, cut.apply(whole) if cut else whole)
+
+
+def rounded(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
+    """A weight after training in the dtype that it has in the files.
+
+    Raises:
+        UserError: if it is not finite, or too large.
+    """
+    stored = as_stored(checkpoint, name, trained, otherwise="lower the training's learning_rate")
+    if not stored.isfinite().all():  # the loss of the last step, which was finite, is of the weights before it
         raise UserError(
             f"{checkpoint.path}: the new {name} is NaN or infinite after the training's last step; lower the "
             "training's learning_rate or weight_decay"
         )
-    return rounded
+    return stored

@@ -57,12 +57,18 @@ def token_costs(checkpoint: Checkpoint) -> TokenCosts:
     return TokenCosts(parameters, parameters - idle, in_layers - idle + table, *map(sum, channels))
 
 
-def training_cost(checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, int]:
-    """For a manifest, the cost of LoRA training on ``rows`` of ``tokens`` tokens, each counted as often as it is
-    trained on. A backward to activations takes as many operations as a forward; LoRA's own products, about a hundredth,
-    are left out; causal attention is to half a row on average.
+def training_cost(
+    checkpoint: Checkpoint, rows: int, tokens: int, *, in_place: bool = False, teacher: Checkpoint | None = None
+) -> dict[str, int]:
+    """For a manifest, the cost of training on ``rows`` of ``tokens`` tokens, each counted as often as it is trained on.
+
+    A backward to activations takes as many operations as a forward, and one to weights that are trained ``in_place`` as
+    many again; LoRA's own products, about a hundredth, are left out, and so is what parts of a model save; causal
+    attention is to half a row on average. A dense model beside it, as ``teacher``, adds its forward.
     """
-    return {"training_tokens": rows * tokens, "flops_per_token": 2 * token_costs(checkpoint).flops(tokens // 2)}
+    flops = (3 if in_place else 2) * token_costs(checkpoint).flops(tokens // 2)
+    flops += 0 if teacher is None else token_costs(teacher).flops(tokens // 2)
+    return {"training_tokens": rows * tokens, "flops_per_token": flops}
 
 
 def _idle(checkpoint: Checkpoint) -> int:

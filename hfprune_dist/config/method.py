@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from hfprune_dist.config.section import NonNegative, NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
+from hfprune_dist.config.section import NumberOrShare, Positive, PositiveOrAuto, Section, explained_by
 from hfprune_dist.methods import CRITERIA, CriterionName, MethodCriterion
 from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Structure
 
@@ -40,12 +40,12 @@ class Method(Section):
     prunes_in: Literal["calibration", "recovery"] = "calibration"
     """When units are scored. calibration: in a pass over the calibration windows, before recovery. recovery: by LoRA's
     own gradients while it trains on the instruction pairs, in the usual number of steps; units are masked meanwhile and
-    cut at the end (LoRAPrune). This requires allocation: local, and no criterion, refit or distillation."""
+    cut at the end (LoRAPrune). This requires allocation: local, and neither criterion nor refit."""
     structures: Structures = Field(default=[NEURONS])
     """What is pruned. neurons: channels of MLPs. In addition: kv_groups, the key-value heads of attention with the
     query heads that read them; layers, whole layers. Neurons and groups are scored; the effect of removing a layer is
     measured. Anything besides neurons requires an allocation other than uniform and low_rank. Or only experts: whole
-    experts of a mixture of experts, which requires allocation: uniform, and neither refit nor distillation."""
+    experts of a mixture of experts, which requires allocation: uniform, and no refit."""
     allocation: Allocation = "uniform"
     """The shape of the pruned model. uniform: the same width, or number of experts, in all layers. plain: the same
     numbers of KV groups and neurons in all layers, perhaps fewer layers; such shapes are measured on calibration
@@ -93,9 +93,6 @@ class Method(Section):
     take the number of devices that share them. auto: the largest of 256, 128, 64 and 32 of which one step in all layers
     is at most 1.25 % of the model's parameters; if there is none, 32 for models whose intermediate_size is at least
     1,024, otherwise 1; always 1 for experts."""
-    distill: NonNegative = 0
-    """Passes over the calibration windows, after pruning, in which the pruned model learns the dense model's output
-    distribution (see ``DistillationConfig``). This needs no labels and no further text, but it is training."""
 
     @property
     def without_effect(self) -> set[str]:
@@ -134,4 +131,3 @@ class PruneConfig(Section):
     refit: Refit | None = None
     effort: Effort | None = None
     multiple_of: PositiveOrAuto | None = None
-    distill: NonNegative | None = None

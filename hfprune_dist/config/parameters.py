@@ -31,7 +31,7 @@ class StageKind:
         reproducible: whether a stage has the same bits each time, also on GPUs.
         on_one_rank: whether stages run on a single rank, however many ranks others have.
         cuts: whether the artifact is a model with parts of the input model removed.
-        trains_on_pairs: whether it trains on instruction pairs.
+        trains: whether it trains.
     """
 
     settings: str
@@ -39,18 +39,17 @@ class StageKind:
     reproducible: bool = False
     on_one_rank: bool = False
     cuts: bool = False
-    trains_on_pairs: bool = False
+    trains: bool = False
 
 
 KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 9, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "prune": StageKind("prune.PruneParameters", 6, reproducible=True, cuts=True),
-    "distill": StageKind("training.DistillParameters", 3),
-    "recover": StageKind("training.RecoverParameters", 3, trains_on_pairs=True),
+    "recover": StageKind("training.RecoverParameters", 3, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 4, cuts=True, trains_on_pairs=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 4, cuts=True, trains=True),
 }
 
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hfprune_dist.config.method import PruneConfig
 from hfprune_dist.config.section import Dtype, LocalPath, Name, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
-from hfprune_dist.config.training import DistillationConfig, RecoveryConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.methods import CriterionName
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -113,12 +113,12 @@ class RuntimeConfig(Section):
     """Wherever ranks run the whole model (prune only to check its layers): replicate it on every rank, shard it with
     ZeRO-3, or decide by the free memory (auto): whole wherever it fits."""
     save_every_steps: Positive = 50
-    """Recovery, distillation: optimizer steps between snapshots."""
+    """Recovery: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240
     """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
     that hangs, and longer than rank 0 ever works alone."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
-    """Experiment trackers to which recovery and distillation report losses as they train: one run for each stage."""
+    """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
 
 
 class ModelAlias(Section):
@@ -157,7 +157,6 @@ class SweepConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig = PruneConfig()
-    distillation: DistillationConfig = DistillationConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     efficiency: EfficiencyConfig = EfficiencyConfig()

@@ -1,94 +1,206 @@
-"""LoRA training: distillation of pruned models, and recovery."""
+"""Training after pruning: on which text, of which weights, towards what, and for how long."""
 
 from __future__ import annotations
 
+import re
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
-from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, Section, TextSource
+from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, TextSource
+from hfprune_dist.config.texts import TextName
 
 # Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
 LearningRate = Annotated[float, Field(gt=0, lt=1e37)]
+WeightDecay = Annotated[float, Field(ge=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+# Parts of a model by name.
+Part = Annotated[str, Field(pattern=r"^(lm_head|embeddings|norms|last_[1-9][0-9]{0,3}_layers)$")]
+# A warm-up takes at most one of so many steps: if all were warm-up, the only one would have a learning rate of 0.
+STEPS_PER_WARMUP_STEP = 4
+_THOUSANDS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
-class LoraTraining(Section):
-    """Settings of LoRA training, on all attention and MLP projections (of mixtures of experts on attention's alone),
-    which is then merged into the weights.
-    """
-
-    batch_size: Positive = 128
-    """Rows per optimizer step, over all ranks together."""
-    micro_batch_size: Positive = 1
-    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. If a step's rows are no multiple of this
-    times the number of ranks, some ranks are idle for a part of it."""
-    learning_rate: LearningRate = 4e-4
-    """Peak learning rate; it decays to zero along a cosine."""
-    warmup_steps: NonNegative = 0
-    """Optimizer steps of linear warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW weight decay."""
-    rank: Positive = 32
-    """LoRA rank r."""
-    alpha: Positive = 64
-    """LoRA alpha; updates are scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """LoRA dropout."""
-    dtype: Dtype = "bfloat16"
-    """Compute dtype; LoRA weights and optimizer states are always float32."""
+def _token_count(value: object) -> object:
+    """A count that may be written as 300k, 20M or 1.5B."""
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMB])", value) if isinstance(value, str) else None
+    return round(float(parts[1]) * _THOUSANDS[parts[2]]) if parts else value
 
 
-class DistillationConfig(LoraTraining):
-    """Training of methods that ``distill``. The rows are the calibration windows; the loss is KL(dense || pruned) at
-    every token. The dense model's final hidden states are kept on disk: tokens x hidden_size numbers in ``dtype``.
-    Warm-up takes at most a quarter of all steps.
-    """
-
-    batch_size: Positive = 16
-    learning_rate: LearningRate = 1e-3
-    warmup_steps: NonNegative = 4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+TokenCount = Annotated[int, BeforeValidator(_token_count), Field(ge=1, lt=2**63)]
 
 
-class RecoveryConfig(TextSource, LoraTraining):
-    """Fine-tuning after pruning. The defaults are the paper's recipe; rows are packed from several records each.
+class Recipe(TextSource):
+    """A training: of which weights, on which text, towards what, and for how long."""
 
-    A record with a field ``messages`` is a chat: a list of objects with ``role`` and ``content``, of any number of
-    turns, formatted by the tokenizer's chat template, with loss on the assistant's turns only. All other records are
-    pairs of an instruction and its response in Alpaca's template, which also takes a field ``input``, if there is one.
-    """
-
-    method: Literal["none", "lora"] = "lora"
-    """lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's alone), merged afterwards.
-    none: no recovery."""
+    method: Literal["none", "lora", "full", "parts"] = "lora"
+    """Which weights are trained. lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's
+    alone), merged afterwards. full: all of them. parts: those named in ``parts``. none: no training. With full and
+    parts, each rank has the whole model, ranks share the optimizer, and mixtures of experts are refused."""
+    parts: list[Part] = Field(default=["lm_head", "last_3_layers"], min_length=1)
+    """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers."""
+    text: Literal["instructions", "documents", "calibration"] = "instructions"
+    """What is read. instructions: pairs and chats; a record with a field ``messages`` is a chat: a list of objects with
+    ``role`` and ``content``, of any number of turns, formatted by the tokenizer's chat template, with loss on the
+    assistant's turns only; all other records are pairs of an instruction and its response in Alpaca's template, which
+    also takes a field ``input``, if there is one. documents: any text, in ``text_field``. calibration: the windows that
+    the model was pruned with; the keys of a text are without effect then, and so is sequence_length."""
+    objective: Literal["labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "labels"
+    """What is learnt. labels: the next token of the text; of instructions, of responses only. distill: the dense
+    model's distribution of that token, by KL(dense || model); the dense model gets no row of its own then, since it
+    would learn from itself. A number: that weight on the divergence, and the rest on labels. The dense model's hidden
+    states are kept on disk for calibration windows, if these are few, and computed beside the model's otherwise."""
     dataset: Name | None = "MBZUAI/LaMini-instruction"
     instruction_field: str = "instruction"
     """Field that holds the instruction."""
     response_field: str = "response"
     """Field that holds the response; the loss is computed on its tokens only."""
-    text_field: str = "response"
-    """Without effect."""
     samples: Positive | None = None
-    """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null
-    uses all of them."""
+    """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
+    them, or of documents as many as hold ``tokens``."""
     sequence_length: Length = 1024
-    """Records are packed into rows of this many tokens, and longer ones cut; attention does not cross them."""
+    """Records are packed into rows of this many tokens, and longer instructions cut, longer documents divided;
+    attention does not cross them."""
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
-    """Passes over the packed rows."""
+    """Passes over the rows, if neither tokens nor max_steps is set."""
+    tokens: TokenCount | None = None
+    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; overrides epochs."""
     max_steps: Positive | None = None
-    """Number of optimizer steps after which training stops; overrides epochs."""
+    """Number of optimizer steps after which training stops; overrides epochs and tokens."""
+    batch_size: Positive | None = None
+    """Rows per optimizer step, over all ranks together; null: 128 with objective labels, 16 otherwise."""
+    micro_batch_size: Positive = 1
+    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. If a step's rows are no multiple of this
+    times the number of ranks, some ranks are idle for a part of it."""
+    learning_rate: LearningRate | None = None
+    """Peak learning rate; it decays to zero along a cosine. null: 4e-4 for lora on labels, 1e-3 for lora that distills,
+    1e-4 for full and parts."""
+    warmup_steps: NonNegative | None = None
+    """Optimizer steps of linear warm-up, at most a quarter of all steps; null: 0 with objective labels, 4 otherwise."""
+    weight_decay: WeightDecay | None = None
+    """AdamW weight decay; null: 0 for lora, 0.05 for full and parts."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm, of all of them together."""
+    rank: Positive = 32
+    """LoRA rank r."""
+    alpha: Positive = 64
+    """LoRA alpha; updates are scaled by alpha / rank."""
+    dropout: Dropout | None = None
+    """LoRA dropout; null: 0.05 with objective labels, 0 otherwise."""
+    evaluate_every: TokenCount | None = None
+    """Every so many tokens, and at the end, KL and perplexity on the first text of evaluation.fidelity go into the loss
+    curve's file, and the report's chart of quality against tokens; null: not before the evaluation."""
+    patience: Positive | None = None
+    """Training ends early after so many of these evaluations in a row without a lower KL; null: never."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype; what is trained and the optimizer's states are always float32."""
 
     @model_validator(mode="after")
-    def _has_two_fields(self) -> RecoveryConfig:
+    def _has_two_fields(self) -> Recipe:
         if self.instruction_field == self.response_field:
             raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
         return self
 
-    def steps(self, steps_per_epoch: int) -> int:
-        """Number of optimizer steps: ``max_steps``, or the fewest that are at least ``epochs``."""
-        exact = self.epochs * steps_per_epoch
+    @property
+    def teacher_share(self) -> float:
+        """Weight of the divergence from the dense model in the loss."""
+        return {"labels": 0.0, "distill": 1.0}.get(self.objective, self.objective)  # type: ignore[arg-type]
+
+    def complete(self) -> Training:
+        """The training, with a value for every setting, and without those that have no effect."""
+        learns, lora = self.objective == "labels", self.method == "lora"
+        settings = self.model_dump(exclude={"recipes"})
+        chosen: dict[str, Any] = {
+            "batch_size": 128 if learns else 16,
+            "learning_rate": (4e-4 if learns else 1e-3) if lora else 1e-4,
+            "warmup_steps": 0 if learns else 4,
+            "weight_decay": 0.0 if lora else 0.05,
+            "dropout": 0.05 if learns else 0.0,
+        }
+        idle = set() if lora else {"rank", "alpha", "dropout"}
+        idle |= set() if self.method == "parts" else {"parts"}
+        idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
+        idle |= {"epochs"} if self.tokens or self.max_steps else set()
+        idle |= set() if self.evaluate_every else {"patience"}
+        if self.text == "calibration":
+            idle |= {*TextSource.model_fields, "samples", "sequence_length"}
+        given = {name: value for name, value in settings.items() if name not in idle and value is not None}
+        return Training(**{name: value for name, value in chosen.items() if name not in idle} | given)
+
+
+class Training(Recipe):
+    """A recipe in which every setting has a value."""
+
+    batch_size: Positive = 128
+    learning_rate: LearningRate = 4e-4
+    warmup_steps: NonNegative = 0
+    weight_decay: WeightDecay = 0.0
+    dropout: Dropout = 0.05
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Training:
+        if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
+            raise ValueError("documents of a data set have no end: set tokens (or samples)")
+        return self
+
+    @property
+    def row_name(self) -> str:
+        """What a row is called in the column of recoveries, if its recipe has no name."""
+        return self.method + {"labels": "", "distill": "-distill"}.get(str(self.objective), "-mixed")
+
+    def row_settings(self) -> dict[str, Any]:
+        """The settings that decide what is in the rows, with the path of their text, if that is a file."""
+        own = {"text", "instruction_field", "response_field", "samples", "sequence_length"}
+        limit = {"tokens"} if self.text == "documents" else set()
+        return self.model_dump(include={*TextSource.model_fields, *own, *limit})
+
+    def steps(self, rows: int, sequence_length: int) -> int:
+        """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or
+        ``epochs``.
+        """
+        epochs = self.tokens / (rows * sequence_length) if self.tokens else self.epochs
+        exact = epochs * steps_per_epoch(rows, self.batch_size)
         return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
+
+
+class RecoveryConfig(Recipe):
+    """Training after pruning, of the dense model too. The defaults are the paper's recipe."""
+
+    recipes: Annotated[dict[TextName, Recipe], Field(min_length=1)] | None = None
+    """Several trainings instead of one, each with its rows in the table, under names of your choice: what a recipe sets
+    takes the place of the section's settings, e.g. {lora: {}, full: {method: full, tokens: 20M}}; one with
+    ``method: none`` has the rows without training. With the section's own ``method: none``, nothing is trained."""
+
+    @field_serializer("recipes")
+    def _as_given(self, recipes: dict[str, Recipe] | None) -> dict[str, Any] | None:
+        """What is not set in a recipe is left to the section when the configuration is read again."""
+        return recipes and {name: recipe.model_dump(exclude_unset=True) for name, recipe in recipes.items()}
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> RecoveryConfig:
+        self.trainings()
+        return self
+
+    def trainings(self) -> dict[str, Training | None]:
+        """Name of each recipe -> its training; None for rows without one."""
+        if self.method == "none":
+            return {"none": None}
+        found: dict[str, Training | None] = {}
+        for name, recipe in (self.recipes or {"": Recipe()}).items():
+            own = recipe.model_dump(exclude_unset=True)
+            # A recipe with a text of its own takes none of the section's.
+            others = {"recipes", *(TextSource.model_fields if {"path", "dataset"} & own.keys() else ())}
+            try:
+                whole = Recipe(**self.model_dump(exclude=others) | own)
+                training = None if whole.method == "none" else whole.complete()
+            except ValidationError as error:
+                told = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"recipes.{name}: {told}" if name else told) from None
+            if name == "own" or (name == "none" and training is not None):
+                raise ValueError(f"recipes.{name}: tables call rows of another kind so; choose another name")
+            found["none" if training is None else name or training.row_name] = training
+        return found
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -83,6 +83,8 @@ def head_gradients(
     teacher_NC: Tensor | None = None,
     *,
     after: AfterHead = NOTHING,
+    teacher_head: tuple[Tensor, Tensor | None] | None = None,
+    at_logits: Callable[[Tensor, slice], None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return per-token losses and their gradients at the hidden states, dL/dz @ W, from one pass over the logits.
 
@@ -96,6 +98,8 @@ def head_gradients(
         logit_gradients: the losses, as closed forms on float32 logits (float64 if the model is float64).
         teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
         after: transformation of the logits.
+        teacher_head: weight and bias of the dense model's head, if they differ from the model's.
+        at_logits: called with the last loss's gradient at the head's own logits, and which rows these are.
 
     Returns:
         For each loss: loss_N in float32 (or float64), and the gradient of its sum at ``hidden_NC``, in that dtype.
@@ -104,17 +108,18 @@ def head_gradients(
     gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
     last = len(logit_gradients) - 1
     for rows in _chunks(hidden_NC, weight_VC, hidden_NC.dtype):
-        logits_NV, teacher_NV = (
-            None if it is None else after(torch.nn.functional.linear(it[rows], weight_VC, bias_V))
-            for it in (hidden_NC, teacher_NC)
-        )
-        assert logits_NV is not None
+        logits_NV = after(torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V))
+        teacher_NV = None
+        if teacher_NC is not None:
+            teacher_NV = after(torch.nn.functional.linear(teacher_NC[rows], *(teacher_head or (weight_VC, bias_V))))
         for number, logit_gradient in enumerate(logit_gradients):
             gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
             losses[number] += _fill_gradient(
                 gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after=after
             )
             torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
+            if at_logits is not None and number == last:
+                at_logits(gradient_NV, rows)
             del gradient_NV
         del logits_NV, teacher_NV  # before the next chunk's are made
     return [(torch.cat(loss), gradient_NC) for loss, gradient_NC in zip(losses, gradients_NC, strict=True)]

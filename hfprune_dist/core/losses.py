@@ -174,23 +174,57 @@ def _digest(seed: int, window: int, purpose: str) -> bytes:
 
 
 def summed_divergence(
-    hidden_NC: Tensor, dense_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
+    hidden_NC: Tensor,
+    dense_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    after: AfterHead = NOTHING,
+    *,
+    labels_N: Tensor | None = None,
+    label_weight: float = 0.0,
+    dense_head: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """Return the sum over tokens of KL(dense || model) in nats, a float32 scalar (float64 if the model is float64): a
-    loss for training that never holds the logits of all tokens. The head's weights get no gradient.
+    """Return the sum over tokens of KL(dense || model) + label_weight * -log p(label) in nats, a float32 scalar
+    (float64 if the model is float64): a loss for training that never holds the logits of all tokens.
 
     Args:
         hidden_NC: the model's final hidden states [tokens, hidden_size]; there may be no tokens.
         dense_NC: the dense model's final hidden states for the same tokens, same dtype.
-        weight_VC, bias_V, after: both models' head.
+        weight_VC, bias_V: the model's head; it gets gradients only if the dense model's own is given.
+        after: both models' transformation of the logits.
+        labels_N: int64, negative where there is no label.
+        dense_head: weight and bias of the dense model's head; None: the same as the model's.
     """
     if not len(hidden_NC):
         return hidden_NC.sum(dtype=wide_dtype(hidden_NC.dtype))
+
+    def weighted(rows: Rows) -> tuple[Tensor, Tensor]:
+        if labels_N is None or not label_weight:
+            return divergence_of_rows(rows)
+        label_N, label_gradient_NV = cross_entropy_gradient(rows.logits_NV.clone(), labels_N[rows.numbers])
+        kl_N, gradient_NV = divergence_of_rows(rows)
+        return kl_N.add_(label_N, alpha=label_weight), gradient_NV.add_(label_gradient_NV, alpha=label_weight)
+
+    trained = [part for part in (weight_VC, bias_V) if part is not None and part.requires_grad and dense_head]
+    gradients = [torch.zeros_like(part, dtype=wide_dtype(part.dtype)) for part in trained]
+
+    def add_to_head(gradient_NV: Tensor, rows: slice) -> None:
+        for part, gradient in zip(trained, gradients, strict=True):
+            gradient += gradient_NV.T @ hidden_NC[rows] if part.ndim > 1 else gradient_NV.sum(0)
+
     with torch.no_grad():
         ((loss_N, gradient_NC),) = head_gradients(
-            hidden_NC, weight_VC, bias_V, [divergence_of_rows], teacher_NC=dense_NC, after=after
+            hidden_NC.detach(),
+            weight_VC,
+            bias_V,
+            [weighted],
+            teacher_NC=dense_NC,
+            after=after,
+            teacher_head=dense_head,
+            at_logits=add_to_head if trained else None,
         )
-    divergence: Tensor = _WithGradient.apply(hidden_NC, loss_N.sum(), gradient_NC)  # type: ignore[no-untyped-call]
+    known = gradient_NC, *gradients
+    divergence: Tensor = _WithGradients.apply(loss_N.sum(), known, hidden_NC, *trained)  # type: ignore[no-untyped-call]
     return divergence
 
 
@@ -200,15 +234,16 @@ def divergence_of_rows(rows: Rows) -> tuple[Tensor, Tensor]:
     return distillation_gradient(rows.logits_NV, rows.teacher_NV)
 
 
-class _WithGradient(Function):
-    """A loss whose gradient at the hidden states is known already, so that backward needs no more than that."""
+class _WithGradients(Function):
+    """A loss whose gradients at some tensors are known already, so that backward needs no more than these."""
 
     @staticmethod
-    def forward(ctx: Any, _hidden_NC: Tensor, loss: Tensor, gradient_NC: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient_NC)
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *_tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [tensor.dtype for tensor in _tensors]
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_NC,) = ctx.saved_tensors
-        return gradient_NC * gradient.to(gradient_NC.dtype), None, None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        known = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, None, *((gradient * slope.to(gradient.dtype)).to(dtype) for gradient, dtype in known)

@@ -1,4 +1,4 @@
-"""What recovery trains on: each record of its data is a chat, or an instruction with its response."""
+"""What recovery trains on: each record of its data is a chat, an instruction with its response, or a document."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PROMPT_WITH_INPUT = (
 
 class Example(NamedTuple):
     """A record to train on: the assistant's turns of ``messages`` (dictionaries with ``role`` and ``content``); if
-    there are none, the ``response`` that follows a ``prompt``. ``where`` tells its place, for messages.
+    there are none, the ``response`` that follows a ``prompt``, or a document, without one. ``where`` tells its place,
+    for messages.
     """
 
     where: str
@@ -44,8 +45,13 @@ def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> It
     """Yield the examples of a source, given as for ``read_records``, with the settings of recovery.
 
     Raises:
-        UserError: also for a record that is neither a chat nor a pair.
+        UserError: also for a record that is neither a chat nor a pair, or a document without text.
     """
+    if source["text"] == "documents":
+        field = source["text_field"]
+        records = read_records(source, path, [field], seed, "recovery")
+        yield from (Example(where, response=text_in(record, field, where)) for where, record in records)
+        return
     pair = [source["instruction_field"], source["response_field"]]
     for where, record in read_records(source, path, [*pair, MESSAGES, INPUT], seed, "recovery"):
         if record.get(MESSAGES) is not None and MESSAGES not in pair:

@@ -1,8 +1,9 @@
 """Examples -> tokens -> packed rows.
 
 A pair is ``[BOS] prompt response EOS``, with loss only on response and EOS; a chat is what the tokenizer's chat
-template makes of it, with loss only on the assistant's turns. Several share a row; the positions of each restart at 0,
-from which transformers builds an attention mask that keeps each to itself.
+template makes of it, with loss only on the assistant's turns; a document is ``[BOS] text EOS``, and a long one several
+such pieces, with loss on all of it. Several share a row; the positions of each restart at 0, from which transformers
+builds an attention mask that keeps each to itself.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Encoded:
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) -> list[Encoded | None]:
-    """Tokenize examples (at least one), cut to ``sequence_length``; None for one without a token left to train on.
+    """Tokenize examples (at least one), cut to ``sequence_length``, but documents divided into pieces of this length;
+    None for one without a token left to train on.
 
     Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
     token that holds one of its characters.
@@ -59,6 +61,13 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
     wholes = plain_ids(tokenizer, [example.prompt + example.response for example in examples])
     encoded: list[Encoded | None] = []
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
+        if not example.prompt and not example.messages:
+            start = [] if bos is None else [bos]
+            ids, body = [*whole, eos], sequence_length - len(start)
+            pieces = [[*start, *ids[first : first + body]] for first in range(0, len(ids), body)]
+            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces)
+            encoded += [Encoded(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in of_piece if len(ids_T) > 1]
+            continue
         ids = [*([] if bos is None else [bos]), *whole, eos]
         untrained = len(ids) - 1 - len(whole) + _in_common(prompt, whole)
         trained = [bool(example.response.strip()) and place >= untrained for place in range(len(ids))]

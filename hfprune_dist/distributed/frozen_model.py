@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal
@@ -94,14 +94,16 @@ class FrozenModel:
         if backward_of_body:
             branch_off(self.module, self._family)
 
-    @torch.no_grad()
     def final_hidden(self, input_ids_T: Tensor) -> Tensor:
         """Final hidden states [T, hidden_size] of one sequence. If sharded, all ranks must call it equally often."""
-        body = self._family.body_of(self.module)
+        return self.final_hidden_of({"input_ids": send(input_ids_T[None], self.world.device)})[0]
+
+    @torch.no_grad()
+    def final_hidden_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same [B, T, hidden_size] of a batch, given as what the body reads, on the device."""
         self._begin_forward_of_body()
-        input_ids_BT = send(input_ids_T[None], self.world.device)
-        hidden_BTC: Tensor = body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        return hidden_BTC[0]
+        hidden_BTC: Tensor = self._family.body_of(self.module)(**inputs, use_cache=False).last_hidden_state
+        return hidden_BTC
 
     @torch.no_grad()
     def logits_at(

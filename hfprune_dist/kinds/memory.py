@@ -96,8 +96,8 @@ def place(need: Need, gpus: Gpus, sharding: Sharding) -> Placement:
         gpus: of all ranks.
         sharding: ``runtime.sharding``.
     """
-    both = [True] if gpus.ranks == 1 or need.gathered is None else [True, False]
-    wholes = {"replicate": [True], "zero3": [False]}.get(sharding, both)
+    both = [True] if gpus.ranks == 1 else [True, False]
+    wholes = {"replicate": [True], "zero3": [False]}.get(sharding, both) if need.gathered is not None else [True]
     ways = []
     for whole, again in product(wholes, [False] if need.again is None else [False, True]):
         needed = need.on_each_gpu(gpus.ranks, whole=whole, checkpointing=again)

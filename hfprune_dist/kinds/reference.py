@@ -10,7 +10,7 @@ from typing import ClassVar
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
-from hfprune_dist.config.training import DistillationConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 
 
@@ -28,9 +28,9 @@ class ReferenceParameters(StageParameters):
     text: FidelityConfig | None = None
 
     @classmethod
-    def of_calibration(cls, distillation: DistillationConfig) -> ReferenceParameters:
-        """The reference that a distillation needs."""
-        return cls(dtype=distillation.dtype, micro_batch_size=distillation.micro_batch_size)
+    def of_calibration(cls, training: Training) -> ReferenceParameters:
+        """The reference that a distillation on calibration windows needs."""
+        return cls(dtype=training.dtype, micro_batch_size=training.micro_batch_size)
 
     @classmethod
     def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:

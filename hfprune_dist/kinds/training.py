@@ -1,7 +1,8 @@
-"""Kinds of stages that train LoRA: distillation, recovery, and LoRAPrune, which prunes as it recovers.
+"""Kinds of stages that train: recovery, and LoRAPrune, which prunes as it recovers.
 
-Inputs: ``model``, for LoRAPrune the dense one; a distillation's ``reference`` has the dense model's hidden states; the
-others read ``instructions`` where the pairs are in a file.
+Inputs: ``model``, for LoRAPrune the dense one; ``text`` where that is a file, or the pass whose ``windows`` are read;
+of the dense model, if it is the teacher, the hidden states on these (``reference``), or else itself (``dense``); and a
+reference on ``held-out`` text for evaluations on the way.
 """
 
 from __future__ import annotations
@@ -10,40 +11,27 @@ from typing import ClassVar
 
 from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.training import DistillationConfig, LoraTraining, RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.structures import UnitKind, kinds_among
 
 
-class DistillParameters(StageParameters):
-    """Settings of a distillation. ``passes``: number of passes over the calibration windows."""
-
-    batch_setting: ClassVar[str] = "distillation.micro_batch_size"
-
-    distillation: DistillationConfig
-    passes: int
-    seed: int
-
-    def need(self, planned: Planned) -> Need:
-        tokens = planned.source("reference", "importance").calibration.sequence_length
-        rows = self.distillation.micro_batch_size
-        return training_need(self.distillation, Sizes.from_checkpoint(planned.dense), rows, tokens, distills=True)
-
-
 class RecoverParameters(StageParameters):
-    """Settings of fine-tuning on instruction pairs."""
+    """Settings of a training."""
 
     tokenizes: ClassVar[bool] = True
     batch_setting: ClassVar[str] = "recovery.micro_batch_size"
     masks: ClassVar[bool] = False
 
-    recovery: RecoveryConfig
+    recovery: Training
     seed: int
 
     def need(self, planned: Planned) -> Need:
-        tokens, rows = self.recovery.sequence_length, self.recovery.micro_batch_size
+        tokens, inputs = self.recovery.sequence_length, planned.stage.inputs
+        if "windows" in inputs:
+            tokens = planned.source("windows").calibration.sequence_length
         model = Sizes.from_checkpoint(planned.dense)
-        return training_need(self.recovery, model, rows, tokens, distills=False, masks=self.masks)
+        return training_need(self.recovery, model, tokens, has_teacher="dense" in inputs, masks=self.masks)
 
 
 class LoraPruneParameters(RecoverParameters):
@@ -65,37 +53,58 @@ class LoraPruneParameters(RecoverParameters):
         """The training of a method with numbers, as ``with_numbers`` returns it."""
         bounds = method.model_dump(include={"multiple_of", "tensor_parallel", "protect_first", "protect_last"})
         structures = kinds_among(method.structures)
-        return cls(recovery=config.recovery, seed=config.seed, ratio=ratio, structures=structures, **bounds)
+        return cls(recovery=config.recovery.complete(), seed=config.seed, ratio=ratio, structures=structures, **bounds)
 
 
 def training_need(
-    settings: LoraTraining, model: Sizes, rows: int, tokens: int, *, distills: bool, masks: bool = False
+    settings: Training, model: Sizes, tokens: int, *, has_teacher: bool = False, masks: bool = False
 ) -> Need:
-    """The memory of LoRA training on all linear layers of attention and MLP; in a mixture of experts, on attention's.
+    """The memory of a training on rows of so many tokens.
 
     Args:
-        rows: of ``tokens`` tokens each, at a time.
-        distills: whether the loss is the divergence from a dense model, whose head is there as well.
+        has_teacher: whether the dense model runs beside the one that is trained.
         masks: whether the inputs of output projections are multiplied by masks (LoRAPrune), beside which they are kept.
     """
-    tokens, itemsize, hidden, neurons = rows * tokens, ITEMSIZE[settings.dtype], model.hidden, model.neurons
+    tokens, itemsize, hidden, neurons = (
+        tokens * settings.micro_batch_size,
+        ITEMSIZE[settings.dtype],
+        model.hidden,
+        model.neurons,
+    )
     of_mlp = 0 if model.routed else neurons  # which LoRA adapts
     sides = 4 * hidden + model.attention + 3 * (hidden + of_mlp) * (of_mlp > 0)
     # In float32: weight, gradient, two moments and what a step computes; in the compute dtype: weight and gradient.
-    lora = model.num_layers * settings.rank * sides * (5 * FLOAT32 + 2 * itemsize)
+    trained, own, shared = model.num_layers * settings.rank * sides, 5 * FLOAT32 + 2 * itemsize, 0
+    if not (lora := settings.method == "lora"):  # ranks share float32 weights and moments, and have all gradients
+        trained, own, shared = trained_in_place(settings, model), FLOAT32 + itemsize, 4 * FLOAT32
     # Norms in float32; attention, what the MLP multiplies, experts' outputs, and what linear layers read; with dropout,
     # a copy of that and a mask for each of them.
     kept = model.attention + masks * model.heads + 3 * neurons + model.routed + 2 * hidden
-    dropped = (4 * hidden + (2 * hidden + neurons) * (of_mlp > 0)) * (itemsize + 1) * (settings.dropout > 0)
+    dropped = (4 * hidden + (2 * hidden + neurons) * (of_mlp > 0)) * (itemsize + 1) * (lora and settings.dropout > 0)
     layer = 2 * FLOAT32 * hidden + kept * itemsize + dropped
     # The logits; in float32: the logits again, their log-softmax and its gradient.
     head = tokens * model.vocabulary * (itemsize + 3 * FLOAT32)
-    if distills:  # in chunks, for both models; final hidden states and the gradient there
-        head = 2 * HEAD_BYTES + 3 * tokens * hidden * itemsize
+    if settings.teacher_share:  # in chunks, for both models; final hidden states and the gradient there
+        head = 2 * HEAD_BYTES + 3 * tokens * hidden * itemsize + (not lora) * model.vocabulary * hidden * 2 * FLOAT32
+    forward = has_teacher * tokens * model.forward * itemsize
     return Need(
-        weights=model.parameters * itemsize,
+        weights=(1 + has_teacher) * model.parameters * itemsize,
         activations=tokens * model.num_layers * layer,
-        temporary=head + lora,  # which is there all the time, and whole on each rank
-        gathered=model.gathered * itemsize,
+        temporary=max(head, forward) + trained * own,  # which is there all the time, and whole on each rank
+        gathered=(1 + has_teacher) * model.gathered * itemsize if lora else None,
         again=tokens * (model.num_layers * hidden * itemsize + layer),
+        shared=trained * shared,
     )
+
+
+def trained_in_place(settings: Training, model: Sizes) -> int:
+    """About how many parameters are trained themselves."""
+    if settings.method == "full":
+        return model.parameters
+    table, of_parts = model.vocabulary * model.hidden, 0
+    for part in settings.parts:
+        layers = int(part.split("_")[1]) if part.startswith("last_") else 0
+        of_parts += (
+            layers * model.layer if layers else table if part != "norms" else 4 * model.num_layers * model.hidden
+        )
+    return min(of_parts, model.parameters)

@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
+from hfprune_dist.config.training import Training
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
+from hfprune_dist.kinds.memory import GIB, ITEMSIZE
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
-from hfprune_dist.kinds.training import DistillParameters, LoraPruneParameters, RecoverParameters
+from hfprune_dist.kinds.training import LoraPruneParameters, RecoverParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.methods import can_do, refuse_criteria, suited
 from hfprune_dist.planning.model_sources import ModelSource
@@ -48,14 +51,15 @@ def build_plan(
 
     Raises:
         UserError: for a ratio that a model can't reach, rows that would be the same, input text that can't be read,
-            generations beyond a model's positions, or a method that prunes during recovery if there is no recovery.
+            generations beyond a model's positions, or trainings that don't suit a model or a method.
     """
     in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
-    if in_recovery and config.recovery.method == NONE:
-        raise UserError(
-            f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), and "
-            "recovery.method is none; set it to lora, or leave the method out"
-        )
+    for key, value in {"method": "lora", "objective": "labels", "text": "instructions"}.items() if in_recovery else ():
+        if getattr(config.recovery, key) != value:
+            raise UserError(
+                f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), "
+                f"and recovery.{key} is {getattr(config.recovery, key)}; set it to {value}, or leave the method out"
+            )
     planner = _Planner(config, methods, hashes, device)
     for model in models:  # before any text is read
         planner.check(model)
@@ -112,6 +116,10 @@ class _Variant:
         return next((stage.as_input() for stage in self.chain if stage.kind in CUTTING), self.dense)
 
 
+# The most that a dense model's hidden states may take on disk; it runs beside the model that is trained otherwise.
+STORED_BYTES = 64 * GIB
+
+
 class _Planner:
     """Lays out the rows of each model, and the stages that they need.
 
@@ -126,6 +134,7 @@ class _Planner:
         self._hashes = hashes
         self._device = device
         self._own_tasks = own_tasks(config.evaluation.include_path, hashes)
+        self._trainings = config.recovery.trainings()
         self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
@@ -133,6 +142,12 @@ class _Planner:
         """Refuse ratios and methods that the model doesn't take, and generations longer than its positions."""
         for name, method in self._methods_for(model).items():
             check_ratios(model.checkpoint, self._config.ratios, method, place_of(model.name, name))
+        in_place = [name for name, training in self._trainings.items() if training and training.method != "lora"]
+        if in_place and model.checkpoint.family.experts:
+            raise UserError(
+                f"recovery {in_place[0]}: model {model.name!r} is a mixture of experts, which LoRA alone trains; "
+                "set method: lora"
+            )
         efficiency, positions = self._config.efficiency, model.checkpoint.max_positions
         longest = max(efficiency.prompt_tokens) + efficiency.new_tokens
         if efficiency.enabled and positions is not None and longest > positions:
@@ -154,7 +169,7 @@ class _Planner:
         methods = self._methods_for(model) if self._config.ratios else {}
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
-        cells = self._finish(_Variant(model.name, dense))
+        cells = self._finish(_Variant(model.name, dense), model.checkpoint, importance)
         for ratio in self._config.ratios:
             for name, method in methods.items():
                 variant, numbered = _Variant(model.name, dense, ratio, name), with_numbers(method, model.checkpoint)
@@ -162,7 +177,9 @@ class _Planner:
                     cells.append(self._pruned_in_recovery(variant, numbered, ratio))
                 else:
                     assert importance is not None
-                    cells += self._finish(self._pruned(variant, numbered, ratio, importance))
+                    cells += self._finish(
+                        self._pruned(variant, numbered, ratio, importance), model.checkpoint, importance
+                    )
         return cells
 
     def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
@@ -185,13 +202,9 @@ class _Planner:
         return self._stage("importance", label, ImportanceParameters.from_config(self._config, **scoring), inputs)
 
     def _pruned(self, variant: _Variant, method: Method, ratio: float, importance: Stage) -> _Variant:
-        """The dense model that a method with numbers prunes: student, cut and distillation."""
-        chain, dense, label, structures = (
-            [importance],
-            variant.dense,
-            self._label(variant),
-            kinds_among(method.structures),
-        )
+        """The dense model that a method with numbers prunes: student and cut."""
+        chain, dense, label = [importance], variant.dense, self._label(variant)
+        structures = kinds_among(method.structures)
         if method.student_chosen_by is not None:
             inputs = {"model": dense, "student": _scores(importance, _first_criteria(method))}
             scoring = {"criteria": sorted(method.scored_before), "structures": structures}
@@ -199,34 +212,57 @@ class _Planner:
             chain.append(self._importance(f"{label} student", inputs, student=student, **scoring))
         inputs = {"model": dense, "importance": _scores(chain[-1], method.scored_before, structures)}
         cut = self._stage("prune", label, PruneParameters.from_method(self._config, method, ratio), inputs)
-        chain.append(cut)
-        if method.distill:
-            settings = self._config.distillation
-            inputs = {"model": dense, "importance": _scores(importance, [])}
-            params = ReferenceParameters.of_calibration(settings)
-            reference = self._stage("reference", f"{importance.label} calibration", params, inputs)
-            trained = DistillParameters(distillation=settings, passes=method.distill, seed=self._config.seed)
-            inputs = {"model": cut.as_input(), "reference": reference.as_input()}
-            chain += [reference, self._stage("distill", label, trained, inputs)]
-        return replace(variant, chain=tuple(chain))
+        return replace(variant, chain=(*chain, cut))
 
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
         """The training that prunes and recovers at the same time, and its evaluation."""
-        inputs = {"model": variant.dense, **self._text("instructions", self._config.recovery)}
+        inputs = {"model": variant.dense, **self._text("text", self._config.recovery)}
         params = LoraPruneParameters.from_method(self._config, method, ratio)
         trained = self._stage("loraprune", self._label(variant), params, inputs)
         return self._row(replace(variant, chain=(trained,)), OWN)
 
-    def _finish(self, variant: _Variant) -> list[Cell]:
-        """Recovery and evaluation of one checkpoint; the dense model is also evaluated as it is."""
-        recovery = self._config.recovery
-        cells = [self._row(variant, NONE)] if variant.ratio is None or recovery.method == NONE else []
-        if recovery.method != NONE:
-            inputs = {"model": variant.checkpoint, **self._text("instructions", recovery)}
-            params = RecoverParameters(recovery=recovery, seed=self._config.seed)
-            trained = self._stage("recover", self._label(variant), params, inputs)
-            cells.append(self._row(replace(variant, chain=(*variant.chain, trained)), recovery.method))
+    def _finish(self, variant: _Variant, dense: Checkpoint, importance: Stage | None) -> list[Cell]:
+        """Training by each recipe, and evaluation, of one checkpoint; the dense model is also evaluated as it is, and
+        isn't trained to be like itself.
+        """
+        trainings = {NONE: None, **self._trainings} if variant.ratio is None else self._trainings
+        cells = []
+        for name, training in trainings.items():
+            if training is None:
+                cells.append(self._row(variant, NONE))
+            elif variant.ratio is not None or training.teacher_share < 1:
+                inputs, before = self._inputs_of(training, variant, dense, importance)
+                params = RecoverParameters(recovery=training, seed=self._config.seed)
+                trained = self._stage("recover", self._label(variant, name), params, inputs)
+                chain = *variant.chain, *(stage for stage in before if stage not in variant.chain), trained
+                cells.append(self._row(replace(variant, chain=chain), name))
         return cells
+
+    def _inputs_of(
+        self, training: Training, variant: _Variant, dense: Checkpoint, importance: Stage | None
+    ) -> tuple[dict[str, Input], list[Stage]]:
+        """What a training reads, and the stages that make it besides those behind the checkpoint."""
+        inputs = {"model": variant.checkpoint}
+        if training.evaluate_every:
+            inputs["held-out"] = next(iter(self._references_of_held_out(variant).values()))
+        if training.text != "calibration":
+            inputs |= self._text("text", training) | ({"dense": variant.dense} if training.teacher_share else {})
+            return inputs, []
+        if importance is None:
+            raise UserError(
+                "recovery.text is calibration, and no method is scored on calibration windows; choose another text"
+            )
+        inputs["windows"] = _scores(importance, [])
+        if not training.teacher_share:
+            return inputs, [importance]
+        calibration = self._config.calibration
+        numbers = calibration.samples * calibration.sequence_length * int(dense.config["hidden_size"])
+        if numbers * ITEMSIZE[training.dtype] > STORED_BYTES:
+            return inputs | {"dense": variant.dense}, [importance]
+        given = {"model": variant.dense, "importance": inputs["windows"]}
+        params = ReferenceParameters.of_calibration(training)
+        reference = self._stage("reference", f"{importance.label} calibration", params, given)
+        return inputs | {"reference": reference.as_input()}, [importance, reference]
 
     def _label(self, variant: _Variant, recovery: str = NONE) -> str:
         return label_of(variant.model, variant.ratio, variant.method, recovery)
@@ -238,7 +274,7 @@ class _Planner:
         inputs |= self._references_of_held_out(variant) | self._own_tasks
         evaluate = self._stage("evaluate", label, EvaluateParameters.from_config(self._config.evaluation), inputs)
         measured = None
-        if self._config.efficiency.enabled:  # of the shape, which recovery and distillation don't change
+        if self._config.efficiency.enabled:  # of the shape, which training doesn't change
             params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
             measured = self._stage("efficiency", self._label(variant), params, inputs).id

@@ -47,7 +47,7 @@ RULES = (
     Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}, "it scores units"),
     Rule(
         {"prunes_in": ["recovery"]},
-        {"criterion": [None], "allocation": ["local"], "refit": ["none"], "distill": [0]},
+        {"criterion": [None], "allocation": ["local"], "refit": ["none"]},
         "LoRA's own gradients score units while it recovers the model",
     ),
     Rule(
@@ -56,7 +56,6 @@ RULES = (
             "prunes_in": ["calibration"],
             "allocation": ["uniform"],
             "refit": ["none"],
-            "distill": [0],
             "criterion": scoring(EXPERTS),
         },
         "experts go as a whole, the same number in every layer, and the others stay as they are",
@@ -110,7 +109,6 @@ MODEL_RULES = (
             "protect_first": [0],
             "protect_last": [0],
             "refit": ["none", "dense"],
-            "distill": [0],
             "criterion": scoring(EXPERT_NEURONS, EXPERTS),
         },
     ),

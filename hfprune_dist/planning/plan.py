@@ -21,7 +21,7 @@ class Cell:
 
     ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
     stages that make the checkpoint, in order; ``efficiency`` is None if speed and memory are not measured.
-    ``recovery`` is the configuration's method, ``none``, or ``own`` if the row's method prunes while it trains.
+    ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains.
     """
 
     label: str
@@ -166,8 +166,10 @@ def _in_order(cells: list[Cell], seen: list[Cell]) -> list[Cell]:
     """Sort rows, with models and methods in the order in which they were first planned."""
     models = list(dict.fromkeys(cell.model for cell in seen))
     methods = list(dict.fromkeys(cell.method for cell in seen))
+    recoveries = [NONE, *dict.fromkeys(cell.recovery for cell in seen)]
 
-    def turn(cell: Cell) -> tuple[int, float, int, bool]:
-        return models.index(cell.model), cell.ratio or 0.0, methods.index(cell.method), cell.recovery != NONE
+    def turn(cell: Cell) -> tuple[int, float, int, int]:
+        at = recoveries.index(cell.recovery)
+        return models.index(cell.model), cell.ratio or 0.0, methods.index(cell.method), at
 
     return sorted(cells, key=turn)

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
 from hfprune_dist.results.formats import count
@@ -176,28 +177,41 @@ def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
 
 # What training recorded.
 
-TRAINING = ("distill", "recover", "loraprune")  # kinds of stages
 MOST_POINTS = 200
 
 
 def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
-    lines: dict[str, list[Line]] = {}
-    for cell, kind, artifact in _finished(plan, store, *TRAINING):
-        if losses := training_losses(artifact / "loss.jsonl"):
-            line = _of_cell(rows, cell, [(step, loss, None) for step, loss in losses.items()])
-            line = replace(line, are_marked=len(losses) == 1)
-            lines.setdefault(f"{cell.model}: loss, {kind}", []).append(line)
-    panels = [Panel(title, "step", drawn, from_zero=False) for title, drawn in lines.items()]
-    return Chart("losses", "Training", "Training loss by optimizer step.", panels)
+    losses: dict[str, list[Line]] = {}
+    divergences: dict[str, list[Line]] = {}
+    trained = list(dict.fromkeys((row["method"], row["recovery"]) for row in rows))
+    for cell, kind, artifact in _finished(plan, store, *(name for name, kind in KINDS.items() if kind.trains)):
+        place = trained.index((cell.method, cell.recovery)) if (cell.method, cell.recovery) in trained else 0
+        for found, title, x, y in (
+            (losses, f"{cell.model}: loss, {kind} {cell.recovery}".replace(f" {OWN}", ""), "step", "loss"),
+            (divergences, f"{cell.model}: {METRICS['kl'].header} on the way", "tokens", "held_out_kl"),
+        ):
+            if points := training_losses(artifact / "loss.jsonl", x, y):
+                line = _of_cell(rows, cell, [(at, value, None) for at, value in points.items()])
+                name = line.name if cell.recovery == OWN else f"{line.name} + {cell.recovery}"
+                line = replace(line, name=name, are_marked=x == "tokens" or len(points) == 1)
+                found.setdefault(title, []).append(replace(line, color=PALETTE[place % len(PALETTE)]))
+    panels = [Panel(title, "step", drawn, from_zero=False) for title, drawn in losses.items()]
+    panels += [Panel(title, "tokens", drawn, x_form=count) for title, drawn in divergences.items()]
+    about = (
+        "Training loss by optimizer step, and divergence from the dense model on held-out text by tokens trained on."
+    )
+    return Chart("losses", "Training", about, panels)
 
 
-def training_losses(file: Path) -> Mapping[int, float]:
-    """Step -> loss, thinned to about ``MOST_POINTS``; none if the file was removed to make room."""
+def training_losses(file: Path, x: str = "step", y: str = "loss") -> Mapping[int, float]:
+    """Step -> loss, or others of a line's values, thinned to about ``MOST_POINTS``; none if the file was removed to
+    make room.
+    """
     try:
         records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return {}
-    losses = [(line["step"], line["loss"]) for line in records if math.isfinite(line.get("loss") or math.nan)]
+    losses = [(line[x], line[y]) for line in records if math.isfinite(line.get(y) or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 

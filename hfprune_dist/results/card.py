@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfprune_dist.checkpoints.checkpoint import is_licence
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
@@ -164,8 +165,11 @@ class Card:
         model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
         if cell.ratio is None:
             return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
-        trained = ", while it was fine-tuned" if cell.recovery == OWN else ", then fine-tuned"
-        after = "" if cell.recovery == NONE else f"{trained} with LoRA to recover"
+        trained = ", while it was" if cell.recovery == OWN else ", then"
+        ways = {"lora": "with LoRA ", "parts": "in parts "}
+        trainings = [stage.params.to_json()["recovery"] for stage in self.stages if KINDS[stage.kind].trains]
+        way = ways.get(trainings[-1]["method"], "") if trainings else ""
+        after = "" if cell.recovery == NONE else f"{trained} fine-tuned {way}to recover"
         ratio = self.row["ratio_reached"] or cell.ratio
         return (
             f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
@@ -187,14 +191,15 @@ class Card:
             "method": cell.method and code(cell.method),
             "ratio asked": f"{cell.ratio:g} of all parameters" if cell.ratio is not None else None,
             "calibrated on": ", ".join(read["calibration"]),
-            "LoRA trained on": ", ".join(read["recovery"]),
+            "trained on": ", ".join(read["recovery"]),
         }
 
     def _texts(self) -> Iterator[tuple[str, Mapping[str, Any], Input | None]]:
         """Section, settings and file of each text on which the checkpoint was calibrated or trained."""
         for stage in self.stages:
-            for section, role in (("calibration", "calibration"), ("recovery", "instructions")):
-                if settings := stage.params.to_json().get(section):
+            for section, role in (("calibration", "calibration"), ("recovery", "text")):
+                settings = stage.params.to_json().get(section)
+                if settings and settings.get("text") != "calibration":
                     texts = settings.get("mixture")
                     for place, text in enumerate(texts or [settings], 1):
                         yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)

@@ -80,7 +80,7 @@ METRICS = {
         Metric("generation_memory_bytes", "generating", "most memory at once, weights included", byte_count),
         Metric("flops_per_token", "FLOPs/token", "computed from shapes", count),
         Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
-        Metric("training_tokens", "tokens", "read by distillation and recovery as they train", count),
+        Metric("training_tokens", "tokens", "read by recovery as it trains", count),
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
         Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", _form(".2g")),
         Metric("own_time_s", "time", _OWN, duration, brief=_OWN),

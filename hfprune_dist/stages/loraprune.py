@@ -7,7 +7,7 @@ from hfprune_dist.kinds.training import LoraPruneParameters
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
 from hfprune_dist.stages.context import Context
-from hfprune_dist.stages.training import train_on_instructions
+from hfprune_dist.stages.training import train
 from hfprune_dist.structures.kept import Shape
 
 
@@ -18,4 +18,4 @@ def run(context: Context[LoraPruneParameters]) -> None:
     params, checkpoint = context.params, open_checkpoint(context.input_path("model"))
     whole = shape_for(Target.from_settings(checkpoint, params, params.ratio, context.stage.label))
     shape = Shape(whole.layers, {kind: whole.units[kind] for kind in params.structures})
-    train_on_instructions(context, checkpoint, masked_to=shape)
+    train(context, checkpoint, masked_to=shape)

@@ -1,23 +1,23 @@
-"""LoRA training in a stage: distillation, recovery and LoRAPrune differ in rows, in the loss, and in what is left."""
+"""Training in a stage: recovery, and LoRAPrune, which prunes meanwhile."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, rounded, write_adapter
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
-from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.config.section import TextSource
-from hfprune_dist.config.training import LoraTraining, rows_trained
+from hfprune_dist.config.training import Training, rows_trained
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import (
     EXAMPLES_AT_ONCE,
@@ -27,8 +27,9 @@ from hfprune_dist.data.instructions import (
     require_trainable,
     save_rows,
 )
-from hfprune_dist.data.schedule import Schedule
+from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
+from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.training import RecoverParameters
 from hfprune_dist.stages.context import Context
@@ -39,60 +40,78 @@ from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot
-from hfprune_dist.training.trainer import FineTuning, fine_tune
+from hfprune_dist.training.teacher_states import DenseStates
+from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
 ADAPTER_FOLDER, LOSSES = "adapter", "loss.jsonl"
-# The settings that decide what is in the packed rows.
-ROW_SETTINGS = {*TextSource.model_fields, "instruction_field", "response_field", "samples", "sequence_length"}
 
 
-def train(context: Context[Any], task: FineTuning, metrics: Mapping[str, Any]) -> None:
-    """Train LoRA, or resume where an earlier attempt was interrupted, and commit a Hugging Face folder with what was
-    learnt merged in.
+def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to: Shape | None = None) -> None:
+    """Train, or resume where an earlier attempt was interrupted, and commit a Hugging Face folder with what was learnt.
 
     Args:
-        metrics: further ones for the manifest.
+        masked_to: the units that are to be left of the model at the end; None for all.
     """
+    settings, seed = context.params.recovery, context.params.seed
+    teacher = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else None
+    rows, counts = _rows(context, checkpoint)
+    schedule = Schedule(counts["rows"], settings.batch_size, seed)
+    task = FineTuning(
+        checkpoint=checkpoint,
+        settings=settings,
+        seed=seed,
+        rows=rows,
+        schedule=schedule,
+        total_steps=settings.steps(schedule.rows, len(rows(0)["input_ids"])),
+        is_plain_text=settings.text == "calibration",
+        teacher=teacher,
+        held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,
+        masked_to=masked_to,
+    )
     title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
     root = context.store.root
     run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
     surroundings = context.world, context.runtime, context.progress, context.interruption
     trained = fine_tune(task, *surroundings, context.work / "snapshot.safetensors", run_folder)
     losses = [line["loss"] for line in trained.losses]
-    metrics = {**metrics, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
-    kept, checkpoint = None, task.checkpoint
-    if task.masked_to is not None:
-        kept = UnitMasks(checkpoint.structures, task.masked_to, trained.tensors).kept()
+    seen = rows_trained(schedule.rows, settings.batch_size, trained.step)
+    cost = training_cost(checkpoint, seen, task.tokens, in_place=not in_adapters(task), teacher=teacher)
+    metrics = {**counts, **cost, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
+    kept = None
+    if masked_to is not None:
+        kept = UnitMasks(checkpoint.structures, masked_to, trained.tensors).kept()
         metrics |= shape_metrics(checkpoint, kept.shape, checkpoint.config)
     draft = context.open_draft()
-    write_merged(checkpoint, trained, task.settings, draft, context.world, context.progress, kept)
+    write_trained(checkpoint, trained, settings, draft, context.world, context.progress, kept)
     context.commit(draft, metrics)
 
 
-def write_merged(
+def write_trained(
     checkpoint: Checkpoint,
     trained: Snapshot,
-    settings: LoraTraining,
+    settings: Training,
     draft: Path,
     world: World,
     progress: Progress,
     kept: Kept | None = None,
 ) -> None:
-    """Write a Hugging Face folder with the checkpoint's layout and what was learnt merged in, and ``adapter/`` and
-    ``loss.jsonl`` beside it. Each rank writes a share of the weight files.
+    """Write a Hugging Face folder with the checkpoint's layout and what was learnt, ``loss.jsonl`` beside it and, of
+    LoRA, which is merged into the weights, ``adapter/``. Each rank writes a share of the weight files.
 
     Args:
         kept: the units of all layers that stay after merging, also written to ``kept.json``; None for all of them.
 
     Raises:
-        UserError: as ``merge_weight_file`` does.
+        UserError: if a weight is not finite, or too large for its dtype.
     """
+    lora = settings.method == "lora"
 
-    def write_trained() -> None:
-        targets = lora_targets(checkpoint.family, checkpoint.ranks)
-        write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
+    def write_losses() -> None:
+        if lora:
+            targets = lora_targets(checkpoint.family, checkpoint.ranks)
+            write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
         write_text(draft / LOSSES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in trained.losses))
 
     def write_rest() -> None:
@@ -101,43 +120,45 @@ def write_merged(
         if kept is not None:
             write_kept(draft, kept)
 
-    world.on_rank0(write_trained)
-    adapter, files = read_adapter(draft / ADAPTER_FOLDER), checkpoint.weight_files
+    world.on_rank0(write_losses)
+    files, adapter = checkpoint.weight_files, read_adapter(draft / ADAPTER_FOLDER) if lora else None
     for done, file in enumerate(files[world.rank :: world.size]):
         progress.update("merging", done * world.size, len(files))
-        merge_weight_file(checkpoint, file, adapter, draft, kept)
+        if adapter is not None:
+            merge_weight_file(checkpoint, file, adapter, draft, kept)
+        else:
+            _write_weight_file(checkpoint, file, trained, draft)
     world.barrier()  # the rest describes all weight files
     world.on_rank0(write_rest)
 
 
-# On instructions.
+def _write_weight_file(checkpoint: Checkpoint, file: str, trained: Snapshot, draft: Path) -> None:
+    """Write one safetensors file of the checkpoint with the weights that were trained themselves."""
+    family, names = checkpoint.family, {name: name for name in trained.shapes}
+    # Files may have a copy of a head that is tied to the embedding.
+    tied = {family.head_tensor, family.embedding_tensor}
+    if checkpoint.config.get("tie_word_embeddings") and (one := tied & names.keys()):
+        names |= dict.fromkeys(tied & checkpoint.tensors.keys(), next(iter(one)))
+    learnt = {
+        name: partial(lambda name, source: rounded(checkpoint, name, trained.weight(source)), name, source)
+        for name, source in names.items()
+    }
+    write_weight_file(checkpoint, file, Kept(tuple(range(checkpoint.num_layers))), draft, learnt)
 
 
-def train_on_instructions(
-    context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to: Shape | None = None
-) -> None:
-    """Prepare the rows, and train on them.
+# Rows.
 
-    Args:
-        masked_to: the units that are to be left of the model at the end; None for all.
-    """
-    settings = context.params.recovery
-    file = context.world.on_rank0(lambda: prepare_rows(context, checkpoint))
-    rows = PackedRows(file)
-    schedule = Schedule(rows.counts["rows"], settings.batch_size, context.params.seed)
-    task = FineTuning(
-        checkpoint=checkpoint,
-        section="recovery",
-        settings=settings,
-        seed=context.params.seed,
-        rows=rows,
-        schedule=schedule,
-        total_steps=settings.steps(schedule.steps_per_epoch),
-        warmup_steps=settings.warmup_steps,
-        masked_to=masked_to,
-    )
-    seen = rows_trained(schedule.rows, settings.batch_size, task.total_steps)
-    train(context, task, {**rows.counts, **training_cost(checkpoint, seen, settings.sequence_length)})
+
+def _rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> tuple[RowReader, dict[str, int]]:
+    """The rows to train on; and for the manifest, their number and what is in them."""
+    if context.params.recovery.text != "calibration":
+        rows = PackedRows(context.world.on_rank0(lambda: prepare_rows(context, checkpoint)))
+        return rows, rows.counts
+    windows_ST = load_windows(context.input_path("windows"))
+    counts = {"rows": len(windows_ST), "windows": len(windows_ST), "tokens": windows_ST.numel()}
+    if context.has_input("reference"):
+        return DenseStates(context.input_path("reference")), counts
+    return lambda row: {"input_ids": windows_ST[row], "labels": windows_ST[row].clone()}, counts
 
 
 def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> Path:
@@ -162,9 +183,9 @@ def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -
     """File name of the packed rows, made from what they depend on: data, how it is cut, the tokenizer's files."""
     content = {
         "version": KINDS["recover"].version,
-        "settings": context.params.recovery.model_dump(include=ROW_SETTINGS, exclude={"path"}),
+        "settings": {name: value for name, value in context.params.recovery.row_settings().items() if name != "path"},
         "seed": context.params.seed,
-        "instructions": context.stage.inputs["instructions"].identity if context.has_input("instructions") else None,
+        "text": context.stage.inputs["text"].identity if context.has_input("text") else None,
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
         "several_to_a_row": checkpoint.family.keeps_apart,
         "tokenizer": FileHashes(None).of_files(checkpoint.path, checkpoint.tokenizer_files),
@@ -178,11 +199,14 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded
     Raises:
         UserError: if none of them can be trained on.
     """
-    settings, path = context.params.recovery, context.own_file("instructions")
+    settings, path = context.params.recovery, context.own_file("text")
     examples = islice(read_examples(settings.model_dump(), path, context.params.seed), settings.samples)
     encoded: list[Encoded | None] = []
-    while some := list(islice(examples, EXAMPLES_AT_ONCE)):
+    left = settings.tokens if settings.text == "documents" and settings.tokens else math.inf
+    done = 0
+    while left > 0 and (some := list(islice(examples, EXAMPLES_AT_ONCE))):
         encoded += encode(tokenizer, some, settings.sequence_length)
+        left -= sum(len(one.input_ids_T) for one in encoded[done:] if one is not None)
         done = len(encoded)
         context.progress.update("tokenizing", done, settings.samples or done + len(some))
     require_trainable(encoded, settings.sequence_length, f"recovery {path or settings.dataset}")

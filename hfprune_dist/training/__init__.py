@@ -1,1 +1,1 @@
-"""LoRA training: recovery and distillation."""
+"""Training: LoRA, or weights themselves, on labels or towards the dense model (README.md)."""

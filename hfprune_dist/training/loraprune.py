@@ -15,11 +15,11 @@ from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Owned, Units
-from hfprune_dist.training.optimizer import LoraOptimizer
+from hfprune_dist.training.optimizer import Optimizer
 
 
 def scores_of_units(
-    frozen: FrozenModel, layers: Mapping[int, list[Units]], optimizer: LoraOptimizer
+    frozen: FrozenModel, layers: Mapping[int, list[Units]], optimizer: Optimizer
 ) -> dict[tuple[str, int], Tensor]:
     """Score units by the gradients with which LoRA's next step will be done. Collective.
 

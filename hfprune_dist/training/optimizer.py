@@ -1,69 +1,73 @@
-"""LoRA's weights in training, and their optimizer. Frozen weights may be sharded over the ranks; these are small, and
-the same on every rank.
-"""
+"""What is trained, and its optimizer. Other weights may be sharded over the ranks; trained ones are whole on each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.config.training import Training
 from hfprune_dist.distributed.world import World
-from hfprune_dist.training.snapshot import MOMENTS, Snapshot
-
-MAX_GRAD_NORM = 1.0  # the default of transformers' Trainer, which the published recipe doesn't change
+from hfprune_dist.training.snapshot import MOMENTS, WEIGHTS, Snapshot
 
 
-class LoraOptimizer:
-    """AdamW on all of LoRA's weights in one float32 vector, of which the model's own, in its dtype, are copies.
+class Optimizer:
+    """AdamW on all trained weights in one float32 vector, of which the model's own, in its dtype, are copies.
+
+    LoRA's weights are few, so each rank has the vector. Otherwise ranks share it, with the moments (as ZeRO-1 does);
+    gradients are whole on each.
 
     Args:
-        parameters: the model's, by their names in a ``PeftModel``.
+        parameters: the model's, by the names that snapshots have for them.
         start: the snapshot to go on from.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, start: Snapshot) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: Training, start: Snapshot, world: World
+    ) -> None:
+        self._parameters, self._max_grad_norm, self._world = parameters, settings.max_grad_norm, world
+        self._shares, self._rank = (1, 0) if settings.method == "lora" else (world.size, world.rank)
         device = next(iter(parameters.values())).device
-
-        def vector(tensors: Mapping[str, Tensor], suffix: str = "") -> Tensor:
-            return torch.cat([tensors[name + suffix].flatten().to(device, torch.float32) for name in parameters])
-
-        self._weights = nn.Parameter(vector(start.tensors if start.step else parameters))
-        self._gradient = self._weights.grad = torch.zeros_like(self._weights)
-        self._adamw = torch.optim.AdamW([self._weights], weight_decay=weight_decay)
+        self._numbers = sum(parameter.numel() for parameter in parameters.values())
+        self._gradient = torch.empty(self._numbers, device=device)
+        own = self._share(self._rank)
         if start.step:
-            moments = {moment: vector(start.tensors, f".{moment}") for moment in MOMENTS}
+            weights = start.vector(WEIGHTS, own).to(device)
+        else:
+            for name, part in self._by_name(self._gradient).items():
+                part.copy_(parameters[name].detach())
+            weights = self._gradient[own].clone()
+        self._gradient.zero_()
+        self._weights = nn.Parameter(weights)
+        self._weights.grad = self._gradient[own]
+        self._adamw = torch.optim.AdamW([self._weights], weight_decay=settings.weight_decay)
+        if start.step:
+            moments = {moment: start.vector(moment, own).to(device) for moment in MOMENTS}
             self._adamw.state[self._weights] = {"step": torch.tensor(float(start.step)), **moments}
+        for name, sum_of_gradients in self.gradients().items():
+            parameters[name].register_post_accumulate_grad_hook(_adding_to(sum_of_gradients))
         self._show()
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by the parameters' names, float32."""
+        """The weights by the parameters' names, float32; LoRA's only."""
         return self._by_name(self._weights.data)
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that the next step will clip and use."""
+        """The gradients that the next step will clip and use, to which each backward adds its own."""
         return self._by_name(self._gradient)
 
-    def add_gradients(self) -> None:
-        """Take over what a backward left in the model's parameters."""
-        for name, gradient in self.gradients().items():
-            if (found := self._parameters[name].grad) is not None:
-                gradient += found
-            self._parameters[name].grad = None
-
-    def sum_over_ranks(self, world: World) -> None:
+    def sum_over_ranks(self) -> None:
         """Add up the ranks' gradients; collective."""
-        world.all_reduce(self._gradient)
+        self._world.all_reduce(self._gradient)
 
     def kept_share(self) -> Tensor:
         """The share of each gradient that is left once all of them are clipped, a scalar on the device."""
-        share: Tensor = MAX_GRAD_NORM / (self._gradient.norm() + 1e-6)
+        share: Tensor = self._max_grad_norm / (self._gradient.norm() + 1e-6)
         return share.clamp(max=1.0)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, do a step, and return the gradients' norm before clipping."""
+        """Clip, do a step, and return the gradients' norm before clipping; collective."""
         norm = self._gradient.norm()
         self._gradient *= self.kept_share()
         self._adamw.param_groups[0]["lr"] = learning_rate
@@ -72,13 +76,20 @@ class LoraOptimizer:
         self._show()
         return float(norm)
 
-    def state(self) -> dict[str, Tensor]:
-        """A snapshot's tensors, on the CPU."""
-        found = {name: weight.cpu() for name, weight in self.weights().items()}
-        for moment in MOMENTS:
-            parts = self._by_name(self._adamw.state[self._weights][moment])
-            found |= {f"{name}.{moment}": part.cpu() for name, part in parts.items()}
-        return found
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the parameters, in the vector's order."""
+        return {name: list(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The rank's share of the vector and of the moments, on the CPU; None if another rank has the same."""
+        if self._world.rank >= self._shares:
+            return None
+        moments = {moment: self._adamw.state[self._weights][moment].cpu() for moment in MOMENTS}
+        return {WEIGHTS: self._weights.detach().cpu(), **moments}
+
+    def _share(self, rank: int) -> slice:
+        size = -(-self._numbers // self._shares)
+        return slice(min(rank * size, self._numbers), min((rank + 1) * size, self._numbers))
 
     def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector's parts, as views of it."""
@@ -87,5 +98,32 @@ class LoraOptimizer:
 
     @torch.no_grad()
     def _show(self) -> None:
-        for name, weight in self.weights().items():
-            self._parameters[name].copy_(weight)
+        """Copy the weights to the model, each share from the rank that has it."""
+        for rank in range(self._shares):
+            share, weights = self._share(rank), self._weights.data
+            if self._shares > 1:
+                weights = weights if rank == self._rank else weights.new_empty(share.stop - share.start)
+                self._world.broadcast_tensor(weights, rank)
+            for parameter, there, here in self._overlaps(share):
+                parameter.data.view(-1)[there].copy_(weights[here])
+
+    def _overlaps(self, share: slice) -> Iterator[tuple[nn.Parameter, slice, slice]]:
+        """Parameters with numbers in a share of the vector: which of their numbers, and where in the share."""
+        begin = 0
+        for parameter in self._parameters.values():
+            end = begin + parameter.numel()
+            first, last = max(begin, share.start), min(end, share.stop)
+            if first < last:
+                yield parameter, slice(first - begin, last - begin), slice(first - share.start, last - share.start)
+            begin = end
+
+
+def _adding_to(sum_of_gradients: Tensor) -> Callable[[Tensor], None]:
+    """A hook that takes over what a backward left in a parameter."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        sum_of_gradients.add_(parameter.grad)
+        parameter.grad = None
+
+    return add

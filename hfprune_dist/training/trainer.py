@@ -1,18 +1,21 @@
-"""LoRA training on all ranks.
+"""Training on all ranks.
 
-Frozen weights are whole on each rank if they fit, and sharded otherwise; what is learnt differs by rounding only.
+With LoRA, frozen weights are whole on each rank if they fit, and sharded otherwise; what is learnt differs by rounding
+only. Weights that are trained themselves are whole on each rank, and their optimizer is shared.
 
 There are two losses, both means over the tokens of an optimizer step: that of the rows' labels, and the divergence from
-a dense model whose hidden states come with the rows. Units may be masked during training (LoRAPrune).
+the dense model, whose hidden states come with the rows, or which runs beside the model. Units may be masked during
+training (LoRAPrune).
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ from transformers.utils import logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_targets
-from hfprune_dist.checkpoints.tensor_files import is_usable
+from hfprune_dist.config import training as config
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
-from hfprune_dist.config.training import LoraTraining
 from hfprune_dist.core.devices import send
+from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs
+from hfprune_dist.core.head import next_ids
 from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
@@ -41,10 +45,12 @@ from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Shape
 from hfprune_dist.training.loraprune import UnitMasks, scores_of_units
-from hfprune_dist.training.optimizer import LoraOptimizer
+from hfprune_dist.training.optimizer import Optimizer
 from hfprune_dist.training.snapshot import LossLine, Snapshot
-from hfprune_dist.training.teacher_states import DENSE
+from hfprune_dist.training.teacher_states import DENSE, DenseStates
 from hfprune_dist.training.trackers import Trackers
+
+HELD_OUT_KL = "held_out_kl"
 
 
 @dataclass(frozen=True)
@@ -52,29 +58,52 @@ class FineTuning:
     """What to train, on which rows, and how far.
 
     Attributes:
-        section: the part of the configuration that the settings come from, for progress and messages.
         rows: reads a row by its number.
         schedule: which rows each step sees.
         total_steps: optimizer steps of the whole training, over all attempts.
-        warmup_steps: the first of these steps, in which the learning rate rises from 0.
-        distills: whether rows come with a dense model's final hidden states, and the loss is the divergence from it.
+        is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
+        teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
+        held_out: text for evaluations on the way.
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
     """
 
     checkpoint: Checkpoint
-    section: str
-    settings: LoraTraining
+    settings: config.Training
     seed: int
     rows: RowReader
     schedule: Schedule
     total_steps: int
-    warmup_steps: int
-    distills: bool = False
+    is_plain_text: bool = False
+    teacher: Checkpoint | None = None
+    held_out: DenseStates | None = None
     masked_to: Shape | None = None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return len(self.rows(0)["input_ids"])
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the rows of the first ``step`` steps."""
+        return config.rows_trained(self.schedule.rows, self.schedule.batch_size, step) * self.tokens
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether there is an evaluation after the first ``step`` steps."""
+        every = self.settings.evaluate_every
+        if self.held_out is None or every is None:
+            return False
+        return step == self.total_steps or self.tokens_at(step) // every > self.tokens_at(step - 1) // every
+
+    def has_converged(self, losses: Sequence[LossLine]) -> bool:
+        """Whether training ends early."""
+        divergences = [line[HELD_OUT_KL] for line in losses if HELD_OUT_KL in line]
+        patience = self.settings.patience or len(divergences)
+        return len(divergences) > patience and min(divergences[-patience:]) >= min(divergences[:-patience])
 
     def learning_rate(self, step: int) -> float:
         """That of an optimizer step, counted from 0: linear warm-up, then a cosine to zero."""
-        warmup, peak = self.warmup_steps, self.settings.learning_rate
+        peak = self.settings.learning_rate
+        warmup = min(self.settings.warmup_steps, self.total_steps // config.STEPS_PER_WARMUP_STEP)
         if step < warmup:
             return peak * step / warmup
         return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
@@ -89,7 +118,7 @@ def fine_tune(
     file: Path,
     run_folder: Path,
 ) -> Snapshot:
-    """Train from the snapshot of an earlier attempt, if any, to the last step, and return that step's snapshot.
+    """Train from the snapshot of an earlier attempt, if any, to the end, and return the last step's snapshot.
 
     Args:
         file: of the newest snapshot.
@@ -99,9 +128,8 @@ def fine_tune(
         UserError: if the loss or the gradient is no longer finite.
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
-    section = task.section
-    start = Snapshot.read(file) if world.on_rank0(lambda: is_usable(file)) else Snapshot()
-    if start.step == task.total_steps:
+    start = Snapshot.last(file, world)
+    if start.step == task.total_steps or task.has_converged(start.losses):
         return start
     training = Training(task, start, world, place_training(task, runtime.sharding, world))
     losses = list(start.losses)
@@ -111,25 +139,29 @@ def fine_tune(
             for key, value in values.items():
                 if not math.isfinite(value):
                     raise UserError(
-                        f"{section}: {key} is {value} at step {step}; lower {section}.learning_rate, or raise "
-                        f"{section}.warmup_steps; at step 1, check the checkpoint's weights"
+                        f"recovery: {key} is {value} at step {step}; lower recovery.learning_rate, or raise "
+                        "recovery.warmup_steps; at step 1, check the checkpoint's weights"
                     )
             values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
+            if task.evaluates_at(step):
+                values |= {"tokens": task.tokens_at(step), **training.evaluate()}
             losses.append({"step": step, **values})
             trackers.report(values, step)
-            progress.update(section, step, task.total_steps)
+            progress.update("recovery", step, task.total_steps)
             if world.is_first:
-                print(f"{section}: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
-            interrupted = interruption.agreed(world)
-            if step % runtime.save_every_steps == 0 or step == task.total_steps or interrupted:
-                world.on_rank0(lambda step=step: Snapshot(step, training.state(), losses).save(file))  # type: ignore[misc]
+                print(f"recovery: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
+            interrupted, ended = interruption.agreed(world), step == task.total_steps or task.has_converged(losses)
+            if step % runtime.save_every_steps == 0 or ended or interrupted:
+                training.save(file, step, losses)
             if interrupted:
                 raise Interrupted
+            if ended:
+                break
     return Snapshot.read(file)
 
 
 class Training:
-    """A model with LoRA layers in training, on one rank.
+    """A model in training, on one rank.
 
     Args:
         start: the snapshot to go on from.
@@ -141,12 +173,23 @@ class Training:
         self._task, self._world = task, world
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
-        rows = task.settings.micro_batch_size
-        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=task.distills)
+        rows, share = task.settings.micro_batch_size, task.settings.teacher_share
+        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=share > 0)
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
-        self._optimizer = LoraOptimizer(add_lora(model, task), task.settings.weight_decay, start)
+        self._teacher = None
+        if task.teacher is not None:  # whose memory is needed for the optimizer where that is shared
+            beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
+            self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
+        trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
+        head = task.checkpoint.family.head_of(model)
+        self._dense_head: tuple[Tensor, Tensor | None] | None = None
+        if not in_adapters(task) and any(part.requires_grad for part in head.parameters()):
+            copies = [None if part is None else part.detach().clone() for part in (head.weight, head.bias)]
+            assert copies[0] is not None
+            self._dense_head = copies[0], copies[1]
+        self._optimizer = Optimizer(trained, task.settings, start, world)
         self._after = after_head(task.checkpoint)
         self._masks = None
         if task.masked_to is not None:
@@ -161,16 +204,16 @@ class Training:
         """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it."""
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
         batches = list(self._micro_batches(step))
-        tokens = torch.tensor(sum(batch.tokens for batch in batches))
+        tokens = torch.tensor([sum(batch.labels for batch in batches), sum(batch.tokens for batch in batches)])
         world.all_reduce(tokens)  # of all ranks
+        labels, tokens_of_teacher = tokens.tolist()
         loss = torch.zeros((), device=world.device)
         for batch in batches:
             torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
-            term = self._loss(batch) / int(tokens)
+            term = self._loss(batch, labels, tokens_of_teacher)
             loss += term.detach()
             term.backward()
-            self._optimizer.add_gradients()
-        self._optimizer.sum_over_ranks(world)
+        self._optimizer.sum_over_ranks()
         if self._masks is not None:
             scores = scores_of_units(self._frozen, self._masks.kinds_by_layer, self._optimizer)
             self._masks.update(scores, step + 1, task.total_steps)
@@ -193,59 +236,143 @@ class Training:
             for row in rows[counted:]:
                 row["labels"].fill_(IGNORED)
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            tokens = counted * tensors["input_ids"].shape[1]
-            if not task.distills:
-                with_loss_BT = tensors["labels"] != IGNORED
-                tokens = int(with_loss_BT[:, 1:].sum())
-                # Nothing depends on what comes after the last token with a loss.
-                end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if tokens else 2
+            with_loss_BT = tensors["labels"] != IGNORED
+            labels = tokens = int(with_loss_BT[:, 1:].sum())
+            if task.is_plain_text:
+                tokens = counted * task.tokens
+            else:  # nothing depends on what comes after the last token with a loss
+                end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if labels else 2
                 tensors = {name: tensor[:, :end] for name, tensor in tensors.items()}
-            yield _MicroBatch(tensors, counted, tokens, int(digest_of([task.seed, step, first])[:15], 16))
+            yield _MicroBatch(tensors, counted, labels, tokens, int(digest_of([task.seed, step, first])[:15], 16))
 
-    def _loss(self, batch: _MicroBatch) -> Tensor:
-        """The sum of a micro-batch's losses."""
-        device, model = self._world.device, self._frozen.module
+    def _loss(self, batch: _MicroBatch, labels: int, tokens: int) -> Tensor:
+        """A micro-batch's part of the loss, which is a mean over so many labels, and tokens that the teacher judges."""
+        device, model, share = self._world.device, self._frozen.module, self._task.settings.teacher_share
         tensors = {
             name: send(tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype), device)
             for name, tensor in batch.tensors.items()
             if name != "labels"
         }
-        if self._task.distills:
-            dense_BTC, body = tensors.pop(DENSE), self._task.checkpoint.family.body_of(model)
-            both = body(**tensors, use_cache=False).last_hidden_state, dense_BTC
-            hidden_NC, dense_NC = (states_BTC[: batch.counted].flatten(0, 1) for states_BTC in both)
-            with self._frozen.head() as (weight_VC, bias_V):
-                return summed_divergence(hidden_NC, dense_NC, weight_VC, bias_V, self._after)
         # On the host, which would have to wait for a GPU to find them.
         targets_N = nn.functional.pad(batch.tensors["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
         texts = packed_rows(batch.tensors.get("position_ids"), device)
-        with texts, self._frozen.head_at(places_N):  # with a cache, rows would not count as packed
-            logits_NV = model(**tensors, use_cache=False).logits[0].float()
-        return nn.functional.cross_entropy(logits_NV, send(targets_N[places_N], device), reduction="sum")
+        if not share:
+            with texts, self._frozen.head_at(places_N):  # with a cache, rows would not count as packed
+                logits_NV = model(**tensors, use_cache=False).logits[0].float()
+            targets_N = send(targets_N[places_N], device)
+            return nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / labels
+        with texts:
+            dense_BTC = tensors.pop(DENSE) if self._teacher is None else self._teacher.final_hidden_of(tensors)
+            hidden_BTC = self._task.checkpoint.family.body_of(model)(**tensors, use_cache=False).last_hidden_state
+        if self._task.is_plain_text:
+            judged: slice | Tensor = slice(0, batch.counted * hidden_BTC.shape[1])
+            targets_N = targets_N[judged]
+        else:
+            judged, targets_N = send(places_N, device), targets_N[places_N]
+        hidden_NC, dense_NC = (states_BTC.flatten(0, 1)[judged] for states_BTC in (hidden_BTC, dense_BTC))
+        with self._head() as (weight_VC, bias_V):
+            divergence = summed_divergence(
+                hidden_NC,
+                dense_NC,
+                weight_VC,
+                bias_V,
+                self._after,
+                labels_N=send(targets_N, device) if share < 1 else None,
+                label_weight=(1 - share) / share * tokens / max(labels, 1),
+                dense_head=self._dense_head,
+            )
+        return divergence * (share / tokens)
 
-    def state(self) -> dict[str, Tensor]:
-        """A snapshot's tensors, on the CPU."""
+    @contextmanager
+    def _head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The model's head, within the context; the parameters themselves if it is trained."""
+        if self._dense_head is not None:
+            head = self._task.checkpoint.family.head_of(self._frozen.module)
+            yield head.weight, head.bias
+            return
+        with self._frozen.head() as (weight_VC, bias_V):
+            yield weight_VC, bias_V
+
+    @torch.no_grad()
+    def evaluate(self) -> LossLine:
+        """Compare the model as it is with the dense one on the held-out text; collective."""
+        states, world = self._task.held_out, self._world
+        assert states is not None
+        self._frozen.module.eval()
+        sums: list[FidelitySums] = []
+        for first in range(0, len(states.windows_ST), world.size):  # ranks with fewer windows repeat the last
+            index = min(first + world.rank, len(states.windows_ST) - 1)
+            hidden_TC = self._frozen.final_hidden(states.windows_ST[index])
+            dense_TC = states.hidden(index).to(world.device, self._dtype)
+            with self._head() as (weight_VC, bias_V):
+                dense = Outputs(dense_TC, *(self._dense_head or (weight_VC, bias_V)), self._after)
+                model = Outputs(hidden_TC, weight_VC, bias_V, self._after)
+                sums += world.all_gather(
+                    compare_outputs(dense, model, send(next_ids(states.windows_ST[index]), world.device))
+                )
+        self._frozen.module.train()
+        means = sum(sums[: len(states.windows_ST)], FidelitySums()).means()
+        return {HELD_OUT_KL: means["kl"], "held_out_perplexity": means["perplexity"]}
+
+    def save(self, file: Path, step: int, losses: list[LossLine]) -> None:
+        """Write a snapshot; collective."""
         masks = {} if self._masks is None else self._masks.state()
-        return masks | self._optimizer.state()
+        snapshot = Snapshot(step, masks, losses, self._optimizer.shapes())
+        snapshot.save(file, self._optimizer.state(), self._world)
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows of a forward of one rank, stacked; the first ``counted`` have a loss, over so many ``tokens``."""
+    """Rows of a forward of one rank, stacked; the first ``counted`` have a loss, over so many ``labels``, and so many
+    ``tokens`` that the teacher judges.
+    """
 
     tensors: dict[str, Tensor]
     counted: int
+    labels: int
     tokens: int
     seed: int
 
 
 def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
-    settings, sizes = task.settings, Sizes.from_checkpoint(task.checkpoint)
-    rows, tokens, masks = settings.micro_batch_size, len(task.rows(0)["input_ids"]), task.masked_to is not None
-    need = training_need(settings, sizes, rows, tokens, distills=task.distills, masks=masks)
+    sizes, masks = Sizes.from_checkpoint(task.checkpoint), task.masked_to is not None
+    need = training_need(task.settings, sizes, task.tokens, has_teacher=task.teacher is not None, masks=masks)
     return placement_here(need, sharding, world)
+
+
+def in_adapters(task: FineTuning) -> bool:
+    """Whether LoRA is trained, and not the weights themselves."""
+    return task.settings.method == "lora"
+
+
+def parts_to_train(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter]:
+    """Unfreeze what a recipe trains of a model's decoder and head; return these parameters by name.
+
+    Raises:
+        UserError: if the checkpoint's files have one of them in another form.
+    """
+    family, settings = task.checkpoint.family, task.settings
+    body, head = family.body_of(model), family.head_of(model)
+    modules: list[nn.Module] = [body, head] if settings.method == "full" else []
+    for part in settings.parts if settings.method == "parts" else ():
+        if part == "norms":
+            modules += [module for module in body.modules() if type(module).__name__.endswith("Norm")]
+        elif part.startswith("last_"):
+            modules += family.layers_of(model)[-int(part.split("_")[1]) :]
+        else:
+            modules.append(head if part == "lm_head" else model.get_submodule(family.embedding))
+    wanted = {parameter for module in modules for parameter in module.parameters()}
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter in wanted}
+    for name, parameter in found.items():
+        if name not in task.checkpoint.tensors or not parameter.is_contiguous():
+            raise UserError(
+                f"recovery.method {settings.method}: {task.checkpoint.path} has {name} in another form in its files; "
+                "set recovery.method to lora"
+            )
+        parameter.requires_grad_(True)
+    return found
 
 
 def add_lora(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter]:

@@ -166,7 +166,7 @@ def _settings(common: Mapping[str, Any], stages: Mapping[Any, Mapping[str, Any]]
     """
     if KINDS[kind].on_one_rank and kind in stages:
         common = {**common, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, common["gpus_per_node"])}
-    own = stages.get(kind, stages.get("recover", {}) if KINDS[kind].trains_on_pairs else {})
+    own = stages.get(kind, stages.get("recover", {}) if KINDS[kind].trains else {})
     merged = {**common, **own}
     for key in ("environment", "sbatch"):
         if isinstance(own.get(key), dict):

@@ -31,7 +31,7 @@ def test_layers_defaults_file_command_line(tmp_path):
 
 
 def test_the_papers_recipe_is_the_default():
-    recovery = load_config([], {}).recovery
+    recovery = load_config([], {}).recovery.trainings()["lora"]
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)
     assert (recovery.epochs, recovery.batch_size, recovery.weight_decay, recovery.warmup_steps) == (2.0, 128, 0.0, 0)
 

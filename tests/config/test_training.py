@@ -1,12 +1,16 @@
-"""How long recovery trains."""
+"""How long recovery trains, and what its recipes leave to the section."""
 
 from fractions import Fraction
 from math import ceil
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.load import load_config
+from hfprune_dist.config.training import Training
+from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.errors import UserError
 
 
 @given(hundredths=st.integers(1, 1000), steps_per_epoch=st.integers(1, 10_000))
@@ -14,5 +18,51 @@ from hfprune_dist.config.training import RecoveryConfig
 def test_epochs_are_as_many_as_are_written(hundredths, steps_per_epoch):
     """In binary, 1.1 epochs of 10 steps are a little more than 11 steps."""
     expected = ceil(Fraction(hundredths, 100) * steps_per_epoch)
-    assert RecoveryConfig(epochs=hundredths / 100).steps(steps_per_epoch) == expected
-    assert RecoveryConfig(epochs=hundredths / 100, max_steps=5).steps(steps_per_epoch) == 5
+    assert Training(epochs=hundredths / 100, batch_size=1).steps(steps_per_epoch, 8) == expected
+    assert Training(epochs=hundredths / 100, max_steps=5).steps(steps_per_epoch, 8) == 5
+
+
+@pytest.mark.parametrize(("written", "tokens"), [("300k", 300_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), (7, 7)])
+def test_a_budget_of_tokens_is_as_many_steps_as_it_takes(written, tokens):
+    training = Training(tokens=written, batch_size=4)
+    assert training.tokens == tokens
+    assert training.steps(40, 100) == ceil(Fraction(tokens, 400))
+
+
+def trainings_of(**settings):
+    return load_config([], {f"recovery.{name}": value for name, value in settings.items()}).recovery.trainings()
+
+
+def test_defaults_follow_from_what_is_trained_and_what_is_learnt():
+    recipes = {"a": {"objective": "distill"}, "b": {"method": "full", "batch_size": 8}, "c": {"method": "parts"}}
+    found = trainings_of(recipes=recipes)
+    settings = {name: (each.learning_rate, each.batch_size, each.weight_decay) for name, each in found.items()}
+    assert settings == {"a": (1e-3, 16, 0.0), "b": (1e-4, 8, 0.05), "c": (1e-4, 128, 0.05)}
+    assert list(trainings_of(objective=0.5)) == ["lora-mixed"] and list(trainings_of(method="none")) == ["none"]
+
+
+def test_recipes_read_back_as_they_were_and_take_their_own_texts_alone(tmp_path):
+    recipes = {"small": {}, "large": {"rank": 32, "dataset": "a/b", "text": "documents", "tokens": "1M"}}
+    config = load_config([], {"recovery.path": "/x.jsonl", "recovery.rank": 8, "recovery.recipes": recipes})
+    (tmp_path / "written.yaml").write_text(to_yaml(config.model_dump()))
+    for read in (config, load_config([tmp_path / "written.yaml"], {})):
+        small, large = read.recovery.trainings().values()
+        assert (small.rank, small.path, large.rank, large.path, large.dataset) == (8, "/x.jsonl", 32, None, "a/b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"recipes": {"a": {"text": "documents"}}}, "recipes.a: documents of a data set have no end"),
+        ({"text": "documents"}, "recovery: documents of a data set have no end: set tokens"),
+        ({"recipes": {"none": {}}}, "choose another name"),
+        ({"recipes": {"a": {"objektive": "labels"}}}, "unknown key 'recovery.recipes.a.objektive'"),
+        ({"tokens": "3 million"}, "recovery.tokens"),
+        ({"parts": ["first_3_layers"]}, "recovery.parts.0"),
+        ({"objective": 1.5}, "recovery.objective"),
+    ],
+)
+def test_recipes_that_say_nothing_sensible(settings, told):
+    with pytest.raises(UserError) as error:
+        trainings_of(**settings)
+    assert told in str(error.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import head, losses
-from hfprune_dist.core.head import Batch, Rows
+from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
     _counted_bits,
@@ -143,7 +143,8 @@ def test_neither_chunks_nor_micro_batches_change_labels_or_signs(monkeypatch, cr
 def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_head_alone(
     monkeypatch, tokens_a_chunk, has_bias
 ):
-    hidden_NC, dense_NC, weight_VC, bias_V = (some_logits(*shape) for shape in ((13, 8), (13, 8), (17, 8), (1, 17)))
+    shapes = (13, 8), (13, 8), (17, 8), (1, 17)
+    hidden_NC, dense_NC, weight_VC, bias_V = (some_logits(*shape, seed) for seed, shape in enumerate(shapes))
     monkeypatch.setattr(head, "CHUNK_BYTES", tokens_a_chunk * 17 * 8)
     bias_V = bias_V[0] if has_bias else None
     ours, theirs = hidden_NC.clone().requires_grad_(), hidden_NC.clone().requires_grad_()
@@ -155,6 +156,28 @@ def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_hea
     (expected * 3).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
     assert weight_VC.grad is None
+
+
+@pytest.mark.parametrize("after", [NOTHING, AfterHead(0.5, 3.0)])
+def test_a_trained_head_and_labels_get_the_gradients_of_a_loss_on_all_logits(monkeypatch, after):
+    shapes = (13, 8), (13, 8), (17, 8), (17, 8), (1, 17)
+    hidden_NC, dense_NC, weight_VC, dense_VC, bias_V = (some_logits(*shape, seed) for seed, shape in enumerate(shapes))
+    bias_V = bias_V[0]
+    labels_N = torch.arange(13).where(torch.arange(13) % 3 > 0, -100)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 17 * 8)
+    ours, theirs = ([part.clone().requires_grad_() for part in (hidden_NC, weight_VC, bias_V)] for _ in range(2))
+    learns = {"labels_N": labels_N, "label_weight": 0.7, "dense_head": (dense_VC, None)}
+    loss = summed_divergence(ours[0], dense_NC, *ours[1:], after, **learns)
+    logits_NV, dense_NV = torch.nn.functional.linear(*theirs), dense_NC @ dense_VC.T
+    if after.cap:
+        logits_NV, dense_NV = (after.cap * (after.scale * each / after.cap).tanh() for each in (logits_NV, dense_NV))
+    labelled = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+    expected = kl(logits_NV, dense_NV).sum() + 0.7 * labelled
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (loss * 3).backward()
+    (expected * 3).backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_no_tokens_are_no_divergence_but_keep_the_graph():

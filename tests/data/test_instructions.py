@@ -55,6 +55,15 @@ def test_long_pairs_are_cut_and_pairs_without_response_dropped():
     assert empty is None
 
 
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_long_documents_are_divided_into_pieces_with_loss_on_all_of_them(bos):
+    pieces = encode_pairs([("", "x" * 40)], 16, bos)
+    start, ids = [] if bos is None else [bos], [*tokenize(["x" * 40])[0], EOS]
+    assert [*(token for piece in pieces for token in piece.input_ids_T[len(start) :])] == ids
+    assert len(pieces) > 2 and all(piece.trained_T.all() and len(piece.input_ids_T) <= 16 for piece in pieces)
+    assert all(piece.input_ids_T[: len(start)].tolist() == start for piece in pieces)
+
+
 def test_packing_places_every_pair_once_and_fills_rows_well():
     generator = random.Random(0)
     lengths = [generator.randint(5, 100) for _ in range(3000)]
@@ -102,7 +111,8 @@ MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 def examples_in(folder, *records, **fields):
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return list(read_examples({"instruction_field": "instruction", "response_field": "response", **fields}, file, 0))
+    usual = {"text": "instructions", "instruction_field": "instruction", "response_field": "response"}
+    return list(read_examples({**usual, **fields}, file, 0))
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by what turns add", "by the template's marks"])

@@ -20,7 +20,7 @@ from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import lora_targets
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.core import head, portions
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.observers import UnitSums
@@ -165,8 +165,8 @@ def test_lora_training(tmp_path, model_type, dropout):
     targets = lora_targets(checkpoint.family)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=targets)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    settings = RecoveryConfig(rank=4, dropout=dropout)
-    need = training_need(settings, Sizes.from_checkpoint(checkpoint), 2, 64, distills=False)
+    settings = Training(rank=4, dropout=dropout, micro_batch_size=2)
+    need = training_need(settings, Sizes.from_checkpoint(checkpoint), 64)
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.randint(64, (2, 64)), use_cache=False)
         check(need.activations, counted())

@@ -21,10 +21,10 @@ def stages(tmp_path_factory):
     own.write_text(yaml.safe_dump({"prunes_in": "recovery", "allocation": "local"}))
     mixture = [{"path": str(folder / "calibration.jsonl")}, {"path": str(folder / "heldout.jsonl")}]
     of_texts = {"calibration__path": None, "calibration__mixture": mixture}
-    distilled = folder / "distilled.yaml"
-    distilled.write_text(yaml.safe_dump({"criterion": "entropy", "distill": 1}))
-    methods = [str(distilled), str(own)]
-    plans = [planned(file, methods=methods, efficiency__enabled=True, **texts)[1] for texts in ({}, of_texts)]
+    recipes = {"lora": {}, "both": {"text": "calibration", "objective": 0.5}}
+    settings = {"efficiency__enabled": True, "recovery__recipes": recipes}
+    methods = ["hfprune", str(own)]
+    plans = [planned(file, methods=methods, **settings, **texts)[1] for texts in ({}, of_texts)]
     return [stage for plan in plans for stage in plan.stages.values()]
 
 

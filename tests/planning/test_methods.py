@@ -27,7 +27,6 @@ METHODS = st.builds(
     allocation=st.sampled_from(get_args(Allocation)),
     protect_last=st.sampled_from([0, 0, 1]),
     refit=st.sampled_from(get_args(Refit)),
-    distill=st.sampled_from([0, 0, 1]),
 )
 
 

@@ -135,10 +135,11 @@ def test_what_affects_a_result_changes_its_fingerprint_and_no_other(world, chang
 
 
 def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
-    """Recovery and distillation keep a shape, so they share its measurement."""
+    """Trainings keep a shape, so they share its measurement."""
     plain = plan_of(world)
-    own = {name: Method(criterion="surgeon", refit="block", distill=passes) for name, passes in (("m", 0), ("d", 2))}
-    before, after = (plan_of(world, own=own, efficiency__enabled=on, device="here") for on in (False, True))
+    recipes = {"lora": {}, "full": {"method": "full"}}
+    settings = {"recovery__recipes": recipes, "device": "here"}
+    before, after = (plan_of(world, efficiency__enabled=on, **settings) for on in (False, True))
     assert "efficiency" not in kinds(plain) and list(before.stages) == [
         key for key, stage in after.stages.items() if stage.kind != "efficiency"
     ]
@@ -299,22 +300,51 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(world):
     assert alone.params.dtype and alone.params.micro_batch_size
 
 
-def test_distillation_comes_last_and_shares_what_was_pruned(world):
-    plain = Method(criterion="surgeon", refit="block")
-    own = {"plain": plain, "distilled": plain.model_copy(update={"distill": 2})}
-    plan = plan_of(world, models=["a"], own=own, ratios=[0.2])
-    *_, plain, distilled = (cell.producers for cell in plan.cells)
-    assert distilled[:2] == plain[:2]
-    importance, prune, reference, distill, recover = (plan.stages[stage_id] for stage_id in distilled)
-    assert (distill.kind, distill.needs, recover.needs) == ("distill", [prune.id, reference.id], [distill.id])
-    assert reference.inputs["model"] == prune.inputs["model"] and reference.needs == [importance.id]
-    assert distill.params.passes == 2
+def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
+    """The dense model is the control of what learns from labels; from itself it would learn nothing."""
+    recipes = {
+        "none": {"method": "none"},
+        "lora": {},
+        "again": {"text": "calibration", "objective": "distill", "epochs": 3.0},
+        "more": {"text": "calibration", "objective": 0.5, "method": "full"},
+        "beside": {"objective": "distill", "method": "parts", "evaluate_every": "30k"},
+    }
+    plan = plan_of(world, models=["a"], ratios=[0.2], recovery__recipes=recipes)
+    rows = {(cell.ratio, cell.recovery): cell for cell in plan.cells}
+    assert [name for ratio, name in rows if ratio] == list(recipes)
+    assert [name for ratio, name in rows if not ratio] == ["none", "lora", "more"]
+    assert rows[0.2, "again"].label == "a 0.2 surgeon-uniform-block + again"
+    trained = {place: plan.stages[cell.producers[-1]] for place, cell in rows.items() if cell.producers}
+    inputs = {name: set(stage.inputs) for (ratio, name), stage in trained.items() if ratio}
+    assert inputs == {
+        "none": {"model", "importance"},
+        "lora": {"model", "text"},
+        "again": {"model", "windows", "reference"},
+        "more": {"model", "windows", "reference"},
+        "beside": {"model", "text", "dense", "held-out"},
+    }
+    cut = trained[0.2, "none"]
+    assert {stage.inputs["model"] for (ratio, name), stage in trained.items() if ratio and name != "none"} == {
+        cut.as_input()
+    }
+    *_, importance, reference, last = (plan.stages[stage_id] for stage_id in rows[None, "more"].producers)
+    assert reference.needs == [importance.id] and reference.id in rows[0.2, "again"].producers
+    assert last.params.recovery.tokens is None and trained[0.2, "beside"].params.recovery.evaluate_every == 30_000
+
+
+def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_from_it(world, monkeypatch):
+    monkeypatch.setattr("hfprune_dist.planning.build_plan.STORED_BYTES", 10)
+    plan = plan_of(world, models=["a"], recovery__text="calibration", recovery__objective="distill")
+    assert {role for stage in stages_of(plan, "recover") for role in stage.inputs} == {"model", "windows", "dense"}
 
 
 @pytest.mark.parametrize(
     "idle",
     [
         {"recovery__revision": "abc"},
+        {"recovery__text_field": "response"},
+        {"recovery__epochs": 7.0, "recovery__tokens": "30k"},
+        {"recovery__rank": 4, "recovery__method": "full"},
         {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
         {"prune__effort": "quick", "methods": ["hfprune"]},
         {"methods": ["loraprune"], "ratios": [0.1], "calibration__samples": 8},
@@ -322,7 +352,7 @@ def test_distillation_comes_last_and_shares_what_was_pruned(world):
     ],
 )
 def test_a_setting_that_changes_nothing_makes_no_stage_run_again(world, idle):
-    name = [key for key in idle if key not in ("methods", "recovery__method")][-1]
+    name = [key for key in idle if key not in ("methods", "recovery__method", "recovery__tokens")][-1]
     without = {key: value for key, value in idle.items() if key != name}
     plans = [plan_of(world, models=["a"], **settings) for settings in (without, idle)]
     assert plans[0].stages.keys() == plans[1].stages.keys()

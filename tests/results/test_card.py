@@ -89,7 +89,7 @@ def test_people_read_how_it_was_made(config, tmp_path):
     for shown in (
         "| ratio asked | 0.2 of all parameters |",
         "| calibrated on | the file `calibration.jsonl` |",
-        "| LoRA trained on | the file `pairs.jsonl` |",
+        "| trained on | the file `pairs.jsonl` |",
         "| reached | 0.1987 | 0.0000 |",
         "| width | 7-9 | 48 |",
         "| KL | 0.250±0.031 | 0.000±0.031 |",

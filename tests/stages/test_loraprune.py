@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.lora_adapter import read_adapter
 from hfprune_dist.checkpoints.write_pruned import staying
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.planning.shapes import shape_for
 from hfprune_dist.planning.target import Target
 from hfprune_dist.store.artifacts import Store
@@ -36,13 +36,13 @@ def source(tmp_path_factory):
 
 
 def lay_out(source, root, *, steps=STEPS, **changes):
-    settings = RecoveryConfig(**{**RECOVERY, "max_steps": steps})
+    settings = Training(**{**RECOVERY, "max_steps": steps})
     recovery = settings.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
     params = {"recovery": recovery, "seed": 0, "ratio": 0.2, "structures": ["neurons", "kv_groups"]}
     params |= {"multiple_of": 1, "tensor_parallel": 1, "protect_first": 1, "protect_last": 1}
     inputs = {
         "model": Input("model", str(source / "model")),
-        "instructions": Input("pairs", str(source / "pairs.jsonl")),
+        "text": Input("pairs", str(source / "pairs.jsonl")),
     }
     return Store(root), stage_of("loraprune", "tiny", params | changes, inputs)
 

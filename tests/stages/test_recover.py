@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.data.instructions import save_rows
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages import training
@@ -30,9 +30,9 @@ RUNTIME = {"sharding": "replicate", "save_every_steps": 2, "collective_timeout_m
 
 
 def make_stage(source, **changes):
-    settings = RecoveryConfig(**{**RECOVERY, **changes})
+    settings = Training(**{**RECOVERY, **changes})
     recovery = settings.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
-    files = {"model": source / "model", "instructions": source / "pairs.jsonl"}
+    files = {"model": source / "model", "text": source / "pairs.jsonl"}
     inputs = {role: Input(role, str(file)) for role, file in files.items()}
     return stage_of("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
 

@@ -23,7 +23,6 @@ from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.units import Block, neurons
 from hfprune_dist.training import trainer
 from hfprune_dist.training.loraprune import UnitMasks
-from hfprune_dist.training.optimizer import MAX_GRAD_NORM
 from hfprune_dist.training.snapshot import Snapshot
 
 STEPS = 4
@@ -54,7 +53,7 @@ def expected_scores(task, snapshot, step):
     rows = [task.rows(row) for row in task.schedule.rows_of(step)]
     model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
     grads = [it.grad for it in model.parameters() if it.requires_grad]
-    share = min(1.0, MAX_GRAD_NORM / float(torch.cat([it.flatten() for it in grads]).norm()))
+    share = min(1.0, settings.max_grad_norm / float(torch.cat([it.flatten() for it in grads]).norm()))
     found = {}
     for layer, kinds in masks.kinds_by_layer.items():
         for units in kinds:
@@ -77,7 +76,7 @@ def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, r
     monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole, False, fits=True))
     save = Snapshot.save
     monkeypatch.setattr(
-        Snapshot, "save", lambda self, file: [save(self, it) for it in (file, tmp_path / str(self.step))]
+        Snapshot, "save", lambda self, file, *own: [save(self, it, *own) for it in (file, tmp_path / str(self.step))]
     )
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", variant, **SMALL))
     task = masking_task(checkpoint, micro_batch_size=2)

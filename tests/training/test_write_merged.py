@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import SoloWorld
 from tiny import save_tiny
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.training import RecoveryConfig
+from hfprune_dist.config.training import Training
 from hfprune_dist.errors import UserError
-from hfprune_dist.stages.training import write_merged
+from hfprune_dist.stages.training import write_trained
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.training.snapshot import Snapshot
 
@@ -22,11 +23,14 @@ def told_of_merging(folder, dtype, factor_a, factor_b):
     neurons, hidden_size = checkpoint.tensors[f"{module}.weight"].shape
     factors = {"A": torch.full((1, hidden_size), factor_a), "B": torch.full((neurons, 1), factor_b)}
     parameters = {f"base_model.model.{module}.lora_{it}.default.weight": factor for it, factor in factors.items()}
-    draft, settings = folder / "draft", RecoveryConfig(rank=1, alpha=1)
+    draft, settings = folder / "draft", Training(rank=1, alpha=1)
     draft.mkdir()
-    trained = Snapshot(1, parameters, [])
+    shapes = {name: list(factor.shape) for name, factor in parameters.items()}
+    whole = {"weights": torch.cat([factor.flatten() for factor in parameters.values()])}
+    Snapshot(1, shapes=shapes).save(folder / "snapshot", whole, SoloWorld())
+    trained = Snapshot.read(folder / "snapshot")
     with pytest.raises(UserError) as error:
-        Ranks(3).run(lambda world: write_merged(checkpoint, trained, settings, draft, world, Progress(None)))
+        Ranks(3).run(lambda world: write_trained(checkpoint, trained, settings, draft, world, Progress(None)))
     assert len(checkpoint.weight_files) >= 3 and not (draft / "config.json").exists()
     return f"{module}.weight", str(error.value)
 

@@ -1,4 +1,4 @@
-"""The distill stage: it brings a pruned model closer to the dense one, on any number of real ranks."""
+"""Recovery by distillation on calibration windows: closer to the dense model, on any number of real ranks."""
 
 import shutil
 
@@ -7,19 +7,22 @@ import torch
 from made_stages import being_made, stage_of
 from ranks import SoloWorld, killing, metrics_of, run_stage
 from tiny import save_tiny
-from trained import losses_of, weights_of
+from trained import assert_same_weights, losses_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
-from hfprune_dist.config.training import DistillationConfig
+from hfprune_dist.config.training import Training
+from hfprune_dist.data.windows import save_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.teacher_states import write_dense_states
 
 REFERENCE, PRUNE = stage_of("reference", "tiny", {}, {}), stage_of("prune", "tiny", {}, {})
+PASS = stage_of("importance", "tiny", {}, {})
 WINDOWS, TOKENS, MICRO_BATCH = 6, 24, 2
 RUNTIME = {"collective_timeout_minutes": 1, "save_every_steps": 3}
 
@@ -35,6 +38,8 @@ def source(tmp_path_factory):
     dense = open_checkpoint(save_tiny(folder / "dense"))
     store = Store(folder / "store")
     make_reference(store, dense, torch.float32)
+    with being_made(store, PASS) as draft:
+        save_windows(windows(), draft)
     kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
     with being_made(store, PRUNE) as draft:
         for file in dense.weight_files:
@@ -49,10 +54,14 @@ def make_reference(store, dense, dtype):
         write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
 
 
-def lay_out(source, folder, passes=6, **settings):
+def lay_out(source, folder, teacher="reference", **settings):
     """Copy the source's store, and return it with a stage to run in it."""
     shutil.copytree(source / "store", folder / "store")
     defaults = {
+        "text": "calibration",
+        "objective": "distill",
+        "dropout": 0.0,
+        "epochs": 6.0,
         "batch_size": 4,
         "micro_batch_size": MICRO_BATCH,
         "learning_rate": 1e-2,
@@ -61,10 +70,10 @@ def lay_out(source, folder, passes=6, **settings):
         "alpha": 8,
         "dtype": "float32",
     }
-    distillation = DistillationConfig(**defaults | settings).model_dump()
-    inputs = {"model": PRUNE.as_input(), "reference": REFERENCE.as_input()}
-    params = {"distillation": distillation, "passes": passes, "seed": 0}
-    return Store(folder / "store"), stage_of("distill", "tiny", params, inputs)
+    teachers = {"reference": REFERENCE.as_input(), "dense": Input("dense", str(source / "dense"))}
+    inputs = {"model": PRUNE.as_input(), "windows": PASS.as_input(), teacher: teachers[teacher]}
+    params = {"recovery": Training(**defaults | settings), "seed": 0}
+    return Store(folder / "store"), stage_of("recover", "tiny", params, inputs)
 
 
 def finish(store, stage, ranks):
@@ -124,8 +133,29 @@ def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source,
 @pytest.mark.slow
 def test_short_distillations_learn_too(source, tmp_path):
     """If all steps were warm-up, the only one would have a learning rate of 0."""
-    store, stage = lay_out(source, tmp_path, passes=1, batch_size=WINDOWS, warmup_steps=4)
+    store, stage = lay_out(source, tmp_path, epochs=1.0, batch_size=WINDOWS, warmup_steps=4)
     finish(store, stage, ranks=1)
     before, after = weights_of(store.handle(PRUNE.id).artifact), weights_of(store.handle(stage.id).artifact)
     changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
     assert len(changed) == 2 * 7, "every projection of both layers"
+
+
+@pytest.mark.slow
+def test_all_weights_are_trained_beside_the_dense_model_and_a_kill_changes_nothing(source, tmp_path):
+    """The teacher runs sharded over two ranks, which share the optimizer."""
+    settings = {"method": "full", "learning_rate": 2e-3, "epochs": 3.0}
+    (tmp_path / "whole").mkdir()
+    store, stage = lay_out(source, tmp_path / "whole", "dense", **settings)
+    finish(store, stage, ranks=2)
+    (tmp_path / "killed").mkdir()
+    again, _ = lay_out(source, tmp_path / "killed", "dense", **settings)
+    assert run_stage(again, stage, 2, environment=killing(1, 4, "/snapshot-"), **RUNTIME).returncode != 0
+    assert "step 1/" not in finish(again, stage, ranks=2)
+    dense = AutoModelForCausalLM.from_pretrained(source / "dense")
+    folders = [each.handle(stage.id).artifact for each in (store, again)]
+    models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]
+    assert divergence(dense, models[0]) < 0.8 * losses_of(store, stage)[0]
+    assert_same_weights(*folders)
+    assert not (folders[0] / "adapter").exists()
+    changed = weights_of(store.handle(PRUNE.id).artifact)
+    assert all(not torch.equal(tensor, changed[name]) for name, tensor in weights_of(folders[0]).items())

@@ -1,0 +1,177 @@
+"""Every recipe against a plain loop, on any number of ranks, interrupted and not."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from fine_tunings import ROWS, TOKENS, make_task, train
+from ranks import SoloWorld
+from tiny import save_tiny
+from torch.nn.functional import cross_entropy, kl_div
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.training.teacher_states import DENSE
+from hfprune_dist.training.trainer import add_lora, fine_tune, parts_to_train
+
+RECIPES = {
+    "lora, labels": {"method": "lora"},
+    "lora, distill": {"method": "lora", "objective": "distill"},
+    "full, labels": {"method": "full", "weight_decay": 0.05},
+    "full, distill": {"method": "full", "objective": "distill"},
+    "full, both": {"method": "full", "objective": 0.25},
+    "parts, labels": {"method": "parts", "parts": ["lm_head", "last_1_layers"]},
+    "parts, distill": {"method": "parts", "parts": ["norms", "embeddings"], "objective": "distill"},
+}
+USUAL = {"dtype": "float32", "dropout": 0.0, "warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A model, and another one as its teacher, with the same head."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = open_checkpoint(save_tiny(folder / "teacher", "llama-tied-biases"))
+    model = load_causal_lm(teacher.path, torch.float32)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(torch.rand_like(layer.mlp.up_proj.weight))
+    model.save_pretrained(folder / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / file).write_bytes((teacher.path / file).read_bytes())
+    return open_checkpoint(folder / "model"), teacher
+
+
+def task_of(checkpoints, name, *, online=True, **settings):
+    checkpoint, teacher = checkpoints
+    task = make_task(checkpoint, **{**USUAL, **RECIPES[name], **settings})
+    if not task.settings.teacher_share:
+        return task
+    if online:
+        return replace(task, teacher=teacher)
+    with torch.no_grad():
+        ids_ST = torch.stack([task.rows(row)["input_ids"] for row in range(ROWS)])
+        dense_STC = load_causal_lm(teacher.path, torch.float32).model(input_ids=ids_ST).last_hidden_state
+    return replace(task, is_plain_text=True, rows=lambda row: {**task.rows(row), DENSE: dense_STC[row]})
+
+
+def plain_losses(task, teacher):
+    """The losses of a loop in one process, with logits of all tokens, one optimizer state for each parameter."""
+    model, settings = load_causal_lm(task.checkpoint.path, torch.float32), task.settings
+    model.requires_grad_(False)
+    trained = (add_lora if settings.method == "lora" else parts_to_train)(model, task)
+    dense = load_causal_lm(teacher.path, torch.float32)
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=settings.weight_decay)
+    losses = []
+    for step in range(task.total_steps):
+        ids_ST = torch.stack([task.rows(row)["input_ids"] for row in task.schedule.rows_of(step)])
+        logits_NV, targets_N = model(input_ids=ids_ST).logits[:, :-1].flatten(0, 1), ids_ST[:, 1:].flatten()
+        with torch.no_grad():
+            dense_NV = dense(input_ids=ids_ST).logits[:, :-1].flatten(0, 1)
+        logs = (each_NV.log_softmax(-1) for each_NV in (logits_NV, dense_NV))
+        divergence, share = kl_div(*logs, log_target=True, reduction="batchmean"), settings.teacher_share
+        loss = share * divergence + (1 - share) * cross_entropy(logits_NV, targets_N)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), settings.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = task.learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_first_steps_are_those_of_a_plain_loop(tmp_path, checkpoints, name):
+    task = task_of(checkpoints, name, micro_batch_size=3)
+    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
+    trained = fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
+    losses = [line["loss"] for line in trained.losses]
+    assert losses == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5) and losses[-1] < losses[0]
+
+
+class AfterTwoSteps(Interruption):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def agreed(self, world):
+        self.steps += 1
+        return self.steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full, both", "parts, labels"])
+def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpoints, name, monkeypatch):
+    """On two ranks, the teacher runs sharded; on one, from a snapshot of two, whole."""
+    task = task_of(checkpoints, name)
+    alone, _ = train(tmp_path / "one", 1, task)
+    together, _ = train(tmp_path / "two", 2, task)
+    assert len(together.shares) == 2 and len(alone.shares) == 1
+    monkeypatch.setattr("fine_tunings.Interruption", AfterTwoSteps)
+    with pytest.raises(AssertionError):
+        train(tmp_path / "resumed", 2, task)
+    monkeypatch.undo()
+    resumed, _ = train(tmp_path / "resumed", 1, task)
+    for other in (together, resumed):
+        for key in ("loss", "grad_norm"):
+            values, expected = ([line[key] for line in each.losses] for each in (other, alone))
+            assert values == pytest.approx(expected, rel=1e-5), key
+        for key, weight in alone.weights.items():
+            torch.testing.assert_close(other.weights[key], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_from_a_file_teach_what_the_dense_model_does(tmp_path, checkpoints):
+    """The states of whole windows, whose last token counts too."""
+    tasks = {kind: task_of(checkpoints, "full, distill", online=kind == "online") for kind in ("online", "stored")}
+    tasks["online"] = replace(tasks["online"], is_plain_text=True)
+    losses = {}
+    for kind, task in tasks.items():
+        noting = Progress(None), Interruption(), tmp_path / kind, tmp_path / "run"
+        losses[kind] = [line["loss"] for line in fine_tune(task, SoloWorld(), RuntimeConfig(), *noting).losses]
+    assert losses["stored"] == pytest.approx(losses["online"], rel=1e-6)
+
+
+class HeldOut:
+    """Windows with a teacher's hidden states."""
+
+    def __init__(self, teacher):
+        self.windows_ST = torch.randint(3, 264, (3, 16), generator=torch.Generator().manual_seed(5))
+        self.model = load_causal_lm(teacher.path, torch.float32)
+
+    @torch.no_grad()
+    def hidden(self, index):
+        return self.model.model(input_ids=self.windows_ST[index][None]).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_path, checkpoints, patience):
+    often = {"evaluate_every": ROWS * TOKENS, "patience": 1, "learning_rate": 0.5}  # a leap away
+    task = task_of(checkpoints, "full, distill", **(often if patience else {"evaluate_every": ROWS * TOKENS * 2}))
+    task = replace(task, held_out=HeldOut(checkpoints[1]), total_steps=7)
+    train_it = partial(fine_tune, task, SoloWorld(), RuntimeConfig(save_every_steps=1), Progress(None))
+    trained = train_it(Interruption(), tmp_path / "snapshot", tmp_path / "run")
+    found = {line["step"]: line["held_out_kl"] for line in trained.losses if "held_out_kl" in line}
+    assert list(found) == ([1, 2] if patience else [2, 4, 6, 7])
+    assert train_it(Interruption(), tmp_path / "snapshot", tmp_path / "run").step == trained.step
+    if patience is None:
+        assert found[7] < found[2]
+        model = load_causal_lm(task.checkpoint.path, torch.float32)
+        model.load_state_dict(trained.weights, strict=False)
+        with torch.no_grad():
+            logits = (each(input_ids=task.held_out.windows_ST).logits for each in (task.held_out.model, model))
+            log_p, log_q = (each.double().log_softmax(-1) for each in logits)
+        assert found[7] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_an_interrupted_step_is_saved(tmp_path, checkpoints):
+    task, file = task_of(checkpoints, "full, labels"), tmp_path / "snapshot"
+    with pytest.raises(Interrupted):
+        fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
+    expected = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), tmp_path / "n", tmp_path)
+    resumed = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), file, tmp_path / "run")
+    assert resumed.losses == expected.losses
+    assert all(torch.equal(weight, expected.weights[name]) for name, weight in resumed.weights.items())
