@@ -87,6 +87,6 @@ def reference_stage(inputs, dense, dtype, name):
     """Return the stage that evaluations on a text need."""
     text = inputs / f"{name}.jsonl"
     settings = {"windows": 5, "sequence_length": 48, "text_field": "text"}
-    params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": settings}
+    params = {"dtype": dtype, "add_bos_token": True, "text": settings}
     files = {"model": dense, "text": Input(FileHashes(None).of_file(text), str(text))}
     return stage_of("reference", "tiny", params, files)

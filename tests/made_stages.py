@@ -19,7 +19,7 @@ from hfprune_dist.store.stage import Input, Stage
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "importance": {"criteria": ["entropy"], "dtype": "float32", "add_bos_token": True, "seed": 0},
-    "reference": {"dtype": "float32", "micro_batch_size": 1},
+    "reference": {"dtype": "float32"},
     "prune": {"ratio": 0.2, "criterion": "entropy", "allocation": "uniform", "refit": "none", "multiple_of": 1},
     "recover": {"seed": 0},
     "evaluate": EvaluationConfig(tasks=[], dtype="float32").model_dump(exclude={"include_path", "fidelity"}),

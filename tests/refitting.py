@@ -59,11 +59,12 @@ def refit(method, checkpoint, kept, folder, **options):
     """Refit what stays, as the prune stage does, and return where the refitted layers are.
 
     Args:
-        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size`` and ``after_each``.
+        options: ``world``, ``windows_ST``, ``dtype``, ``micro_batch_size``, ``merged``, ``stay`` and ``after_each``.
     """
     where = options["windows_ST"], options.get("dtype", torch.float32), options.get("micro_batch_size", MICRO_BATCH)
     fitted, kinds = RefittedLayers(checkpoint, folder), [checkpoint.structures[kind] for kind in kept.units]
-    streams = [LayerStream(checkpoint, *where, options["world"]) for _ in range(1 + (method != "dense"))]
+    how = {name: options[name] for name in ("merged", "stay") if name in options}
+    streams = [LayerStream(checkpoint, *where, options["world"], **how) for _ in range(1 + (method != "dense"))]
     after_each = options.get("after_each", lambda _done: None)
     if method == "dense":
         refit_on_dense(kept, kinds, *streams, fitted, after_each)

@@ -30,7 +30,7 @@ def as_written(value: object) -> str:
     return str(value) if isinstance(value, date) else repr(value)
 
 
-# A count, or ``auto``: chosen during planning.
+# A count, or ``auto``: chosen during planning, or by the memory of GPUs when a stage runs.
 PositiveOrAuto = Positive | Literal["auto"]
 # A number of things, or a share of all of them.
 NumberOrShare = NonNegative | Annotated[float, Field(gt=0, lt=1)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from hfprune_dist.config.section import Length, Name, Positive, TextSource
+from hfprune_dist.config.section import Length, Name, Positive, PositiveOrAuto, TextSource
 
 # Stands for the name of the text whose numbers come first in tables.
 FIRST = ""
@@ -41,8 +41,10 @@ class CalibrationConfig(TextSource):
     documents, each gives several, which may overlap; a plain-text file is one document."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
-    micro_batch_size: Positive = 1
-    """Windows per forward pass of one rank."""
+    micro_batch_size: PositiveOrAuto = "auto"
+    """Windows per forward pass of one rank, in calibration and refits. auto: on a CPU 1; on GPUs as many as keep them
+    busy and fit the memory that is free when a stage begins. The manifest has the number. Others change results by
+    rounding; numbers given here also change which windows refits hold out: whole micro-batches."""
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     add_bos_token: bool | None = None
@@ -65,6 +67,11 @@ class CalibrationConfig(TextSource):
                     "samples or a larger weight"
                 )
         return self
+
+    @property
+    def held_out_together(self) -> int:
+        """Windows that refits hold out together."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def shares(self) -> list[TextShare]:
         """The texts, with the number of windows cut from each; the numbers sum to ``samples``."""

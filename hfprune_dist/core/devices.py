@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device of what the host has made."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """A copy on the device of what the host has made; a tensor that is there already stays as it is."""
+    is_away = device.type == "cuda" and not tensor.is_cuda
+    return tensor.pin_memory().to(device, non_blocking=True) if is_away else tensor
 
 
 def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

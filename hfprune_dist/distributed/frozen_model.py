@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
+from hfprune_dist.config.section import PositiveOrAuto
 from hfprune_dist.core.devices import send
 from hfprune_dist.distributed.world import World
-from hfprune_dist.kinds.memory import Gpus, Need, Placement, place
+from hfprune_dist.kinds.memory import Gpus, Need, Passes, Placement, passes, place
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.memory_efficient_backward import branch_off
 from hfprune_dist.store.machine import available_memory
@@ -29,7 +30,21 @@ ALIGNMENT = 64
 
 def placement_here(need: Need, sharding: Sharding, world: World) -> Placement:
     """Decide together where weights lie in the free memory; the rank with the least of it decides for all."""
-    return place(need, Gpus(world.size, min(world.all_gather(free_bytes(world)))), sharding)
+    return place(need, gpus_here(world), sharding)
+
+
+def gpus_here(world: World) -> Gpus:
+    """The ranks, each with as much free memory as the one with the least of it."""
+    return Gpus(world.size, min(world.all_gather(free_bytes(world))))
+
+
+def passes_here(
+    need: Callable[[int], Need], setting: PositiveOrAuto, most: int, sharding: Sharding, world: World
+) -> Passes:
+    """``passes`` in the free memory of the world's GPUs; collective. On CPUs, ``auto`` is one window at a time."""
+    if world.device.type == "cpu":
+        return Passes(1 if setting == "auto" else setting)
+    return passes(need, setting, most, gpus_here(world), sharding)
 
 
 def choose_sharding(requested: Sharding, need: Need, world: World) -> DecidedSharding:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.devices import send
 from hfprune_dist.distributed.main_memory import to_device, to_host
-from hfprune_dist.distributed.sums import Grams, GramSums
+from hfprune_dist.distributed.sums import Grams, GramSums, micro_batches_of
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.experts import observing, output_weights
 from hfprune_dist.models.single_layer import LayerReader, run
@@ -29,25 +30,40 @@ class LayerStream:
 
     Args:
         windows_ST: the windows of all ranks, int64 [samples, sequence_length].
-        micro_batch_size: windows per forward.
+        micro_batch_size, merged: as in ``micro_batches_of``.
+        stay: whether hidden states stay on the GPU until the next layer; otherwise they wait in main memory.
 
     Attributes:
         num_layers: of the model, whose layers ``reader`` makes.
         micro_batches: their number on all ranks together.
-        states: micro-batch of this rank -> its hidden states [windows, tokens, hidden_size], in main memory.
+        states: micro-batch of this rank -> its hidden states [windows, tokens, hidden_size], as ``keep`` returns them.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: torch.dtype, micro_batch_size: int, world: World
+        self,
+        checkpoint: Checkpoint,
+        windows_ST: Tensor,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        world: World,
+        *,
+        merged: int = 1,
+        stay: bool = False,
     ) -> None:
         self.windows_ST = windows_ST
         self.num_layers = checkpoint.num_layers
         self.world = world
         self.reader = LayerReader(checkpoint, dtype, world.device)
-        batches = windows_ST.split(micro_batch_size)
+        self._stay = stay
+        batches = micro_batches_of(len(windows_ST), micro_batch_size, merged)
         self.micro_batches = len(batches)
         own = range(world.rank, len(batches), world.size)
-        self.states = self.reader.embed({index: batches[index] for index in own})
+        embedded = self.reader.embed({index: windows_ST[batches[index]] for index in own})
+        self.states = {index: self.keep(hidden_BTC) for index, hidden_BTC in embedded.items()}
+
+    def keep(self, states: Tensor) -> Tensor:
+        """Hidden states, or the like, as they wait for ``to_device``."""
+        return send(states, self.world.device) if self._stay else to_host(states, self.world.device)
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the micro-batches' current hidden states on the device, one after another."""
@@ -57,7 +73,7 @@ class LayerStream:
     def advance(self, compute: Callable[[Tensor], Tensor]) -> None:
         """Replace hidden states by what is computed from them, for example by running a layer."""
         for index, hidden_BTC in self.standing():
-            self.states[index] = to_host(compute(hidden_BTC))
+            self.states[index] = self.keep(compute(hidden_BTC))
             del hidden_BTC  # before the next ones are there
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
@@ -98,7 +114,7 @@ class LayerStream:
             with observing(layer, names) as seen:
                 output_BTC = run(layer, hidden_BTC)
             if not stay:
-                self.states[index] = to_host(output_BTC)
+                self.states[index] = self.keep(output_BTC)
             del hidden_BTC, output_BTC
             yield index, seen
             seen.clear()

@@ -14,10 +14,12 @@ from torch import Tensor
 States = dict[int, Tensor]
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy in main memory, for ``to_device`` alone."""
-    if tensor.device.type != "cuda":
+    if device.type != "cuda":
         return tensor
+    if not tensor.is_cuda:
+        return tensor.pin_memory()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 

@@ -23,6 +23,24 @@ def is_held_out(index: int, count: int) -> bool:
     return count > 1 and index % every == every - 1
 
 
+def micro_batches_of(windows: int, size: int, merged: int = 1) -> list[list[int]]:
+    """The numbers of the windows in each micro-batch.
+
+    Args:
+        merged: so many micro-batches become one, of those that are either all fitted or all held out; a few at the end
+            stay alone. ``is_held_out`` then says of each what it says of its parts.
+    """
+    parts = [list(range(start, min(start + size, windows))) for start in range(0, windows, size)]
+    rounds = len(parts) // HOLD_OUT_EVERY if merged > 1 else 0
+    found = []
+    for first in range(0, rounds, merged):
+        last = min(first + merged, rounds)
+        for place in range(HOLD_OUT_EVERY):
+            alike = parts[first * HOLD_OUT_EVERY + place : last * HOLD_OUT_EVERY : HOLD_OUT_EVERY]
+            found.append([window for part in alike for window in part])
+    return found + parts[rounds * HOLD_OUT_EVERY :]
+
+
 def windows_held_out(windows: int, micro_batch_size: int) -> list[bool]:
     """For each window, whether its micro-batch is held out rather than fitted."""
     batches = -(-windows // micro_batch_size)

@@ -73,8 +73,12 @@ class ImportanceParameters(StageParameters):
     def need(self, planned: Planned) -> Need:
         return self.pass_over(planned.dense, checkpointing=planned.checkpointing)
 
-    def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool) -> Need:
-        """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these."""
+    def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool, at_once: int | None = None) -> Need:
+        """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these.
+
+        Args:
+            at_once: windows; None: as many as the settings say, or one.
+        """
         model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
         criteria = [CRITERIA[name] for name in self.criteria]
         losses = losses_of(criteria)
@@ -84,7 +88,7 @@ class ImportanceParameters(StageParameters):
         gradients = "weight_gradients" in observed
         reads = gradients or "weights" in observed  # what linear layers read stays, too
         samples, length = self.calibration.samples, self.calibration.sequence_length
-        tokens = min(self.calibration.micro_batch_size, samples) * length
+        tokens = min(at_once or self.calibration.held_out_together, samples) * length
         hidden, neurons = model.hidden * itemsize, model.neurons * itemsize
 
         of_a_layer = (2 + 2 * reads) * hidden + (model.attention + model.routed) * itemsize

@@ -9,7 +9,7 @@ Placements change results by rounding at most.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import Sharding
+from hfprune_dist.config.section import PositiveOrAuto
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures import NEURONS
@@ -28,6 +29,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 FLOAT32, FLOAT64 = 4, 8
 # How many parameters DeepSpeed gathers at a time, by default.
 LIVE_PARAMETERS = 1_000_000_000
+# Tokens at a time that keep a GPU busy: more would only take memory.
+BUSY_TOKENS = 2**14
 # core.head: of a chunk, logits and another loss's gradient in bfloat16; logits, exponentials and products in float32.
 HEAD_BYTES = 8 * CHUNK_BYTES
 
@@ -103,6 +106,39 @@ def place(need: Need, gpus: Gpus, sharding: Sharding) -> Placement:
         needed = need.on_each_gpu(gpus.ranks, whole=whole, checkpointing=again)
         ways.append(Placement(whole, again, needed <= gpus.memory, needed))
     return next((way for way in ways if way.fits), min(ways, key=lambda way: way.needed))
+
+
+class Passes(NamedTuple):
+    """How windows pass a model: so many ``at_once`` on each rank; in passes layer by layer, whether their hidden states
+    ``stay`` on the GPU until the next layer.
+    """
+
+    at_once: int
+    stay: bool = False
+
+
+def passes(need: Callable[[int], Need], setting: PositiveOrAuto, most: int, gpus: Gpus, sharding: Sharding) -> Passes:
+    """Decide by memory: for ``auto``, as many windows at once, a power of two, as fit without sharding what need not be
+    sharded for a single one.
+
+    Args:
+        need: windows at once -> what they need.
+        setting: windows at once, or ``auto``.
+        most: the most that make sense.
+    """
+    at_once = 1 if setting == "auto" else setting
+    placed = place(need(at_once), gpus, sharding)
+    while setting == "auto" and 2 * at_once <= most:
+        larger = place(need(2 * at_once), gpus, sharding)
+        if not larger.fits or larger.whole != placed.whole:
+            break
+        at_once, placed = 2 * at_once, larger
+    return Passes(at_once, placed.needed + need(at_once).host / gpus.ranks <= gpus.memory)
+
+
+def most_at_once(samples: int, tokens: int, parts: int) -> int:
+    """The most windows of so many tokens at once that make sense, if all come to at least so many ``parts``."""
+    return max(1, min(BUSY_TOKENS // tokens, samples // parts))
 
 
 @dataclass(frozen=True)

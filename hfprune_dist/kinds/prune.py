@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.section import Dtype
+from hfprune_dist.config.section import Dtype, PositiveOrAuto
 from hfprune_dist.core.memory_limits import KEPT_BYTES
 from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 from hfprune_dist.methods import MethodCriterion
@@ -35,7 +36,7 @@ class PruneParameters(StageParameters):
     protect_first: int = 0
     protect_last: int = 0
     dtype: Dtype | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveOrAuto | None = None
     structures: Structures = Field(default=[NEURONS])
     tensor_parallel: int = 1
     effort: Effort = "thorough"
@@ -66,18 +67,23 @@ class PruneParameters(StageParameters):
         )
 
     def forward_pass(self) -> tuple[Dtype, int]:
-        """Compute dtype, and windows per forward pass of one rank, of a cut for which a model runs."""
+        """Compute dtype, and windows per forward pass of one rank (at least), of a cut for which a model runs."""
         assert self.dtype is not None and self.micro_batch_size is not None, "planned as one for which none runs"
-        return self.dtype, self.micro_batch_size
+        return self.dtype, 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def need(self, planned: Planned) -> Need | None:
-        """Of windows layer by layer through the dense model, and for layerwise and block through the pruned one."""
         if self.refit == "none" and self.allocation != "low_rank":
             return None
-        calibration, (dtype, windows) = planned.source("importance").calibration, self.forward_pass()
-        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[dtype]
-        samples, tokens = calibration.samples * (1 + self.sees_copies), calibration.sequence_length
-        rows, hidden = min(windows, samples), model.hidden
+        calibration = planned.source("importance").calibration
+        samples = calibration.samples * (1 + self.sees_copies)
+        return self.passes_over(planned.dense, samples, calibration.sequence_length, self.forward_pass()[1])
+
+    def passes_over(self, checkpoint: Checkpoint, samples: int, tokens: int, at_once: int) -> Need:
+        """The memory of windows, so many in all and at once, layer by layer through the dense model, and for layerwise
+        and block through the pruned one.
+        """
+        model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.forward_pass()[0]]
+        rows, hidden = min(at_once, samples), model.hidden
         pursues, steps = self.refit in ("layerwise", "block"), self.refit == "block"
         temporary = 0.0
         if self.allocation == "low_rank":  # inputs of a layer; the eigenvectors of the largest matrix, with the factors

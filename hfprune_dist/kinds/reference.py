@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
@@ -17,25 +18,24 @@ from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParam
 class ReferenceParameters(StageParameters):
     """Settings of a reference on held-out ``text`` or, if None, on an importance stage's windows.
 
-    ``micro_batch_size``: windows per forward pass of one rank. Its dtype is that of the stage that reads it.
+    Its dtype is that of the stage that reads it.
     """
 
     tokenizes: ClassVar[bool] = True
 
     dtype: Dtype
-    micro_batch_size: int
     add_bos_token: bool | None = None
     text: FidelityConfig | None = None
 
     @classmethod
     def of_calibration(cls, training: Training) -> ReferenceParameters:
         """The reference that a distillation on calibration windows needs."""
-        return cls(dtype=training.dtype, micro_batch_size=training.micro_batch_size)
+        return cls(dtype=training.dtype)
 
     @classmethod
     def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:
         """The reference that an evaluation needs on one of its texts."""
-        return cls(dtype=evaluation.dtype, micro_batch_size=1, add_bos_token=evaluation.add_bos_token, text=text)
+        return cls(dtype=evaluation.dtype, add_bos_token=evaluation.add_bos_token, text=text)
 
     def need(self, planned: Planned) -> Need:
         if self.text is None:
@@ -43,6 +43,9 @@ class ReferenceParameters(StageParameters):
             samples, tokens = calibration.samples, calibration.sequence_length
         else:
             samples, tokens = self.text.windows, self.text.sequence_length
-        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
-        host = samples * tokens * model.hidden * itemsize
-        return layer_by_layer(model, min(self.micro_batch_size, samples), tokens, itemsize, host=host)
+        return self.passes_over(planned.dense, samples, tokens, 1)
+
+    def passes_over(self, checkpoint: Checkpoint, samples: int, tokens: int, at_once: int) -> Need:
+        """The memory for so many windows in all, and at once."""
+        model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
+        return layer_by_layer(model, at_once, tokens, itemsize, host=samples * tokens * model.hidden * itemsize)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.fidelity import divergences
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device, to_host
+from hfprune_dist.distributed.main_memory import States, to_device
 from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader, put_weights, run, weights_kept
@@ -104,7 +104,7 @@ def measure_shapes(
                 for index, hidden_BTC in stream.states.items():
                     entering = torch.cat([to_device(branches[it[:-1]][index], device) for it in some])
                     for so_far, reached_BTC in zip(some, run(layer, entering).split(len(hidden_BTC)), strict=True):
-                        advanced[so_far][index] = to_host(reached_BTC)
+                        advanced[so_far][index] = stream.keep(reached_BTC)
         branches = advanced
         del layer, fits
         after_each(number + 1)

@@ -24,7 +24,7 @@ from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.losses import divergence_of_rows
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device, to_host
+from hfprune_dist.distributed.main_memory import States, to_device
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import multiplying, norms_of_layers
 from hfprune_dist.models.single_layer import part_of, run, run_with_graph
@@ -94,7 +94,7 @@ class NormGradients:
             norms, outputs = self._norms_in(number, layer), States()
             for index, hidden_BTC in entering[-1].items():
                 with multiplying(norms, factors_RC):
-                    outputs[index] = to_host(run(layer, to_device(hidden_BTC, self._device)))
+                    outputs[index] = self._stream.keep(run(layer, to_device(hidden_BTC, self._device)))
             entering.append(outputs)
             del layer, norms
             self._after_each(next(self._done))
@@ -157,7 +157,7 @@ class NormGradients:
                 terms_NC = (slope_BTC.float() * norm_BTC.detach()).flatten(0, -2)
                 for sums_RC, terms in zip(sums_2RC, (terms_NC, terms_NC.square()), strict=True):
                     sums_RC[row] += terms.sum(0, dtype=torch.float64)
-            slopes[index] = to_host(gradient_BTC)
+            slopes[index] = self._stream.keep(gradient_BTC)
             del input_BTC, output_BTC, reached, gradient_BTC, at_norms, seen
         return slopes
 

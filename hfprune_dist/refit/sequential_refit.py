@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.distributed.layer_check import refuse_departure
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device, to_host
+from hfprune_dist.distributed.main_memory import States, to_device
 from hfprune_dist.distributed.sums import explaining
 from hfprune_dist.models.single_layer import (
     before_block,
@@ -144,7 +144,7 @@ class SequentialRefit:
             for index, residual_BTC in self._stream.standing():
                 output_NC = output_of(layer, units)(to_device(read.pop(index), self._world.device))
                 update_BTC = residual_update(layer, units, output_NC).view_as(residual_BTC)
-                self._stream.states[index] = to_host(residual_BTC + update_BTC)
+                self._stream.states[index] = self._stream.keep(residual_BTC + update_BTC)
         if not self._attention:
             self._stream.advance(partial(before_block, layer, self._mlp))
         self._dense.advance(partial(through_mlp, dense, self._mlp))
@@ -186,9 +186,9 @@ class SequentialRefit:
             read_NK = self._read(layer, units, residual_BTC)
             sums.add(index, read_NK, target_NC)
             if read is not None:
-                read[index] = to_host(read_NK)
+                read[index] = self._stream.keep(read_NK)
             if targets is not None:
-                targets[index] = to_host(target_NC)
+                targets[index] = self._stream.keep(target_NC)
             del residual_BTC, wanted_BTC, target_NC, read_NK  # before the next ones are made
         problems = sums.of_all_ranks()
         with explaining(number):
@@ -234,7 +234,7 @@ class SequentialRefit:
             number,
             rows[0].dtype,
             before_down(layer, self._mlp),
-            {index: to_host(norm(hidden_BTC).flatten(0, 1)) for index, hidden_BTC in self._stream.standing()},
+            {index: self._stream.keep(norm(hidden_BTC).flatten(0, 1)) for index, hidden_BTC in self._stream.standing()},
             targets,
             micro_batches=self._stream.micro_batches,
             world=self._world,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -16,12 +16,14 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.parameters import KINDS, Parameters
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.config.section import Dtype
+from hfprune_dist.config.section import Dtype, PositiveOrAuto
 from hfprune_dist.data.windows import load_windows
+from hfprune_dist.distributed.frozen_model import passes_here
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
+from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim
@@ -43,6 +45,7 @@ class Context(Generic[P]):
         attempt: number of this attempt, from 1.
         claim: the claim under which the stage runs; None on all ranks but the first.
         interruption: tells whether this attempt has been asked to end early.
+        decided: what was decided by the machine's memory, kept in the manifest's metrics.
         began: when this attempt began, in seconds of a clock that nobody sets.
         work: folder for the stage's progress; it outlives a crash, and the next attempt resumes from it.
     """
@@ -57,6 +60,7 @@ class Context(Generic[P]):
     attempt: int
     claim: Claim | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    decided: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -101,6 +105,21 @@ class Context(Generic[P]):
     def calibration_windows(self) -> Tensor:
         """The windows on which the scores of the ``importance`` input were made, int64 [samples, sequence_length]."""
         return load_windows(self.input_path("importance"))
+
+    def passes(
+        self, need: Callable[[int, int, int], Need], setting: PositiveOrAuto, windows_ST: Tensor, parts: int = 0
+    ) -> Passes:
+        """How windows pass a model here, which the manifest notes; collective.
+
+        Args:
+            need: of so many windows in all, of so many tokens, so many at once.
+            parts: as in ``most_at_once``; at least two for each rank.
+        """
+        samples, tokens = windows_ST.shape
+        most = most_at_once(samples, tokens, parts or 2 * self.world.size)
+        found = passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
+        self.decided["micro_batch_size"] = found.at_once
+        return found
 
     def check_layers(self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: Dtype) -> None:
         """``check_layers`` of the ``model`` input on a window, before passes layer by layer; collective.
@@ -182,7 +201,7 @@ class Context(Generic[P]):
         finished, seconds = time.time(), time.monotonic() - self.began
         record = {
             "config": self.config,
-            "metrics": metrics,
+            "metrics": metrics | self.decided,
             "provenance": {**self.code, **environment()},
             "world_size": self.world.size,
             "device": self.world.device.type,

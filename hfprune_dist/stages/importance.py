@@ -34,11 +34,13 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
+from hfprune_dist.kinds.memory import Need, Passes
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.accumulation import Accumulation
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, inputs_of, summed_matrices
 from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import SCORES, score_name, scores_of_layers
 
@@ -46,6 +48,10 @@ Context = AnyContext[ImportanceParameters]
 
 # The sums so far, in the work folder.
 PARTIAL = "partial.safetensors"
+# How windows pass the model, there too.
+PASSES = "passes.json"
+# ``auto`` leaves at least so many shards, whatever the number of ranks: their scores then have the same bits.
+LEAST_SHARDS = 8
 
 
 def run(context: Context) -> None:
@@ -55,8 +61,9 @@ def run(context: Context) -> None:
     world.on_rank0(lambda: _prepare_windows(context))
     windows_ST = load_windows(context.work)
     observing = [criterion for criterion in criteria if criterion.observes != "nothing"]
-    totals = _accumulate(context, checkpoint, windows_ST, observing)
-    scores = _score_layers(context, checkpoint, criteria, totals, windows_ST)
+    passes = _passes(context, checkpoint, windows_ST)
+    totals = _accumulate(context, checkpoint, windows_ST, observing, passes.at_once)
+    scores = _score_layers(context, checkpoint, criteria, totals, windows_ST, passes)
     draft = context.open_draft()
 
     def write() -> None:
@@ -81,7 +88,7 @@ def _prepare_windows(context: Context) -> None:
     if settings.mixture is None:
         windows_ST = read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
     else:
-        apart = windows_held_out(settings.samples, settings.micro_batch_size)
+        apart = windows_held_out(settings.samples, settings.held_out_together)
         windows_ST = read_mixture(sources, tokenizer, sampling, apart, "calibration")
     save_windows(windows_ST, context.work)
 
@@ -89,24 +96,44 @@ def _prepare_windows(context: Context) -> None:
 # The pass.
 
 
+def _passes(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Passes:
+    """How windows pass the model: as many at once as in an earlier attempt, whose shards were cut by that."""
+    settings, file = context.params.calibration, context.work / PASSES
+    checkpointing = context.runtime.activation_checkpointing
+
+    def need(_samples: int, _tokens: int, at_once: int) -> Need:
+        return context.params.pass_over(checkpoint, checkpointing=checkpointing, at_once=at_once)
+
+    found = context.passes(need, settings.micro_batch_size, windows_ST, LEAST_SHARDS * settings.shard_size)
+
+    def decided_first() -> Passes:
+        earlier = read_json(file)
+        write_json(file, earlier or found)
+        return Passes(*(earlier or found))
+
+    decided = context.world.on_rank0(decided_first)
+    context.decided["micro_batch_size"] = decided.at_once
+    return decided
+
+
 def _accumulate(
-    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion]
+    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, criteria: Sequence[Criterion], micro_batch_size: int
 ) -> Accumulation:
     """Add up all shards; if no criterion sums anything, there are none, and no model is loaded."""
     params, world = context.params, context.world
     settings, kinds = params.calibration, checkpoint.pruned_kinds(params.structures)
-    shards = cut_into_shards(len(windows_ST) if criteria else 0, settings.micro_batch_size, settings.shard_size)
+    shards = cut_into_shards(len(windows_ST) if criteria else 0, micro_batch_size, settings.shard_size)
     totals = Accumulation(len(shards), context.work / PARTIAL, world, summed_matrices(checkpoint, kinds, criteria))
     if not totals.is_complete:
         checkpointing = context.runtime.activation_checkpointing
-        need = params.pass_over(checkpoint, checkpointing=checkpointing)
+        need = params.pass_over(checkpoint, checkpointing=checkpointing, at_once=micro_batch_size)
         scorer = ShardScorer(
             checkpoint,
             getattr(torch, params.dtype),
             windows_ST,
             criteria,
             seed=params.seed,
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             world=world,
             sharding=choose_sharding(context.runtime.sharding, need, world),
             structures=[units.kind for units in kinds],
@@ -154,6 +181,7 @@ def _score_layers(
     criteria: Sequence[Criterion],
     totals: Accumulation,
     windows_ST: Tensor,
+    passes: Passes,
 ) -> dict[str, Tensor]:
     """Scores of all layers, float64 [units], by their names in the artifact; ranks take turns at layers. Collective.
 
@@ -171,9 +199,9 @@ def _score_layers(
     layers: Iterable[tuple[int, nn.Module | None]] = enumerate([None] * checkpoint.num_layers)
     needs_moments = any(criterion.needs_moments for criterion in criteria)
     if needs_moments and inputs_of(kinds[0].kind) not in totals.matrices:
-        dtype, size = context.params.dtype, context.params.calibration.micro_batch_size
+        dtype = context.params.dtype
         context.check_layers(checkpoint, windows_ST, dtype)
-        stream = LayerStream(checkpoint, windows_ST, getattr(torch, dtype), size, world)
+        stream = LayerStream(checkpoint, windows_ST, getattr(torch, dtype), passes.at_once, world, stay=passes.stay)
         layers = stream.reader.layers(range(checkpoint.num_layers))
     for number, layer in layers:
         turn = number % world.size

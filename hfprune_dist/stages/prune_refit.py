@@ -133,8 +133,15 @@ def stream_of(
     context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int | None = None
 ) -> LayerStream:
     """Stream of windows before a model's first layer, in micro-batches of the settings' size or another."""
-    dtype, size = context.params.forward_pass()
-    return LayerStream(checkpoint, windows_ST, getattr(torch, dtype), micro_batch_size or size, context.world)
+    params, world = context.params, context.world
+    name, size = params.forward_pass()
+    dtype = getattr(torch, name)
+    if micro_batch_size is not None:
+        return LayerStream(checkpoint, windows_ST, dtype, micro_batch_size, world)
+    setting = params.micro_batch_size
+    assert setting is not None
+    at_once, stay = context.passes(partial(params.passes_over, checkpoint), setting, windows_ST)
+    return LayerStream(checkpoint, windows_ST, dtype, size, world, merged=at_once // size, stay=stay)
 
 
 def dense_states(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int) -> States:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def run(context: Context) -> None:
         windows_ST = context.world.on_rank0(lambda: _held_out_windows(context))
     params, world = context.params, context.world
     context.check_layers(dense, windows_ST, params.dtype)
-    stream = LayerStream(dense, windows_ST, getattr(torch, params.dtype), params.micro_batch_size, world)
+    at_once, stay = context.passes(partial(params.passes_over, dense), "auto", windows_ST)
+    stream = LayerStream(dense, windows_ST, getattr(torch, params.dtype), at_once, world, stay=stay)
     draft = context.open_draft()
     write_dense_states(stream, draft, world, context.reporting("layers", dense.num_layers))
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})

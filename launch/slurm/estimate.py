@@ -92,7 +92,7 @@ def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Est
 def _what_helps(params: StageParameters, need: Need, gpus: Gpus) -> str:
     section, name = params.batch_setting.split(".")
     batch = getattr(getattr(params, section, params), name)
-    told = "" if batch in (1, [1]) else f"lower {params.batch_setting}, "
+    told = "" if batch in (1, [1], "auto") else f"lower {params.batch_setting}, "
     told += "choose methods with a smaller refit, " if isinstance(params, PruneParameters) else ""
     if need.gathered is not None:
         more = "" if place(need, gpus, "zero3").fits else "take more nodes with "

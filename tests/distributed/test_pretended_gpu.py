@@ -19,17 +19,17 @@ from fine_tunings import make_task
 from made_stages import stage_of
 from pretended_gpu import CPU, GPU, MixedError, RefusedError, pretended_gpu
 from ranks import SoloWorld, on_ranks, run_here
-from refitting import EXPERTS, KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, windows_of
+from refitting import EXPERTS, KINDS, MICRO_BATCH, checkpoint_in, refit, some_kept, to_prune, weights_in, windows_of
 from scoring import make_stage
 from tiny import save_tiny, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.fidelity import Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
+from hfprune_dist.distributed import frozen_model
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.main_memory import to_host
 from hfprune_dist.distributed.world import World
 from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation
 from hfprune_dist.evaluation.sharded_lm import ShardedLM
@@ -48,6 +48,7 @@ from hfprune_dist.stages import evaluate
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.kept import Shape
+from hfprune_dist.structures.score_names import SCORES
 from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import write_dense_states
 from hfprune_dist.training.trainer import Training
@@ -58,6 +59,13 @@ FEW, MANY = 2, 4  # layers
 
 def nothing(_done):
     pass
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def test_what_a_gpu_would_refuse_is_found():
@@ -97,10 +105,10 @@ def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
         scorer.score([range(1)])
 
 
-def refitted(folder, layers, gpu, method, variant="llama"):
+def refitted(folder, layers, gpu, method, variant="llama", **options):
     checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
     with counting(gpu):
-        refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE)
+        refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE, **options)
 
 
 def measured(folder, layers, gpu):
@@ -171,9 +179,9 @@ CASES = {
     "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (162, 41), (2, 1)),
     "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (197, 38), (2, 1)),
     "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
-    "dense refit": (partial(refitted, method="dense"), (6, 4), (487, 64), (2, 0)),
-    "layerwise refit": (partial(refitted, method="layerwise"), (9, 4), (947, 112), (7, 0)),
-    "block refit": (partial(refitted, method="block", variant="qwen3"), (11, 6), (1305, 200), (11, 0)),
+    "dense refit": (partial(refitted, method="dense", stay=True), (6, 4), (483, 64), (0, 0)),
+    "layerwise refit": (partial(refitted, method="layerwise", stay=True), (9, 4), (918, 112), (0, 0)),
+    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (11, 6), (1264, 200), (4, 0)),
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
     "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),
     "generation": (generated, (0, 0), (108, 36), (3, 3)),
@@ -259,6 +267,31 @@ def test_efficiency(tmp_path):
     assert sum(count for place, count in gpu.waits.items() if place.startswith("synchronize")) == 2 * 2 * 2 * 3
 
 
+def test_windows_at_once_are_decided_by_the_memory_of_the_first_attempt(tmp_path, monkeypatch):
+    many, store = {"dtype": "bfloat16", "structures": KINDS, "samples": 32}, Store(tmp_path / "store")
+    auto, by_hand = (make_stage(tmp_path, micro_batch_size=size, **many) for size in ("auto", 4))
+    with pretended_gpu():
+        run_here(store, by_hand, WORLD)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(Accumulation, "add_round", raising(RuntimeError("killed")))
+            run_here(store, auto, WORLD)
+        monkeypatch.setattr(frozen_model, "free_bytes", lambda _world: 0.0)
+        metrics = run_here(store, auto, WORLD)
+    assert metrics["micro_batch_size"] == 4, "at least eight shards are left"
+    ours, expected = ((store.handle(it.id).artifact / SCORES).read_bytes() for it in (auto, by_hand))
+    assert ours == expected
+
+
+@pytest.mark.parametrize("method", ["dense", "block"])
+def test_hidden_states_may_stay_on_the_gpu(tmp_path, method):
+    checkpoint, kept = to_prune(tmp_path / "model", "qwen3", (0, 1, 3))
+    options = {"world": WORLD, "windows_ST": windows_of(19), "dtype": DTYPE, "micro_batch_size": 1, "merged": 2}
+    with pretended_gpu() as gpu:
+        for stay in (True, False):
+            refit(method, checkpoint, kept, tmp_path / str(stay), stay=stay, **options)
+    assert weights_in(tmp_path / "True") == weights_in(tmp_path / "False") and not gpu.faults
+
+
 @pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
 def test_experts(tmp_path, variant):
     checkpoint, kept = to_prune(tmp_path / "model", variant, ())
@@ -319,7 +352,7 @@ def test_biases_low_ranks_and_references(tmp_path):
 
 def without_a_wait(patch):
     """The host reads hidden states that are on their way."""
-    patch.setattr(LayerStream, "final_hidden", lambda it: ((index, to_host(found)) for index, found in it.standing()))
+    patch.setattr(LayerStream, "final_hidden", lambda it: ((index, it.keep(found)) for index, found in it.standing()))
 
 
 def on_another_stream(patch):

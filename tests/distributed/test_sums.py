@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
-from hfprune_dist.distributed.sums import GramSums, is_held_out
+from hfprune_dist.distributed.sums import GramSums, is_held_out, micro_batches_of, windows_held_out
 from hfprune_dist.errors import UserError
 
 EXPERTS, OUTPUTS = 3, 4
@@ -51,6 +51,16 @@ def test_sums_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
             parts = [it[expert] for i, it in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
             vectors = torch.cat([torch.zeros(0, len(gram_DD)), *parts]).double()
             assert (gram_DD - vectors.T @ vectors).norm() <= 1e-6 * (vectors.T @ vectors).norm()
+
+
+@given(windows=st.integers(1, 90), size=st.integers(1, 4), merged=st.integers(1, 9))
+def test_merged_micro_batches_hold_out_the_same_windows(windows, size, merged):
+    batches, apart = micro_batches_of(windows, size, merged), windows_held_out(windows, size)
+    assert sorted(window for batch in batches for window in batch) == list(range(windows))
+    assert merged > 1 or batches == [it.tolist() for it in torch.arange(windows).split(size)]
+    for index, batch in enumerate(batches):
+        assert 0 < len(batch) <= size * merged
+        assert {apart[window] for window in batch} == {is_held_out(index, len(batches))}
 
 
 @pytest.mark.parametrize(("value", "ranks"), [(torch.nan, 1), (1e30, 2)])

@@ -5,10 +5,8 @@ import torch
 from ranks import SoloWorld
 from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
 
-from hfprune_dist.distributed import layer_stream
 from hfprune_dist.distributed.main_memory import to_device, to_host
 from hfprune_dist.models.single_layer import LayerReader
-from hfprune_dist.refit import gauss_newton_ranks, sequential_refit
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -23,7 +21,7 @@ def test_one_micro_batch_is_on_the_gpu_at_a_time():
     before = torch.cuda.memory_allocated(GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
     for index in states:
-        states[index] = to_host(torch.tanh(to_device(states[index], GPU)))
+        states[index] = to_host(torch.tanh(to_device(states[index], GPU)), GPU)
     assert torch.cuda.max_memory_allocated(GPU) - before <= 3 * micro_batch
     assert torch.cuda.memory_allocated(GPU) == before
 
@@ -40,13 +38,9 @@ def test_layers_have_the_bits_of_those_read_one_by_one(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("method", ["dense", "layerwise", "block"])
-def test_refits_have_the_bits_of_plain_copies(tmp_path, method, monkeypatch):
+def test_refits_have_the_same_bits_wherever_hidden_states_wait(tmp_path, method):
     checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", layers=4), some_kept((0, 1, 3))
     options = {"world": SoloWorld(device=GPU), "windows_ST": windows_of(31, tokens=64), "dtype": torch.bfloat16}
-    refit(method, checkpoint, kept, tmp_path / "queued", **options)
-    with monkeypatch.context() as patch:
-        for module in (layer_stream, sequential_refit, gauss_newton_ranks):
-            patch.setattr(module, "to_device", torch.Tensor.to)
-            patch.setattr(module, "to_host", torch.Tensor.cpu, raising=False)
-        refit(method, checkpoint, kept, tmp_path / "plain", **options)
-    assert weights_in(tmp_path / "queued") == weights_in(tmp_path / "plain")
+    for stay in (True, False):
+        refit(method, checkpoint, kept, tmp_path / str(stay), stay=stay, **options)
+    assert weights_in(tmp_path / "True") == weights_in(tmp_path / "False")

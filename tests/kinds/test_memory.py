@@ -29,7 +29,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.kinds import importance
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, place
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, passes, place
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
@@ -225,3 +225,25 @@ def test_weights_are_whole_wherever_they_fit_and_layers_run_again_only_where_the
         assert way.whole == (sharding == "replicate")
     elif not way.whole:
         assert need.on_each_gpu(count, whole=True, checkpointing=trains) > gib
+
+
+@given(
+    parts=st.tuples(*[st.integers(1, 100)] * 4),
+    host=st.integers(0, 400),
+    count=st.integers(1, 16),
+    gib=st.integers(8, 2000),
+    most=st.integers(1, 20),
+)
+def test_as_many_windows_pass_at_once_as_fit_and_make_sense(parts, host, count, gib, most):
+    weights, activations, temporary, gathered = parts
+    gpus = Gpus(count, gib)
+
+    def need(windows):
+        return Need(weights, windows * activations, temporary, gathered, host=host)
+
+    one, found = place(need(1), gpus, "auto"), passes(need, "auto", most, gpus, "auto")
+    placed, more = (place(need(windows), gpus, "auto") for windows in (found.at_once, 2 * found.at_once))
+    assert found.at_once == 1 or (placed.fits and placed.whole == one.whole and found.at_once <= most)
+    assert not (more.fits and more.whole == one.whole and 2 * found.at_once <= most)
+    assert found.stay == (placed.needed + host / count <= gib)
+    assert passes(need, 3, most, gpus, "auto").at_once == 3

@@ -107,7 +107,8 @@ def calibrate(checkpoint, patch):
                 interruption=Interruption(),
             )
             criteria = [CRITERIA[name] for name in names]
-            return importance._accumulate(context, checkpoint, windows_ST[: case.samples], criteria)
+            windows = windows_ST[: case.samples]
+            return importance._accumulate(context, checkpoint, windows, criteria, case.micro_batch_size)
 
         return ranks.run(accumulate)
 

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 def held_out(source, dtype="float32", text="held-out.jsonl"):
     """Return the stage that evaluations compare with."""
-    params = {"dtype": dtype, "micro_batch_size": 1, "add_bos_token": True, "text": TEXT}
+    params = {"dtype": dtype, "add_bos_token": True, "text": TEXT}
     inputs = {"model": Input("dense", str(source / "dense")), "text": Input("text", str(source / text))}
     return stage_of("reference", "tiny", params, inputs)
 
@@ -53,9 +53,9 @@ def test_held_out_text_is_seen_as_the_whole_model_sees_it(source, tmp_path):
 
 @pytest.mark.parametrize(("windows", "size"), [(1, 4), (5, 2)])
 def test_ranks_keep_step_whatever_the_number_of_windows_also_after_a_death(source, tmp_path_factory, windows, size):
-    """Some ranks have no micro-batch of their own, and the last one is not full."""
+    """Some ranks have no micro-batch of their own."""
     stage = held_out(source)
-    params = {**stage.params.to_json(), "micro_batch_size": 2, "text": TEXT | {"windows": windows}}
+    params = {**stage.params.to_json(), "text": TEXT | {"windows": windows}}
     stage = stage_of(stage.kind, stage.label, params, stage.inputs)
     stores = [Store(tmp_path_factory.mktemp(str(ranks))) for ranks in (1, size)]
     run_in_threads(stores[0], stage, Ranks(1))
@@ -67,14 +67,13 @@ def test_ranks_keep_step_whatever_the_number_of_windows_also_after_a_death(sourc
 
 
 def test_calibration_windows_are_rows_to_learn_from(tmp_path):
-    """The last micro-batch is not full."""
     save_tiny(tmp_path / "dense")
     windows_ST = torch.randint(3, 264, (6, 24), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "store")
     with being_made(store, IMPORTANCE) as draft:
         save_file({"input_ids": windows_ST}, draft / "windows.safetensors")
     inputs = {"model": Input("dense", str(tmp_path / "dense")), "importance": IMPORTANCE.as_input()}
-    states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32", "micro_batch_size": 4}, inputs))
+    states = run_alone(store, stage_of("reference", "tiny", {"dtype": "float32"}, inputs))
     with torch.no_grad():
         expected_STC = tiny_model("llama").model(input_ids=windows_ST).last_hidden_state
     for row in range(6):
