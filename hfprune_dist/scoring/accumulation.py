@@ -61,6 +61,7 @@ class Accumulation:
         self._layers = range(max(map(len, matrices.values()), default=0))
         self._owned = self._layers[world.rank :: world.size]  # layers whose matrices this rank keeps
         self._totals: dict[tuple[str, int], Tensor] = {}  # of the layers owned
+        self._in_memory = True  # unless an earlier attempt has saved the whole pass
         self._own_terms: dict[tuple[str, int], Tensor] = {}  # of all layers, in this round
         self._reduces_rounds = world.size > 1 and bytes_of(matrices) <= OWN_TERMS_BYTES
         owned = (size for of_layers in matrices.values() for size in of_layers[:: world.size])
@@ -98,10 +99,10 @@ class Accumulation:
                 self.sums[name] = self.sums.get(name, 0.0) + sum_N
         self.next_shard += counted
         self._rounds_unsaved += 1
-        if self.is_complete or self._rounds_unsaved >= self._rounds_per_save:
+        if self._rounds_unsaved >= self._rounds_per_save:
             self.save()
-        if self.is_complete:
-            self._totals = {}
+        elif self.is_complete:
+            self._require_finite()
 
     def add_to_matrix(self, name: str, layer: int, term_RC: Tensor | None) -> None:
         """Add every rank's float32 term of a micro-batch, or nothing. Collective."""
@@ -112,7 +113,9 @@ class Accumulation:
             self._sum_of(self._own_terms if self._reduces_rounds else self._totals, name, layer).add_(term_RC)
 
     def matrix(self, name: str, layer: int) -> Tensor:
-        """Return the last saved sum of any layer's matrix, float64 on the device."""
+        """Return the sum of a matrix of a layer that this rank owns, or the last saved one, float64 on the device."""
+        if self._in_memory and layer in self._owned:
+            return self._sum_of(self._totals, name, layer)
         # Not a view of the file, which is removed once a later state is saved, perhaps by another host.
         return self._saved().tensor(layer, name).to(self._world.device, copy=True)
 
@@ -122,27 +125,35 @@ class Accumulation:
         Each rank first saves its own layers' matrices, which become valid once rank 0 has saved the rest.
 
         Raises:
-            UserError: if one of these is NaN or infinite; on every rank, naming the layer in which a backward came to
-                what isn't finite first.
+            UserError: as ``_require_finite`` does.
         """
         if not self._rounds_unsaved:
             return
-        finite = [total.sum().isfinite() for total in self._totals.values()]
-        known = zip(self._totals, torch.stack(finite).tolist() if finite else (), strict=True)
-        lost = [(layer, name) for (name, layer), is_finite in known if not is_finite]
-        everywhere = [it for of_rank in self._world.all_gather(lost) for it in of_rank]
-        if everywhere:
-            layer, name = max(everywhere)
-            raise UserError(
-                f"importance: sums of {name} in layer {layer} are NaN or infinite; set importance.dtype=float32 "
-                "if it isn't yet, else check the checkpoint's weights"
-            )
+        self._require_finite()
         for layer in self._owned:
             self._state.parent.mkdir(parents=True, exist_ok=True)
             self._saved().write(layer, {name: self._sum_of(self._totals, name, layer).cpu() for name in self.matrices})
         self._world.barrier()
         self._world.on_rank0(self._save_sums)
         self._rounds_unsaved = 0
+
+    def _require_finite(self) -> None:
+        """Check the layers' matrices; collective.
+
+        Raises:
+            UserError: if one is NaN or infinite; on every rank, naming the layer in which a backward came to what isn't
+                finite first.
+        """
+        finite = [total.sum().isfinite() for total in self._totals.values()]
+        known = zip(self._totals, torch.stack(finite).tolist() if finite else (), strict=True)
+        lost = [(layer, name) for (name, layer), is_finite in known if not is_finite]
+        everywhere = [each for of_rank in self._world.all_gather(lost) for each in of_rank]
+        if everywhere:
+            layer, name = max(everywhere)
+            raise UserError(
+                f"importance: sums of {name} in layer {layer} are NaN or infinite; set importance.dtype=float32 "
+                "if it isn't yet, else check the checkpoint's weights"
+            )
 
     @property
     def _state(self) -> Path:
@@ -181,6 +192,7 @@ class Accumulation:
             self.next_shard = 0
             return
         self.sums = saved
+        self._in_memory = False
         if not self.is_complete:
             places = [(name, layer) for name in self.matrices for layer in self._owned]
-            self._totals = {place: self.matrix(*place) for place in places}
+            self._totals, self._in_memory = {place: self.matrix(*place) for place in places}, True

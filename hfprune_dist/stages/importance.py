@@ -149,14 +149,16 @@ def _accumulate(
         while not totals.is_complete:
             context.progress.update("calibration", totals.next_shard, len(shards))
             totals.add_round(score)
-            try:
-                context.interruption.stop_if_agreed(world)
-            except Interrupted:
-                totals.save()
-                raise
+            _stop_if_agreed(context, totals)
         scorer.release()
     context.progress.update("calibration", len(shards), len(shards))
     return totals
+
+
+def _stop_if_agreed(context: Context, totals: Accumulation) -> None:
+    if context.interruption.agreed(context.world):
+        totals.save()
+        raise Interrupted
 
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
@@ -191,7 +193,7 @@ def _score_layers(
     windows, tokens, seed = len(windows_ST), windows_ST.numel(), context.params.seed
 
     def mean_of(number: int, terms: int, name: str) -> Tensor:
-        return totals.matrix(name, number).div_(terms)
+        return totals.matrix(name, number) / terms
 
     scores: dict[str, Tensor] = {}
     waiting: list[tuple[str, ScoredLayer]] = []
@@ -213,7 +215,7 @@ def _score_layers(
                 kind, moments = units.kind, None
                 if needs_moments:
                     gram_DD = grams[kind][0].whole() if grams else totals.matrix(inputs_of(kind), number)
-                    moments = gram_DD.div_(tokens), mean_of(number, tokens, kind)
+                    moments = gram_DD / tokens, mean_of(number, tokens, kind)
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
                 waiting.append((kind, made))
         del grams
@@ -226,7 +228,7 @@ def _score_layers(
                         scores[name] = _score(name, scored, criterion, totals)
             world.barrier()
         context.progress.update("scores", number + 1, checkpoint.num_layers)
-        context.interruption.stop_if_agreed(world)
+        _stop_if_agreed(context, totals)
     return {name: scores_U for share in world.all_gather(scores) for name, scores_U in share.items()}
 
 

@@ -117,19 +117,19 @@ def test_where_ranks_own_much_not_every_round_is_saved_and_nothing_is_lost_at_an
     file = tmp_path_factory.mktemp("seldom") / "partial.safetensors"
     owned = 8 * -(-LAYERS // size) * (HIDDEN**2 + 6 * HIDDEN)
 
-    def go_on(world, rounds):
+    def go_on(world, rounds, saves):
         begun_at = begun(file, world).next_shard
         totals, where = add_rounds(file, rounds, world)
-        if ends:
+        if saves:
             totals.save()
         return totals, begun_at, where
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accumulation, "BYTES_SAVED_A_ROUND", -(-owned // 2))
-        (_, begun_at, where), *_ = Ranks(size).run(lambda world: go_on(world, rounds))
+        (_, begun_at, where), *_ = Ranks(size).run(lambda world: go_on(world, rounds, ends))
         assert begun_at == 0
-        saved = where[-1] if ends or where[-1] == SHARDS else [0, *where][len(where) // 2 * 2]
-        for totals, begun_at, _ in Ranks(later).run(lambda world: go_on(world, SHARDS)):
+        saved = where[-1] if ends else [0, *where][len(where) // 2 * 2]
+        for totals, begun_at, _ in Ranks(later).run(lambda world: go_on(world, SHARDS, True)):
             assert begun_at == saved
             assert_same(totals, expected)
     assert sorted(it.name for it in (file.parent / "matrices").iterdir()) == [str(SHARDS)]
