@@ -8,7 +8,7 @@ ACCELERATOR_BYTES = 2**26
 CHUNK_BYTES = 32 * 2**20
 # Size of what a rank keeps of its micro-batches from one iteration of conjugate gradients to the next.
 KEPT_BYTES = 4 * 2**30
-# Size of all layers' matrices up to which every rank adds up its own terms of them until the end of a round of shards.
+# Size of all layers' matrices up to which every rank adds up its own terms of them until they are saved or scored.
 OWN_TERMS_BYTES = 8 * 2**30
 # Size of the logits of all requests that are answered at a time, with their log-softmax.
 LOGITS_BYTES = 4 * 2**30

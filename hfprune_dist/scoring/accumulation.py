@@ -3,8 +3,8 @@
 First-order sums are vectors that are added shard by shard, in order, and have the same bits on any number of ranks and
 after any resume. Curvature and gradients of weights are matrices, one for each layer, which may be too large for one
 host: for Llama-2-70B they take 43 and 548 GB. So the rank of a layer keeps and saves its sums. Where the matrices of
-all layers fit, ranks add up their own terms until the end of a round; otherwise terms are reduced as they appear. These
-sums have the same bits on the same number of ranks, and are equal up to rounding on any other.
+all layers fit, ranks add up their own terms until these are saved, or scored; otherwise terms are reduced as they
+appear. These sums have the same bits on the same number of ranks, and are equal up to rounding on any other.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Accumulation:
         self._owned = self._layers[world.rank :: world.size]  # layers whose matrices this rank keeps
         self._totals: dict[tuple[str, int], Tensor] = {}  # of the layers owned
         self._in_memory = True  # unless an earlier attempt has saved the whole pass
-        self._own_terms: dict[tuple[str, int], Tensor] = {}  # of all layers, in this round
-        self._reduces_rounds = world.size > 1 and bytes_of(matrices) <= OWN_TERMS_BYTES
+        self._own_terms: dict[tuple[str, int], Tensor] = {}  # of all layers, since they were reduced
+        self._has_own_terms = world.size > 1 and bytes_of(matrices) <= OWN_TERMS_BYTES
         owned = (size for of_layers in matrices.values() for size in of_layers[:: world.size])
         bytes_owned = torch.float64.itemsize * sum(map(math.prod, owned))  # at most, by any one rank
         self._rounds_per_save = -(-bytes_owned // BYTES_SAVED_A_ROUND)
@@ -85,11 +85,6 @@ class Accumulation:
         """
         counted = min(self._world.size, self.shards - self.next_shard)
         shard = score(min(self.next_shard + self._world.rank, self.shards - 1), self._world.rank < counted)
-        if self._reduces_rounds:
-            for name, sizes in self.matrices.items():
-                for layer in range(len(sizes)):
-                    self._reduce(name, layer, self._sum_of(self._own_terms, name, layer))
-            self._own_terms = {}
         names = sorted(shard)
         own_N = torch.cat([shard[name] for name in names])
         for source in range(counted):
@@ -102,15 +97,15 @@ class Accumulation:
         if self._rounds_unsaved >= self._rounds_per_save:
             self.save()
         elif self.is_complete:
-            self._require_finite()
+            self._finish_sums()
 
     def add_to_matrix(self, name: str, layer: int, term_RC: Tensor | None) -> None:
         """Add every rank's float32 term of a micro-batch, or nothing. Collective."""
-        if self._world.size > 1 and not self._reduces_rounds:
+        if self._world.size > 1 and not self._has_own_terms:
             zeros_RC = torch.zeros(self.matrices[name][layer], device=self._world.device)
             self._reduce(name, layer, (zeros_RC if term_RC is None else term_RC).double())
         elif term_RC is not None:
-            self._sum_of(self._own_terms if self._reduces_rounds else self._totals, name, layer).add_(term_RC)
+            self._sum_of(self._own_terms if self._has_own_terms else self._totals, name, layer).add_(term_RC)
 
     def matrix(self, name: str, layer: int) -> Tensor:
         """Return the sum of a matrix of a layer that this rank owns, or the last saved one, float64 on the device."""
@@ -125,11 +120,11 @@ class Accumulation:
         Each rank first saves its own layers' matrices, which become valid once rank 0 has saved the rest.
 
         Raises:
-            UserError: as ``_require_finite`` does.
+            UserError: as ``_finish_sums`` does.
         """
         if not self._rounds_unsaved:
             return
-        self._require_finite()
+        self._finish_sums()
         for layer in self._owned:
             self._state.parent.mkdir(parents=True, exist_ok=True)
             self._saved().write(layer, {name: self._sum_of(self._totals, name, layer).cpu() for name in self.matrices})
@@ -137,13 +132,18 @@ class Accumulation:
         self._world.on_rank0(self._save_sums)
         self._rounds_unsaved = 0
 
-    def _require_finite(self) -> None:
-        """Check the layers' matrices; collective.
+    def _finish_sums(self) -> None:
+        """Reduce the layers' matrices so far, and check them; collective.
 
         Raises:
             UserError: if one is NaN or infinite; on every rank, naming the layer in which a backward came to what isn't
                 finite first.
         """
+        if self._has_own_terms:
+            for name, sizes in self.matrices.items():
+                for layer in range(len(sizes)):
+                    self._reduce(name, layer, self._sum_of(self._own_terms, name, layer))
+            self._own_terms = {}
         finite = [total.sum().isfinite() for total in self._totals.values()]
         known = zip(self._totals, torch.stack(finite).tolist() if finite else (), strict=True)
         lost = [(layer, name) for (name, layer), is_finite in known if not is_finite]

@@ -97,7 +97,7 @@ def test_matrices_of_a_calibration_pass(tmp_path, monkeypatch, kinds):
         for module in (importance, accumulation, shard_scorer):
             monkeypatch.setattr(module, "OWN_TERMS_BYTES", limit)
         matrices = summed_matrices(checkpoint, checkpoint.pruned_kinds(kinds), [CRITERIA["surgeon"]])
-        reduced.append(Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._reduces_rounds)
+        reduced.append(Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._has_own_terms)
         need = scoring(["surgeon"], kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=False)
         everything = bytes_of(matrices)
         assert (need.shared, need.unreduced) == (everything, everything if reduced[-1] else 0)
