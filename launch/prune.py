@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
     parser.add_argument("--text", metavar="FILE", help="text to prune on; its end is held out to compare; default: C4")
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
+    engines = "engines that must load it: vllm, llama.cpp, openvino, mlx, ctranslate2"
+    parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
     parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
     parser.add_argument("--config", metavar="FILE", type=place, action="append", default=[], help="YAML settings")
@@ -81,6 +83,7 @@ def prune(
     text: str | Path | None = None,
     method: str = METHOD,
     recover: bool | str | Path = False,
+    engines: Sequence[str] | None = None,
     config: Sequence[str | Path] = (),
     settings: dict[str, Any] | None = None,
     dry_run: bool = False,
@@ -90,6 +93,7 @@ def prune(
     Args:
         out: empty, or not there.
         text: on which the model is pruned and, at its end, compared; by default, C4.
+        engines: those that must load it; its shape is restricted to what they hold.
         recover: whether to train with LoRA afterwards; or a file of pairs to train on.
         config, settings: files, and keys such as ``calibration.samples``, of a sweep (``config/schema.py``).
         dry_run: tell what would run, and run nothing.
@@ -109,6 +113,8 @@ def prune(
     files = [PROJECT.configs / "prune.yaml", *(place(str(file)) for file in config)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "hfprune"
     overrides = {**(settings or {}), "models": [str(model)], "ratios": [ratio], "methods": [method]}
+    if engines is not None:
+        overrides["prune.for_engines"] = list(engines)
     if recover:
         overrides = {"recovery.method": "lora"} | overrides
         overrides |= {} if recover is True else {"recovery.path": str(recover)}

@@ -112,6 +112,8 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("models", "ratios", "methods"):
         if (given := getattr(arguments, name)) is not None:
             overrides[name] = [item for items in given for item in items]
+    if arguments.engines is not None:
+        overrides["prune.for_engines"] = [item for items in arguments.engines for item in items]
     if arguments.ranks is not None:
         overrides["runtime.ranks"] = arguments.ranks
     return overrides
@@ -157,6 +159,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
     several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
+    engines = "engines that must load the checkpoints: vllm, llama.cpp, openvino, mlx, ctranslate2; restricts shapes"
+    several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])
     values = "set any key, e.g. --set calibration.samples=64 (value in YAML); wins over files"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fork_server
 import pytest
+from engine_marks import engine_lacking
 from gpu_marks import lacking
 from hfprune_launch.demo_assets import build
 from hypothesis import settings
@@ -87,8 +88,8 @@ def pytest_make_collect_report(collector):
 
 
 def pytest_runtest_setup(item):
-    """Skip tests that need GPUs where there are none, before anything is made for them."""
-    reason = lacking(item)
+    """Skip tests that need GPUs or engines where there are none, before anything is made for them."""
+    reason = lacking(item) or engine_lacking(item)
     if reason:
         pytest.skip(reason)
 

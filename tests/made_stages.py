@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "device": "a processor",
         "packages": {},
     },
+    "check": {"engine": "vllm"},
     "loraprune": {
         "seed": 0,
         "ratio": 0.2,

@@ -40,6 +40,7 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         **AVERAGE,
         "weight_bytes": 269_000_000,
         "efficiency": None,
+        "engines": {},
         "stages": {f"evaluate/{model} {ratio} {method}": 100.0, f"importance/{model}": 180.0},
         "own_time_s": 264.0,
         "wall_time_s": 444.0,

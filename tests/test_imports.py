@@ -14,9 +14,21 @@ PACKAGES = {"hfprune_dist": "hfprune_dist", "hfprune_launch": "launch"}
 ROOMS = {
     *("config", "store", "data", "core", "checkpoints", "kinds", "planning", "models", "distributed"),
     *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
-    "export",
+    *("engines", "export"),
 }
-COMMANDS = ["hfprune", "sweep", "prune", "report", "compare", "bench", "clean", "demo_assets", "export", "schema"]
+COMMANDS = [
+    "hfprune",
+    "sweep",
+    "prune",
+    "report",
+    "compare",
+    "bench",
+    "check",
+    "clean",
+    "demo_assets",
+    "export",
+    "schema",
+]
 SHARED = [
     "command",
     "dry_run",
@@ -32,12 +44,24 @@ SHARED = [
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
+    *("hfprune_dist.engines", "hfprune_dist.checkpoints.engines"),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "weight_files")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
     "hfprune_dist.core.criterion",
     *(
         f"hfprune_launch.{name}"
-        for name in ("hfprune", "sweep", "prune", "export", "report", "compare", "clean", "schema", "local.backend")
+        for name in (
+            "hfprune",
+            "sweep",
+            "prune",
+            "check",
+            "export",
+            "report",
+            "compare",
+            "clean",
+            "schema",
+            "local.backend",
+        )
     ),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.

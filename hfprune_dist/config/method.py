@@ -13,6 +13,7 @@ from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS, TOGETHER, Struc
 Allocation = Literal["uniform", "plain", "local", "global", "standardized", "searched", "low_rank"]
 Refit = Literal["none", "bias", "dense", "layerwise", "block"]
 Effort = Literal["quick", "thorough"]
+EngineName = Literal["vllm", "llama.cpp", "openvino", "mlx", "ctranslate2"]
 
 
 def _in_order(structures: list[Structure]) -> list[Structure]:
@@ -93,6 +94,10 @@ class Method(Section):
     take the number of devices that share them. auto: the largest of 256, 128, 64 and 32 of which one step in all layers
     is at most 1.25 % of the model's parameters; if there is none, 32 for models whose intermediate_size is at least
     1,024, otherwise 1; always 1 for experts."""
+    for_engines: list[EngineName] = Field(default=[])
+    """Engines that must load the checkpoint: widths are multiples that suit their kernels and quantized weights, plain
+    shapes have numbers of KV groups, and a spelling (llama as mistral), that all of them read, and what none of this
+    brings about is refused."""
 
     @property
     def without_effect(self) -> set[str]:
@@ -131,3 +136,4 @@ class PruneConfig(Section):
     refit: Refit | None = None
     effort: Effort | None = None
     multiple_of: PositiveOrAuto | None = None
+    for_engines: list[EngineName] | None = None

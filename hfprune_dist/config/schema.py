@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from hfprune_dist.config.method import PruneConfig
+from hfprune_dist.config.method import EngineName, PruneConfig
 from hfprune_dist.config.section import Dtype, LocalPath, Name, NonNegative, Positive, Section
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import RecoveryConfig
@@ -117,6 +117,8 @@ class RuntimeConfig(Section):
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240
     """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
     that hangs, and longer than rank 0 ever works alone."""
+    engine_pythons: dict[EngineName, Name] = Field(default={})
+    """Engine of ``engines`` -> the Python of an environment that has it; by default, the one that runs the stages."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
 
@@ -154,6 +156,8 @@ class SweepConfig(Section):
     dropout and of the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
     """Further model aliases; they take precedence over those shipped in configs/models."""
+    engines: Annotated[list[EngineName], AfterValidator(_once_each)] = Field(default=[])
+    """Engines in which three prompts are run on each pruned checkpoint, in float32, and compared with transformers."""
     calibration: CalibrationConfig = CalibrationConfig()
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig = PruneConfig()

@@ -19,6 +19,7 @@ from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.config.training import Training
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.check import CheckParameters
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters, StudentParameters
@@ -278,6 +279,11 @@ class _Planner:
             params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
             measured = self._stage("efficiency", self._label(variant), params, inputs).id
+        inputs = {"model": variant.checkpoint}
+        engines = self._config.engines if variant.ratio is not None else []  # the dense model is known to them
+        checks = [
+            self._stage("check", f"{label} in {name}", CheckParameters(engine=name), inputs).id for name in engines
+        ]
         return Cell(
             label=label,
             model=variant.model,
@@ -288,6 +294,7 @@ class _Planner:
             producers=tuple(stage.id for stage in variant.chain),
             evaluate=evaluate.id,
             efficiency=measured,
+            checks=tuple(checks),
         )
 
     def _references_of_held_out(self, variant: _Variant) -> dict[str, Input]:

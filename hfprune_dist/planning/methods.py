@@ -47,7 +47,7 @@ RULES = (
     Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}, "it scores units"),
     Rule(
         {"prunes_in": ["recovery"]},
-        {"criterion": [None], "allocation": ["local"], "refit": ["none"]},
+        {"criterion": [None], "allocation": ["local"], "refit": ["none"], "for_engines": [[]]},
         "LoRA's own gradients score units while it recovers the model",
     ),
     Rule(

@@ -20,7 +20,8 @@ class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
     ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
-    stages that make the checkpoint, in order; ``efficiency`` is None if speed and memory are not measured.
+    stages that make the checkpoint, in order; ``efficiency`` is None if speed and memory are not measured;
+    ``checks`` are stages, one for each engine.
     ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains.
     """
 
@@ -33,6 +34,7 @@ class Cell:
     producers: tuple[str, ...]
     evaluate: str
     efficiency: str | None = None
+    checks: tuple[str, ...] = ()
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -40,7 +42,7 @@ class Cell:
         measurements.
         """
         measured = (self.evaluate,) if self.efficiency is None else (self.efficiency, self.evaluate)
-        return *self.producers[-1:], *measured
+        return *self.producers[-1:], *self.checks, *measured
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Plan:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         stages = [Stage.from_json(stage) for stage in record["stages"]]
-        cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
+        rows = [{**cell, **{name: tuple(cell[name]) for name in ("producers", "checks")}} for cell in record["cells"]]
+        cells = [Cell(**row) for row in rows]
         return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record["asked"]))
 
 

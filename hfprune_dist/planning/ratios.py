@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods.sdmprune import LACKS, lacking
+from hfprune_dist.planning.engines import refuse_what_engines_lack
 from hfprune_dist.planning.methods import refuse_model, suited
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.target import Target
@@ -30,15 +32,16 @@ def place_of(model: str, method: str) -> str:
 
 
 def with_numbers(method: Method, checkpoint: Checkpoint) -> Method:
-    """The method as it suits the model, with numbers for ``multiple_of``, which ``tensor_parallel`` divides, and for
-    the protected layers; settings without effect are ``NEUTRAL``.
+    """The method as it suits the model, with numbers for ``multiple_of``, which ``tensor_parallel`` divides and the
+    multiples of ``for_engines``, and for the protected layers; settings without effect are ``NEUTRAL``.
     """
     method, layers = suited(method, checkpoint), checkpoint.num_layers
     shares = {"protect_first": method.protect_first, "protect_last": method.protect_last}
     numbers = {name: round(share * layers) if isinstance(share, float) else share for name, share in shares.items()}
     method = method.model_copy(update=numbers | {name: NEUTRAL[name] for name in method.without_effect})
     multiple_of = _what_auto_is(method, checkpoint) if method.multiple_of == "auto" else method.multiple_of
-    return method.model_copy(update={"multiple_of": math.lcm(multiple_of, method.tensor_parallel)})
+    of_engines = [] if EXPERTS in method.structures else [ENGINES[name].multiple_of for name in method.for_engines]
+    return method.model_copy(update={"multiple_of": math.lcm(multiple_of, method.tensor_parallel, *of_engines)})
 
 
 def _what_auto_is(method: Method, checkpoint: Checkpoint) -> int:
@@ -63,7 +66,8 @@ def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method
             "config.json), so it has been pruned already; prune the model that it came from, at a larger ratio"
         )
     for ratio in ratios:
-        shapes_for(Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where))
+        target = Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where)
+        refuse_what_engines_lack(target, method, shapes_for(target))
         _check_student(checkpoint, ratio, method, where)
 
 

@@ -17,11 +17,12 @@ from hfprune_dist.checkpoints.checkpoint import is_licence
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.engines.check import Check, loads_in, with_line
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
-from hfprune_dist.results.rows import DONE, DenseModel, Row, collect_rows
+from hfprune_dist.results.rows import DONE, ENGINES, DenseModel, Row, collect_rows
 from hfprune_dist.results.table import columns, notes
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
@@ -104,7 +105,9 @@ class Card:
         self, name: str, cell: Cell, rows: Mapping[Cell, Row], plan: Plan, store: Store, dense: DenseModel
     ) -> None:
         self.name, self.cell, self.row, self.dense = name, cell, rows[cell], dense
-        self.manifest = store.handle(cell.producers[-1]).manifest() or {}
+        made = store.handle(cell.producers[-1])
+        self.manifest = made.manifest() or {}
+        self.model_config = read_object(made.artifact / "config.json")
         self.stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         # Of the run that evaluated it, else of the one that made it.
         self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
@@ -156,6 +159,7 @@ class Card:
             "## Scores",
             self._scores(),
             self._how_to_load(),
+            *self._engines(),
             self._how_it_was_made(),
         ]
         return "\n\n".join(parts) + "\n"
@@ -238,6 +242,14 @@ class Card:
             text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "
             text += f'of {base}: `PeftModel.from_pretrained(base, "{self.name}/{ADAPTER}")`.'
         return text
+
+    def _engines(self) -> Iterator[str]:
+        """The section with the engines that load it, and what checks in them found."""
+        if self.model_config is not None:
+            text = loads_in(self.model_config)
+            for found in self.row[ENGINES].values():
+                text = with_line(text, Check(**found))
+            yield text
 
     def _how_it_was_made(self) -> str:
         """The section with versions and the command."""

@@ -23,6 +23,8 @@ from hfprune_dist.structures.units import plural_of
 Row = dict[str, Any]
 # Values of a row's status: it has its result; a stage behind it failed or was damaged; or it hasn't been made yet.
 DONE, FAILED, MISSING = "done", "failed", "missing"
+# Key of what checks in engines found, by engine.
+ENGINES = "engines"
 
 # Header -> fields of config.json, of which a model has at most one.
 SIZES = {
@@ -89,13 +91,15 @@ class _Rows:
         plan, dense = self._plan, self._dense[cell.model]
         manifests = {stage_id: self._manifests[stage_id] for stage_id in plan.upstream(cell)}
         evaluation = manifests[cell.evaluate]
-        # The row is complete even without its speed.
-        needed = [stage_id for stage_id in cell.results if stage_id != cell.efficiency]
+        # The row is complete even without its speed, and without engines.
+        besides = [stage_id for stage_id in (cell.efficiency, *cell.checks) if stage_id]
+        needed = [stage_id for stage_id in cell.results if stage_id not in besides]
         missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, needed)
         status, cause = self._cause(missing[0]) if missing else (DONE, None)
-        if cell.efficiency and manifests[cell.efficiency] is None:
-            del manifests[cell.efficiency]
-            cause = cause or f"no speed: {self._cause(cell.efficiency)[1]}"
+        for stage_id in (stage_id for stage_id in besides if manifests[stage_id] is None):
+            del manifests[stage_id]
+            lacks = "speed" if stage_id == cell.efficiency else "check"
+            cause = cause or f"no {lacks}: {self._cause(stage_id)[1]}"
         metrics: Mapping[str, Any] = evaluation["metrics"] if evaluation else {}
         tasks = metrics.get("tasks", {})
         mean, error = average(tasks)
@@ -115,6 +119,9 @@ class _Rows:
             "weight_bytes": _weight_bytes(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
             **_efficiency(manifests.get(cell.efficiency or "")),
             **self._costs(cell, manifests),
+            ENGINES: {
+                found["metrics"]["engine"]: found["metrics"] for key in cell.checks if (found := manifests.get(key))
+            },
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": self._measured_as(cell),

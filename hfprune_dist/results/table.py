@@ -15,7 +15,7 @@ from hfprune_dist.planning.plan import NONE, OWN
 from hfprune_dist.results.formats import counted, number, percent, with_error
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
-from hfprune_dist.results.rows import BY_LAYER, DONE, SIZES, Row
+from hfprune_dist.results.rows import BY_LAYER, DONE, ENGINES, SIZES, Row
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures.units import plural_of
 
@@ -23,7 +23,7 @@ Columns = list[Column[Row]]
 # The files to which rows are written.
 RESULTS = ("results.csv", "results.md", "results.json")
 # Fields of a row that only results.json has; results of texts, tasks and workloads get columns of their own.
-NESTED = (OTHER_TEXTS, "tasks", "efficiency", "stages", "provenance", *BY_LAYER)
+NESTED = (OTHER_TEXTS, "tasks", "efficiency", ENGINES, "stages", "provenance", *BY_LAYER)
 MEASURED_OTHERWISE = "not to be compared with the first rows of their models, since measured in another way"
 
 
@@ -62,7 +62,7 @@ def columns(rows: Sequence[Row], wide: bool = False) -> Columns:
             tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
             found += [Column(f"KL {text}", partial(_kl_on, text)) for text in other_texts(rows)]
             found += [Column(task, partial(_score, task)) for task in tasks]
-    return found
+    return found + [Column(engine, partial(_in_engine, engine)) for engine in engines(rows)]
 
 
 def _kl(row: Row) -> str:
@@ -78,6 +78,16 @@ def _score(task: str, row: Row) -> str:
     scores: Mapping[str, Any] = row["tasks"].get(task, {})
     value, error = headline(scores)
     return number(scores.get("word_perplexity"), ".2f") if value is None else with_error(value, error, percent)
+
+
+def _in_engine(engine: str, row: Row) -> str:
+    found = row[ENGINES].get(engine, {})
+    return "fails" if found.get("failure") else number(found.get("difference"), ".0e")
+
+
+def engines(rows: Sequence[Row]) -> list[str]:
+    """Names of the engines in which checkpoints of some rows were checked."""
+    return list(dict.fromkeys(engine for row in rows for engine in row[ENGINES]))
 
 
 def other_texts(rows: Sequence[Row]) -> list[str]:
@@ -137,13 +147,19 @@ def _kept(row: Row, dense: Row) -> str:
 def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
     """What the columns of such a table mean; with all columns also how they were measured."""
     shown = metrics_shown(rows, wide)
+    difference = "largest difference of log-probabilities from transformers, in nats"
+    checked = [f"{', '.join(named)}: {difference}"] if (named := engines(rows)) else []
     if not wide:
         told = [f"{metric.header}: {metric.brief}" for metric in shown if metric.brief]
-        return ["; ".join([*told, "±: standard error"])]
+        return ["; ".join([*told, *checked, "±: standard error"])]
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
     lines = ["recovery own: units go while LoRA trains"] if any(row["recovery"] == OWN for row in rows) else []
     lines += [f"{metric.header}: {metric.told}{how.get(metric.key, '')}" for metric in shown if metric.meaning]
-    return [*lines, "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity"]
+    return [
+        *lines,
+        *checked,
+        "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity",
+    ]
 
 
 def _held_out(rows: Sequence[Row]) -> str:
@@ -174,8 +190,14 @@ def workload(run: Mapping[str, Any]) -> str:
 
 
 def causes(rows: Sequence[Row]) -> list[str]:
-    """Lines on each row that lacks its result or speed, and on rows that can't be compared with others."""
-    return [*(f"missing: {row['label']}: {row['cause']}" for row in rows if row["cause"]), *not_comparable(rows)]
+    """Lines on each row that lacks its result or speed, or fails in an engine, and on rows that can't be compared with
+    others.
+    """
+    told = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["cause"]]
+    for row in rows:
+        failures = {engine: found["failure"] for engine, found in row[ENGINES].items() if found["failure"]}
+        told += [f"fails: {row['label']} in {engine}: {failure}" for engine, failure in failures.items()]
+    return [*told, *not_comparable(rows)]
 
 
 def not_comparable(rows: Sequence[Row]) -> list[str]:
@@ -206,6 +228,7 @@ def flat_row(row: Row) -> Row:
     """
     flat = {key: value for key, value in row.items() if key not in NESTED}
     nested = {f"fidelity/{text}": found for text, found in row[OTHER_TEXTS].items()} | row["tasks"]
+    nested |= {f"{ENGINES}/{engine}": found for engine, found in row[ENGINES].items()}
     nested |= {f"efficiency/{workload(run)}": dict(_medians(run)) for run in (row["efficiency"] or {}).get("runs", ())}
     return flat | {f"{name}/{key}": value for name, found in nested.items() for key, value in found.items()}
 

@@ -22,7 +22,7 @@ def stages(tmp_path_factory):
     mixture = [{"path": str(folder / "calibration.jsonl")}, {"path": str(folder / "heldout.jsonl")}]
     of_texts = {"calibration__path": None, "calibration__mixture": mixture}
     recipes = {"lora": {}, "both": {"text": "calibration", "objective": 0.5}}
-    settings = {"efficiency__enabled": True, "recovery__recipes": recipes}
+    settings = {"efficiency__enabled": True, "engines": ["vllm"], "recovery__recipes": recipes}
     methods = ["hfprune", str(own)]
     plans = [planned(file, methods=methods, **settings, **texts)[1] for texts in ({}, of_texts)]
     return [stage for plan in plans for stage in plan.stages.values()]

@@ -152,6 +152,17 @@ def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
     assert Plan.from_json(json.loads(json.dumps(after.to_json()))).to_json() == after.to_json()
 
 
+def test_checks_are_of_pruned_checkpoints_as_rows_have_them(world):
+    before, plan = plan_of(world), plan_of(world, engines=["vllm", "mlx"])
+    assert [key for key, stage in plan.stages.items() if stage.kind != "check"] == list(before.stages)
+    for cell in plan.cells:
+        checks = [plan.stages[key] for key in cell.checks]
+        assert [stage.params.engine for stage in checks] == (["vllm", "mlx"] if cell.ratio else [])
+        assert all(stage.inputs["model"].location == cell.producers[-1] for stage in checks)
+        assert {*cell.checks} < {*cell.results} and {*cell.checks} <= {*plan.upstream(cell)}
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).to_json() == plan.to_json()
+
+
 def test_a_measurement_is_of_its_device_and_workloads(world):
     def measured(device="here", **settings):
         plan = plan_of(world, efficiency__enabled=True, device=device, **settings)

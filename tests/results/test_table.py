@@ -46,6 +46,15 @@ def test_every_metric_has_one_column_and_one_note_that_tells_its_direction():
     assert len(found) == len({*found}) and {"demo_docstring", "width"} < found.keys()
 
 
+def test_engines_are_columns():
+    passed, other = {"difference": 2e-5, "failure": ""}, {"difference": None, "failure": "no such shape"}
+    rows = [DENSE, row_of(engines={"vllm": passed, "mlx": other})]
+    found = shown(rows)
+    assert (found["vllm"], found["mlx"]) == (("-", "2e-05"), ("-", "fails"))
+    assert "vllm, mlx: largest difference of log-probabilities" in notes(rows)[0]
+    assert causes(rows) == [f"fails: {rows[1]['label']} in mlx: no such shape"]
+
+
 def test_notes_tell_how_rows_were_measured():
     rows = [DENSE, row_of(), row_of(model="qwen", tokens=4096, windows=16), missing(row_of(ratio=0.5))]
     told = "\n".join(notes(rows, wide=True))
