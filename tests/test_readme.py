@@ -26,7 +26,19 @@ from hfprune_dist.planning.model_sources import shipped_aliases
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
-COMMANDS = ["hfprune", "sweep", "prune", "report", "compare", "bench", "check", "clean", "demo_assets", "export", "schema"]
+COMMANDS = [
+    "hfprune",
+    "sweep",
+    "prune",
+    "report",
+    "compare",
+    "bench",
+    "check",
+    "clean",
+    "demo_assets",
+    "export",
+    "schema",
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -95,15 +95,19 @@ def check(
         raise UserError(f"{checkpoint}: transformers doesn't load it: {reference['error']}")
     prompts = [run["ids"] for run in reference["runs"]]
     options = fit(engine, config).options if exported is None else trust if exported.is_dir() else {}
+    found = Check(engine, engine, reference["version"].split()[-1], datetime.now(UTC).date().isoformat())
     with tempfile.TemporaryDirectory() as folder:
-        loaded = exported or (_to_gguf(checkpoint, Path(folder)) if engine == "llama.cpp" else checkpoint)
+        try:
+            loaded = exported or (_to_gguf(checkpoint, Path(folder)) if engine == "llama.cpp" else checkpoint)
+        except UserError as error:  # it can't be written as GGUF
+            return replace(found, failure=str(error))
         answer = _run(engine, python, loaded, prompts, options)
     if "missing" in answer:
         raise UserError(
             f"{python} has no {answer['missing']}: {python} -m pip install {ENGINES[engine].install}; or name the "
             "Python of an environment that has it (--python; in a sweep runtime.engine_pythons)"
         )
-    found = Check(engine, answer["version"], reference["version"].split()[-1], datetime.now(UTC).date().isoformat())
+    found = replace(found, version=answer.get("version", engine))
     if "runs" not in answer:
         return replace(found, failure=answer["error"])
     return replace(found, **_compared(reference["runs"], answer["runs"], tolerance))
