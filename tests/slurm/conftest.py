@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,8 @@ def new_cluster(_slurm):
         finally:
             if (cluster.folder / "slurm.conf").exists():
                 cluster.run("down")
+            seen = subprocess.run(["pgrep", "--full", str(cluster.folder)], capture_output=True, text=True, check=False)
+            assert not seen.stdout, "processes are left"
             shutil.rmtree(cluster.folder, ignore_errors=True)
 
     return folder_of

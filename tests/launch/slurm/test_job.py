@@ -11,7 +11,6 @@ from made_stages import stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
-from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
@@ -87,15 +86,6 @@ def test_rank_0_says_what_its_node_lacks_where_it_can_record_nothing(rank, store
     said = capfd.readouterr().err
     assert "error: node n7 does not see" in said and "that all nodes share" in said and "Traceback" not in said
     assert not store.root.exists()
-
-
-def test_a_rank_says_why_its_attempt_failed(rank, store, attempt, monkeypatch):
-    def fail(claim):
-        raise UserError("no such text")
-
-    assert end_of(rank, monkeypatch, fail) == 2
-    assert Ledger(store).failure(STAGE.id).in_one_line == "no such text"
-    assert attempt.runs()[-1].how == "failed"
 
 
 @pytest.mark.parametrize("error", [None, FileNotFoundError("partial.safetensors")])

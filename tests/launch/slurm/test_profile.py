@@ -55,7 +55,6 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
     ("text", "expected"),
     [
         ("partitoin: gpu", ["unknown key 'partitoin'", "did you mean 'partition'", "time_minutes"]),
-        ("stages: {training: {nodes: 2}}", ["stages.training", "importance"]),
         ("memory: 200B", ["memory", "pattern"]),  # nor would sbatch take it
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
