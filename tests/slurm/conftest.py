@@ -1,9 +1,8 @@
 """The real clusters of this folder's tests, what runs side by side there, and what every sweep must end with.
 
-Most of a disturbed sweep's time is spent waiting: for time limits, for Slurm, for a launcher's next look. So tests
-marked ``beside`` all start together, each in its own thread, when the folder's first test starts; each test then
-waits for the end of its thread. Tests of one lane, ``beside("name")``, run one after another. They take only
-fixtures that last for all of them and must not disturb each other: what belongs to a whole cluster (its
+Most of a disturbed sweep's time is spent waiting. So tests marked ``beside`` all start together, each in its own
+thread, when the folder's first test starts; those of one lane, ``beside("name")``, run one after another. They take
+only fixtures that last for all of them and must not disturb each other: what belongs to a whole cluster (its
 controller, its configuration) is for the lane "disturbed", nodes n3 and n4 for the lane "nodes".
 """
 

@@ -25,13 +25,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.beside]
 
 # As in a shell inside an interactive job on a GPU node, and as people set them for jobs of another kind.
 SURROUNDINGS = {
-    **dict.fromkeys(["SLURM_JOB_ID", "SLURM_JOBID", "SLURM_ARRAY_JOB_ID"], "999"),
-    **dict.fromkeys(["SLURM_NTASKS", "SLURM_NNODES", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"], "7"),
-    **dict.fromkeys(["SLURM_PROCID", "SLURM_LOCALID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_ID"], "3"),
-    **dict.fromkeys(["SLURM_MEM_PER_CPU", "SBATCH_MEM_PER_CPU", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT"], "10"),
+    **dict.fromkeys(["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_MEM_PER_CPU"], "999"),
+    **dict.fromkeys(["SLURM_NTASKS", "SLURM_NNODES", "SRUN_CPUS_PER_TASK", "SLURM_PROCID", "SLURM_GPUS_ON_NODE"], "7"),
     **dict.fromkeys(["SLURM_EXPORT_ENV", "SBATCH_EXPORT", "SRUN_EXPORT_ENV"], "NONE"),
-    **dict.fromkeys(["SLURM_PARTITION", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_NODELIST"], "nowhere"),
-    **dict.fromkeys(["SLURM_WORKING_DIR", "SBATCH_OUTPUT"], "/nowhere"),
+    **dict.fromkeys(["SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_NODELIST", "SBATCH_OUTPUT"], "/nowhere"),
     **dict.fromkeys(["SLURM_TIMELIMIT", "SBATCH_NO_REQUEUE"], "1"),
     "SLURM_CPU_BIND": "quiet,mask_cpu:0x10",
 }

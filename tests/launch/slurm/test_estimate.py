@@ -11,8 +11,7 @@ GPUS = "tasks_per_node: 2\ngpus_per_node: 2\n"
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("estimate")
-    return make_inputs(folder)
+    return make_inputs(tmp_path_factory.mktemp("estimate"))
 
 
 def estimates(inputs, tmp_path, profile, **overrides):
@@ -34,10 +33,7 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(inputs, tmp_path):
 def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(inputs, tmp_path):
     many = {"calibration__samples": 4096, "calibration__micro_batch_size": 4096}
     small = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.5\n", **many)
-    with pytest.raises(
-        UserError,
-        match=r"importance alpha: about .* GiB on each GPU, which has 0.5 GiB.*lower calibration",
-    ):
+    with pytest.raises(UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0.5 .*lower calib"):
         refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
     alone = estimates(inputs, tmp_path, GPUS + "gpu_memory_gib: 0.001\n", calibration__micro_batch_size=1)
     (problem,) = next(each for each in alone if each.stage.kind == "importance").problems
@@ -53,7 +49,6 @@ def test_hidden_states_of_all_ranks_of_a_node_must_fit_its_main_memory(inputs, t
     with pytest.raises(UserError, match=r"importance alpha: .* of hidden states .*more nodes, or fewer"):
         refuse_what_cannot_fit(small)
     refuse_what_cannot_fit(importance("memory: 2G\n", importance__criteria=["surgeon"]))
-    refuse_what_cannot_fit(importance("", importance__criteria=["surgeon"]))
     more = importance("", importance__criteria=["surgeon"], calibration__samples=64)
     assert more[0].host_memory > small[0].host_memory, "hidden states of all windows"
 

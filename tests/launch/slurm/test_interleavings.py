@@ -119,10 +119,7 @@ def _quickly():
 def test_never_two_live_jobs_of_a_stage_and_no_live_job_given_up(events):
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
-        with (
-            mock.patch("hfprune_launch.slurm.commands._run", world.controller.run),
-            mock.patch("shutil.which", lambda _: "/bin/x"),
-        ):
+        with mock.patch("hfprune_launch.slurm.commands._run", world.controller.run):
             for event in [("restart", 0, {}, 0.0), ("restart", 1, {}, 0.0), *events]:
                 world.happen(event)
                 world.check()

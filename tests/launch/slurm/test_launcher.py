@@ -45,12 +45,9 @@ def ledger(store):
     return Ledger(store)
 
 
-def script_of(store, stage, number=1):
-    return (store.root / "attempts" / stage.id / str(number) / "job.sh").read_text()
-
-
 def waits_of(store, stage, number=1):
-    return re.findall("--dependency=(.*)", script_of(store, stage, number))
+    script = (store.root / "attempts" / stage.id / str(number) / "job.sh").read_text()
+    return re.findall("--dependency=(.*)", script)
 
 
 def causes(store, stage):
@@ -66,13 +63,6 @@ def started(store, plan=PLAN, **settings):
 # Submission.
 
 
-def test_dependencies_become_slurms(fake, store):
-    started(store)
-    assert list(fake.jobs) == ["101", "102", "103"]
-    assert waits_of(store, SCORES) == [] and [waits_of(store, stage) for stage in PRUNES] == [["afterok:101"]] * 2
-    assert "#SBATCH --kill-on-invalid-dep=yes" in script_of(store, PRUNES[0])
-
-
 def test_a_full_queue_is_filled_up_later(fake, store):
     fake.fail_next("sbatch", *[LIMIT] * 2)
     launcher = started(store)
@@ -81,6 +71,7 @@ def test_a_full_queue_is_filled_up_later(fake, store):
     for _ in range(2):
         launcher.step()
     assert len(fake.jobs) == 3 and launcher.unsubmitted() == []
+    assert waits_of(store, SCORES) == [] and [waits_of(store, stage) for stage in PRUNES] == [["afterok:101"]] * 2
 
 
 def test_a_job_runs_a_chain_up_to_the_stage_that_another_launcher_has(fake, store, ledger):
@@ -135,22 +126,16 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, 
 # What is seen of jobs.
 
 
-def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_lives(fake, store):
+@pytest.mark.parametrize("jobs", [{}, {"101": Job("of somebody else on a new cluster", "RUNNING")}])
+def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_lives(fake, store, jobs):
     launcher = started(store, ALONE)
-    fake.forget("101")
+    fake.jobs = jobs
     claim = try_claim(store.handle(SCORES.id).work, job="101")
     for _ in range(3):
         launcher.step_after(100)
         assert causes(store, SCORES) == [None], "it holds its claim"
     claim.release()
     launcher.step_after(100)
-    assert causes(store, SCORES) == ["interrupted", None]
-
-
-def test_a_new_cluster_may_give_an_id_again(fake, store, ledger):
-    ledger.begin(SCORES, **JOB).record_job("7")
-    fake.jobs["7"] = Job("somebody-else", "RUNNING")
-    started(store, ALONE)
     assert causes(store, SCORES) == ["interrupted", None]
 
 
@@ -329,6 +314,7 @@ def test_dry_run_prints_what_would_be_submitted_where_there_is_no_slurm(tmp_path
     assert not (tmp_path / "out").exists()
     assert result.stdout.count("#!/bin/bash") == 10 and "22 stages in 10 jobs" in result.stdout
     assert "#SBATCH --gpus-per-node=8" in result.stdout and "--kill-on-bad-exit=1" in result.stdout
+    assert "#SBATCH --kill-on-invalid-dep=yes" in result.stdout
     assert "#SBATCH --dependency='afterok:<job of importance/" in result.stdout
     result = sweep(config, tmp_path / "out", "--profile", "local-cluster", environment=environment)
     assert result.returncode == 2 and "no sbatch on this machine" in result.stderr and "Traceback" not in result.stderr

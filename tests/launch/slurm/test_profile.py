@@ -47,7 +47,6 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
     assert recover.sbatch == {"mail-user": "me", "nice": 5}
     assert recover.setup == ["echo b"] and recover.srun_args == prune.srun_args == ["--cpu-bind=none"]
     assert prune.environment == {"NCCL_DEBUG": "WARN", "A": "1"} and prune.setup == ["module load cuda"]
-    assert prune.sbatch == {"reservation": "week4", "mail-user": "me"}
     assert profile.resources["loraprune"] == recover, "which it is, where nothing is said of it"
 
 

@@ -50,15 +50,9 @@ def test_a_good_snapshot_is_used_as_it_is_and_other_code_gets_its_own(project, t
     assert take_snapshot(project, folder, COMMIT) != snapshot and snapshot.is_dir()
 
 
-@pytest.mark.parametrize("damage", ["removed", "added"])
-def test_a_damaged_snapshot_is_left_to_its_jobs_and_another_one_made(project, tmp_path, damage):
+def test_a_damaged_snapshot_is_left_to_its_jobs_and_another_one_made(project, tmp_path):
     snapshot = take_snapshot(project, tmp_path / "code", COMMIT)
-    file = snapshot / "hfprune_launch" / "job.py"
-    if damage == "added":
-        file.with_name("torch.py").write_text("raise SystemExit\n")
-    else:
-        file.unlink()
+    (snapshot / "hfprune_launch" / "torch.py").write_text("raise SystemExit\n")
     another = take_snapshot(project, tmp_path / "code", COMMIT)
-    assert another != snapshot and snapshot.is_dir()
     assert_whole(another)
-    assert take_snapshot(project, tmp_path / "code", COMMIT) == another
+    assert another != snapshot and snapshot.is_dir() and take_snapshot(project, tmp_path / "code", COMMIT) == another
