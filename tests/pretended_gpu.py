@@ -79,12 +79,14 @@ class Gpu:
         faults: uses of memory that nothing keeps apart.
         waits: why the host waited for the GPU and for which line -> how often.
         kernels: how many have run.
+        moved: bytes that were copied, by where to.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.waits: Counter[str] = Counter()
         self.kernels = 0
+        self.moved: Counter[str] = Counter()
         self._there: set[int] = set()  # storages
         self._pinned: set[int] = set()
         # Storage -> stream -> number of the last operation there that reads or writes it.
@@ -276,6 +278,7 @@ class _Operations(TorchDispatchMode):
         is_view = any(it.alias_info is not None and not it.alias_info.is_write for it in schema.returns)
         if name == "copy_" and any(there) and not all(there):
             to, source = tensors
+            gpu.moved["host" if there[1] else "GPU"] += source.nbytes
             gpu.run(name, [source], [to])
             is_queued = args[2] if len(args) > 2 else options.get("non_blocking")
             if not is_queued or not gpu.pins(source if there[0] else to):
@@ -346,6 +349,7 @@ class _Calls(TorchFunctionMode):
                 raise MixedError("numpy of a tensor on the GPU")
             if name == "tolist" and is_there:
                 gpu.wait(name)
+                gpu.moved["host"] += first.nbytes
             if name == "cpu":
                 return self._away(first, is_there)
             if name == "cuda":
@@ -402,6 +406,7 @@ class _Calls(TorchFunctionMode):
         with _disable_current_modes():
             made = self._gpu.put(tensor.clone())
         self._gpu.run("to", [tensor], [made])
+        self._gpu.moved["GPU"] += tensor.nbytes
         if not (is_queued and self._gpu.pins(tensor) and tensor.is_contiguous()):
             self._gpu.wait("copy to the GPU")
         return made
@@ -410,6 +415,7 @@ class _Calls(TorchFunctionMode):
         if not is_there:
             return tensor
         self._gpu.run("to", [tensor], [])
+        self._gpu.moved["host"] += tensor.nbytes
         self._gpu.wait("copy to the host")
         with _disable_current_modes():
             return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
