@@ -33,8 +33,8 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
     if checkpoint.config.get(OUTPUT_BIASES):
         raise UserError(f"{checkpoint.path}: DeciLM has no place for {OUTPUT_BIASES}; {AS_IT_IS}")
     if not groups.is_uniform:
-        fits = "" if own == "qwen2" else "--to gguf holds them; "
-        raise UserError(f"{checkpoint.path}: layers differ in heads, which DeciLM can't have; {fits}{AS_IT_IS}")
+        why = "layers differ in heads, which DeciLM can't have; --to gguf holds them"
+        raise UserError(f"{checkpoint.path}: {why}; {AS_IT_IS}")
     target.mkdir()
     shutil.copyfile(CONFIGURATION_FILE, target / CONFIGURATION_FILE.name)
     for name in {*checkpoint.travelling_files, *checkpoint.weight_files, INDEX_FILE} - {MODELING_FILE.name}:

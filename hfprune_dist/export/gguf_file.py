@@ -107,15 +107,13 @@ def _architecture(checkpoint: Checkpoint, config: Any) -> str:
     if rope not in ("default", "llama3") or rotated not in (None, 1.0) or config.hidden_act != "silu":
         found = f"rope_type {rope}, partial_rotary_factor {rotated}, hidden_act {config.hidden_act}"
         raise UserError(f"{checkpoint.path}: GGUF is written with rope_type default or llama3, and silu; not {found}")
-    if checkpoint.is_plain:
-        return ARCHITECTURES[own]
-    groups = checkpoint.structures["kv_groups"]
-    heads = {*groups.values(groups.counts)["num_attention_heads"]}
-    if own == "qwen3" or (own == "qwen2" and heads != {sizes["hidden_size"] // sizes["head_dim"]}):
-        lacks = "norms of queries and keys" if own == "qwen3" else "biases of fewer heads"
-        why = f"for layers that differ, llama.cpp has no {lacks}, which a {own} needs"
-        raise UserError(f"{checkpoint.path}: {why}; a plain shape (surgeon-plain) can be written; {AS_IT_IS}")
-    return "deci"
+    if not checkpoint.is_plain:
+        if own == "qwen3":
+            why = "llama.cpp has no norms of queries and keys where layers differ, as a qwen3 needs"
+            raise UserError(f"{checkpoint.path}: {why}; a plain shape (surgeon-plain) can be written; {AS_IT_IS}")
+        return "deci"
+    has_all_heads = sizes["num_attention_heads"] * sizes["head_dim"] == sizes["hidden_size"]
+    return "llama" if own == "qwen2" and not has_all_heads else ARCHITECTURES[own]  # which has biases too
 
 
 def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint, config: Any) -> None:

@@ -78,8 +78,9 @@ def in_halves(rows, head_dim):
         ("llama", WIDTHS | HEADS, "deci"),
         ("llama-tied-biases", WIDTHS, "deci"),
         ("mistral", WIDTHS | HEADS, "deci"),
-        ("qwen2", FEWER, "qwen2"),
-        ("qwen2", WIDTHS, "deci"),
+        ("qwen2", {"neurons": [torch.arange(40)] * 2}, "qwen2"),
+        ("qwen2", FEWER, "llama"),
+        ("qwen2", WIDTHS | HEADS, "deci"),
         ("qwen3", FEWER, "qwen3"),
     ],
 )
@@ -206,8 +207,7 @@ def test_splits_and_tokens_at_the_ends_are_told(tmp_path):
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     for name, (variant, units, options, why) in {
-        "norms": ("qwen3", WIDTHS, {}, "no norms of queries and keys"),
-        "biases": ("qwen2", WIDTHS | HEADS, {}, "no biases of fewer heads"),
+        "norms": ("qwen3", WIDTHS, {}, "no norms of queries and keys where layers differ"),
         "window": ("mistral", WIDTHS, {"sliding_window": 64}, "GGUF has no sliding_window, here 64"),
         "rope": (
             "llama",
@@ -223,15 +223,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
 
 
 def test_the_command_leaves_a_whole_file_or_nothing(tmp_path):
-    checkpoint = pruned(tmp_path, "qwen2", WIDTHS | HEADS).path
+    checkpoint = pruned(tmp_path, "qwen3").path
     plain, out = tmp_path / "dense", tmp_path / "new" / "model.gguf"
     died = out.parent / ".model.gguf.new"
     died.mkdir(parents=True)
     (died / "model.gguf").write_text("a part")
     code, _, said = in_process(main, str(checkpoint), str(out), "--to", "gguf")
-    assert code == 2 and "no biases of fewer heads" in said and not list(out.parent.iterdir())
+    assert code == 2 and "no norms of queries" in said and not list(out.parent.iterdir())
     code, shown, _ = in_process(main, str(plain), str(out), "--to", "gguf", "--dtype", "f16")
-    assert code == 0 and "architecture qwen2, f16" in shown and list(out.parent.iterdir()) == [out]
+    assert code == 0 and "architecture qwen3, f16" in shown and list(out.parent.iterdir()) == [out]
     before = out.read_bytes()
     code, _, said = in_process(main, str(plain), str(out), "--to", "gguf")
     assert code == 2 and "is there already" in said and out.read_bytes() == before
