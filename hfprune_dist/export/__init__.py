@@ -11,10 +11,8 @@ AS_IT_IS = "transformers and vLLM load the checkpoint as it is (trust_remote_cod
 
 
 def require_family(checkpoint: Checkpoint, families: Iterable[str], written: str, others: str) -> None:
-    """Refuse a checkpoint of another family than these, and what none of them can have in the format ``written``.
-
-    Raises:
-        UserError: which ends with ``others`` if it is the family.
+    """Refuse a checkpoint of another family than these, for which ``others`` says what to do, and what none of them can
+    have in the format ``written``.
     """
     own, config = checkpoint.family.model_type, checkpoint.config
     if own not in families or checkpoint.family.has_vision:

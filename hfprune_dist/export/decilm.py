@@ -16,9 +16,7 @@ from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.units import OUTPUT_BIASES
 
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_decilm.py")
-# To which engines round the width that they compute from ``ffn_mult``. vLLM can do without it; SGLang, mlx-lm and
-# llama.cpp's converter know nothing else.
-_MULTIPLE = 256
+_MULTIPLE = 256  # to which SGLang and mlx-lm round the width that they compute from ffn_mult, all that they read
 
 
 def write_decilm(checkpoint: Checkpoint, target: Path) -> str:

@@ -6,6 +6,7 @@ computes a Llama, with arrays of sizes in place of numbers.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,15 +30,12 @@ from hfprune_dist.export import AS_IT_IS, require_family
 from hfprune_dist.export.gguf_tokenizer import add_tokenizer
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's names
-# Architectures that rotate neighbouring channels of a head together, where transformers takes one from either half.
-_INTERLEAVED = ("llama", "deci")
+_INTERLEAVED = ("llama", "deci")  # which rotate neighbouring channels, not one of either half of a head
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file: its name there, how its numbers are stored, what reads it from the checkpoint, and the size
-    of the heads in which channels of a rotation become neighbours, if any.
-    """
+    """A tensor of the file; in heads of ``head_dim`` channels, those that rotate together become neighbours."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,11 +54,8 @@ class _Tensor:
 
 
 def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> str:
-    """Write a checkpoint as a GGUF file, with its tokenizer; return what the user should know about it.
-
-    Args:
-        dtype: of matrices: f32, f16, bf16 or q8_0; by default that of the checkpoint, which changes no number. All else
-            is float32, as llama.cpp wants it.
+    """Write a checkpoint as a GGUF file, with its tokenizer; return what to tell of it. Matrices have the ``dtype``, by
+    default the checkpoint's, which changes no number; all else is float32, as llama.cpp wants it.
 
     Raises:
         UserError: if llama.cpp couldn't load the model, or would compute another.
@@ -75,10 +70,10 @@ def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, checkpoint, config)
     add_tokenizer(writer, checkpoint.path, int(checkpoint.config["vocab_size"]))
-    tied = {checkpoint.family.head_tensor} if checkpoint.config["tie_word_embeddings"] else set[str]()
+    tied = checkpoint.family.head_tensor if checkpoint.config["tie_word_embeddings"] else None
+    kind, names = Kind[chosen.upper()], [name for name in checkpoint.tensors if name != tied]
     with naming(file), open_weights(checkpoint) as read:
-        names = [name for name in checkpoint.tensors if name not in tied]
-        tensors = [_tensor(checkpoint, name, architecture, Kind[chosen.upper()], partial(read, name)) for name in names]
+        tensors = [_tensor(checkpoint, name, architecture, kind, partial(read, name)) for name in names]
         if config.rope_parameters["rope_type"] == "llama3":
             scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
             usual = config.rope_parameters["rope_theta"] ** -(torch.arange(len(scaled)).double() / len(scaled))
@@ -86,13 +81,16 @@ def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> 
             tensors.append(_Tensor("rope_freqs.weight", (len(factors),), Kind.F32, lambda: factors))
         for tensor in tensors:
             numbers, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-            bytes_stored = math.prod(tensor.shape) // numbers * size
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), bytes_stored, tensor.kind)
+            size *= math.prod(tensor.shape) // numbers
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.stored())
+        try:
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.stored())
+        except OSError as error:  # numpy's of a full disk has no number
+            raise OSError(error.errno or errno.ENOSPC, str(error)) from error
         writer.close()
     halves = sum(tensor.kind == Kind.F16 for tensor in tensors) if chosen == "q8_0" else 0
     told = f"; {halves} matrices, whose rows aren't multiples of 32 (prune.multiple_of), as f16" if halves else ""
@@ -109,8 +107,8 @@ def _architecture(checkpoint: Checkpoint, config: Any) -> str:
         raise UserError(f"{checkpoint.path}: GGUF is written with rope_type default or llama3, and silu; not {found}")
     if not checkpoint.is_plain:
         if own == "qwen3":
-            why = "llama.cpp has no norms of queries and keys where layers differ, as a qwen3 needs"
-            raise UserError(f"{checkpoint.path}: {why}; a plain shape (surgeon-plain) can be written; {AS_IT_IS}")
+            why = "where layers differ, llama.cpp has no norms of queries and keys; a plain shape can be written"
+            raise UserError(f"{checkpoint.path}: {why}; {AS_IT_IS}")
         return "deci"
     has_all_heads = sizes["num_attention_heads"] * sizes["head_dim"] == sizes["hidden_size"]
     return "llama" if own == "qwen2" and not has_all_heads else ARCHITECTURES[own]  # which has biases too
@@ -128,8 +126,9 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint, config: Any) -> 
     writer.add_feed_forward_length(sizes["intermediate_size"])
     writer.add_head_count(sizes["num_attention_heads"])
     writer.add_head_count_kv(sizes["num_key_value_heads"])
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(sizes["head_dim"])
+    writer.add_key_length(sizes["head_dim"])
+    writer.add_value_length(sizes["head_dim"])
+    writer.add_rope_dimension_count(sizes["head_dim"])
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(sizes["vocab_size"])

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf import TokenType as Type
 
 from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
 from hfprune_dist.errors import UserError
 
-_GPT2, _DIGITS = "the expression of GPT-2", "single digits"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-# The expressions by which text is split, one after another, and whether words that are tokens skip the merges -> name.
-_SPLITS = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGITS, _GPT2), False): "smollm",
-    ((_WORDS.replace("NUMBER", r"\p{N}"),), False): "qwen2",
-    ((_WORDS.replace("NUMBER", r"\p{N}{1,3}"),), True): "llama-bpe",
+_WORD = {"type": "Split", "behavior": "Isolated", "invert": False}
+_QWEN2, _LLAMA3 = (_WORD | {"pattern": {"Regex": _WORDS.replace("NUMBER", part)}} for part in (r"\p{N}", r"\p{N}{1,3}"))
+_DIGIT, _BYTES = {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}
+_BYTES_ALONE, _GPT2 = _BYTES | {"use_regex": False}, _BYTES | {"use_regex": True}
+# llama.cpp's name -> the steps by which text is split, and whether words that are tokens skip the merges.
+SPLITS = {
+    "gpt-2": ([_GPT2], False),
+    "smollm": ([_DIGIT, _GPT2], False),
+    "qwen2": ([_QWEN2, _BYTES_ALONE], False),
+    "llama-bpe": ([_LLAMA3, _BYTES_ALONE], True),
 }
 
 
@@ -32,24 +36,21 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     Raises:
         UserError: if llama.cpp would make other tokens of a text, or tokens have no embedding.
     """
-    tokenizer = load_tokenizer(folder)
-    require_embedded(tokenizer, rows, folder)
+    require_embedded(tokenizer := load_tokenizer(folder), rows, folder)
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     before, behind = whole[: whole.index(bare[0])], whole[whole.index(bare[-1]) + 1 :]
-    known = before in ([], [tokenizer.bos_token_id]) and behind in ([], [tokenizer.eos_token_id])
-    splits = _splits_as(backend) if known else None
-    if splits is None:
-        known_splits = f"byte-level BPE that splits text as {', '.join(_SPLITS.values())}, with bos or eos at most"
-        raise UserError(f"{folder}: its tokenizer can't be written to GGUF, only {known_splits}")
+    simple = before in ([], [tokenizer.bos_token_id]) and behind in ([], [tokenizer.eos_token_id])
+    if (splits := _splits_as(backend)) is None or not simple:
+        known = f"byte-level BPE that splits text as {', '.join(SPLITS)}, with bos or eos at most"
+        raise UserError(f"{folder}: its tokenizer can't be written to GGUF, only {known}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    control, own = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
-    types = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
-    types |= {added["id"]: control if added["special"] else own for added in backend["added_tokens"]}
+    types = dict.fromkeys(range(rows), Type.UNUSED) | dict.fromkeys(tokens, Type.NORMAL)
+    types |= {own["id"]: Type.CONTROL if own["special"] else Type.USER_DEFINED for own in backend["added_tokens"]}
     writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(rows)])
-    writer.add_token_types([types.get(number, gguf.TokenType.UNUSED) for number in range(rows)])
+    writer.add_token_types([types[number] for number in range(rows)])
     writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
     for role in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{role}_token_id")
@@ -67,18 +68,8 @@ def _splits_as(backend: Mapping[str, Any]) -> str | None:
     match backend:
         case {"model": {"type": "BPE", "byte_fallback": False}, "normalizer": None | {"type": "NFC"}}:
             first = backend["pre_tokenizer"] or {}
-            steps = [_step(part) for part in first.get("pretokenizers", [first])]
-            return _SPLITS.get((tuple(step for step in steps if step), backend["model"]["ignore_merges"]))
+            parts = first.get("pretokenizers", [first])
+            steps = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in parts]
+            found = steps, backend["model"]["ignore_merges"]
+            return next((name for name, known in SPLITS.items() if known == found), None)
     return None
-
-
-def _step(part: Mapping[str, Any]) -> str:
-    """The expression by which one step splits text; empty if it doesn't split."""
-    match part:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": splits}:
-            return _GPT2 if splits else ""
-        case {"type": "Digits", "individual_digits": True}:
-            return _DIGITS
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-            return str(pattern)
-    return f"unknown: {part}"

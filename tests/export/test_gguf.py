@@ -207,7 +207,7 @@ def test_splits_and_tokens_at_the_ends_are_told(tmp_path):
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
     for name, (variant, units, options, why) in {
-        "norms": ("qwen3", WIDTHS, {}, "no norms of queries and keys where layers differ"),
+        "norms": ("qwen3", WIDTHS, {}, "where layers differ, llama.cpp has no norms of queries"),
         "window": ("mistral", WIDTHS, {"sliding_window": 64}, "GGUF has no sliding_window, here 64"),
         "rope": (
             "llama",

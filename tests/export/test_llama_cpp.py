@@ -1,0 +1,114 @@
+"""GGUF files in llama.cpp itself, where its Python package is importable: its logits are transformers'."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from masking import write
+from tiny import VOCABULARY, save_tiny, tiny_text
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.export.gguf_file import write_gguf
+from hfprune_dist.export.gguf_tokenizer import SPLITS
+from hfprune_dist.structures.kept import Kept
+
+llama_cpp = pytest.importorskip(
+    "llama_cpp_py_sync", reason="llama.cpp isn't importable (pip install llama-cpp-py-sync)"
+)
+
+WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
+HEADS = {"kv_groups": [torch.tensor([1]), torch.tensor([0, 1])]}
+FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
+LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG["original_max_position_embeddings"] = 64
+IDS = torch.randint(3, 259, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def tokenizer_that_merges(split, *, bos):
+    """Return a tokenizer that splits text as one known to llama.cpp, with merges that a wrong split would allow."""
+    pairs = [
+        "1 2",
+        "12 3",
+        "' s",
+        "' t",
+        "n '",
+        "Ġ x",
+        "Ġ Ġ",
+        "Ċ Ċ",
+        "Ċ Ġ",
+        "Ġ Ċ",
+        "= 0",
+        "0 x",
+        ". ĉ",
+        "ĉ T",
+        "Ġ '",
+        "t Ġ",
+    ]
+    pairs += ["ĠĠ Ġ", "ĊĊ Ġ", "Ġ 1", "k Ċ", "s .", "; Ġ", "e Ġ", "3 4"]
+    merges = [tuple(pair.split()) for pair in pairs]
+    words = {token: number for number, token in enumerate([*VOCABULARY, *("".join(pair) for pair in merges)])}
+    steps, ignore_merges = SPLITS[split]
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges, ignore_merges=ignore_merges))
+    told = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in steps]
+    splitting = {"type": "Sequence", "pretokenizers": told}
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": splitting}))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def logits_of(file, ids):
+    """Compute all tokens' logits in llama.cpp, with keys and values in float32."""
+    options = {"type_k": "f32", "type_v": "f32", "flash_attn_type": 0, "n_threads": 1}
+    with llama_cpp.Llama(str(file), n_ctx=128, n_batch=128, **options) as model:
+        lib, ffi = model._lib, model._ffi
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
+            batch.seq_id[place][0], batch.logits[place] = 0, 1
+        assert lib.llama_decode(model._ctx, batch) == 0
+        rows = [lib.llama_get_logits_ith(model._ctx, place) for place in range(len(ids))]
+        logits = [np.frombuffer(ffi.buffer(row, 4 * model.n_vocab), np.float32).copy() for row in rows]
+        lib.llama_batch_free(batch)
+        return np.stack(logits), [model.tokenize(text) for text in TEXTS]
+
+
+TEXTS = [
+    tiny_text(20, 0),
+    "It's 12345 o'clock\n\n  and we're   done.\tTabs",
+    "naïve façade — 東京 🎉",
+    " x=0xFF; don't",
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "units", "options", "split"),
+    [
+        ("llama", FEWER, {"rope_parameters": LONG}, "llama-bpe"),
+        ("llama", WIDTHS | HEADS, {}, "smollm"),
+        ("llama", WIDTHS | HEADS, {"rope_parameters": LONG}, "llama-bpe"),
+        ("llama-tied-biases", FEWER, {}, "gpt-2"),
+        ("llama-tied-biases", WIDTHS | HEADS, {}, "gpt-2"),
+        ("mistral", WIDTHS | HEADS, {}, "gpt-2"),
+        ("qwen2", {"neurons": [torch.arange(40)] * 2}, {"head_dim": 8}, "qwen2"),
+        ("qwen2", FEWER, {}, "qwen2"),
+        ("qwen2", WIDTHS | HEADS, {}, "qwen2"),
+        ("qwen3", FEWER, {}, "qwen2"),
+    ],
+)
+def test_llama_cpp_computes_what_transformers_does(tmp_path, variant, units, options, split):
+    dense = save_tiny(tmp_path / "dense", variant, **{"head_dim": 16, "vocab_size": 300, **options})
+    tokenizer_that_merges(split, bos=split == "llama-bpe").save_pretrained(dense)
+    write(open_checkpoint(dense), Kept.of_all_layers(units), tmp_path / "pruned")
+    write_gguf(open_checkpoint(tmp_path / "pruned"), tmp_path / "model.gguf", "f32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
+    found, tokens = logits_of(tmp_path / "model.gguf", IDS)
+    assert (torch.tensor(found).log_softmax(-1) - expected).abs().max() < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned")
+    assert tokens == [tokenizer(text)["input_ids"] for text in TEXTS]
