@@ -14,7 +14,7 @@ import numpy as np
 from hfprune_launch.command import folder, place
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.prune import prune
-from hfprune_launch.run import make, run_to_tables
+from hfprune_launch.run import make, only, run_to_tables
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import read_sweep
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ class Session:
         prepared = prepare(self._request, download=True)
         stages = prepared.sweep.plan.stages.values()
         passes = [stage for stage in stages if stage.kind == "importance" and not stage.needs]
-        make(prepared, [stage.id for stage in passes])
+        make(only(prepared, [stage.id for stage in passes]))
         store = prepared.sweep.store
         return {stage.label: read_scores(store.handle(stage.id).artifact) for stage in passes}
 
@@ -79,7 +79,7 @@ class Session:
             if cell.ratio is not None and cell.method is not None:
                 cut = next(stage_id for stage_id in cell.producers if kind_of(stage_id) in CUTTING)
                 made[cell.model, cell.ratio, cell.method] = cut
-        make(prepared, made.values())
+        make(only(prepared, made.values()))
         return {key: prepared.sweep.store.handle(stage_id).artifact for key, stage_id in made.items()}
 
     def compare(self) -> list[Row]:

@@ -29,7 +29,7 @@ from hfprune_launch.command import command, folder, make_parser, place
 from hfprune_launch.dry_run import show_dry_run
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
-from hfprune_launch.run import StageFailedError, make
+from hfprune_launch.run import StageFailedError, make, only
 from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import Sweep, read_sweep, require_apart, require_folder
 
@@ -126,20 +126,20 @@ def prune(
     (source,) = resolve_models(configured, PROJECT.configs / "models", FileHashes(None), download=not dry_run)
     request = Request(cache / f"{source.name}-{source.identity[:10]}", make_console(), files, overrides)
     prepared = prepare(request, download=not dry_run)
+    cell, *others = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
+    if others:
+        raise UserError("recovery.recipes: one checkpoint takes one recipe; leave one of them, or run sweep.py")
+    prepared = only(prepared, [cell.producers[-1], cell.evaluate])
     require_apart(out, prepared.sweep.plan)
     if dry_run:
         show_dry_run(prepared)
         return out
-    pruned = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
-    if len(pruned) > 1:
-        raise UserError("recovery.recipes: one checkpoint takes one recipe; leave one of them, or run sweep.py")
-    (cell,) = pruned
     if held not in (None, cell.producers[-1]):
         raise UserError(f"{out}: holds a checkpoint of other settings; choose another folder, or remove it")
     if held is not None:
         request.tell(f"{out} is there already, made with these settings")
     else:
-        make(prepared, [cell.producers[-1], cell.evaluate])
+        make(prepared)
         request.tell(_write(read_sweep(request.out), cell, out))
     code = ", trust_remote_code=True" if (out / NEEDS_CODE).exists() else ""
     has_vision = open_checkpoint(out).family.has_vision

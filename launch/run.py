@@ -46,17 +46,22 @@ class StageFailedError(RuntimeError):
     """A stage has failed for another reason than bad input."""
 
 
-def make(prepared: Prepared, stage_ids: Iterable[str]) -> None:
-    """Run what is missing of some stages and of those that they need.
+def only(prepared: Prepared, stage_ids: Iterable[str]) -> Prepared:
+    """The same sweep, of which only these stages are to be made, and those that they need."""
+    plan, verdicts = prepared.sweep.plan, prepared.verdicts
+    return replace(prepared, todo=plan.lacking(lambda stage_id: verdicts[stage_id].state == "done", stage_ids))
+
+
+def make(prepared: Prepared) -> None:
+    """Run the missing stages.
 
     Raises:
         UserError: for bad input, also if a stage finds it.
         StageFailedError: if a stage fails.
     """
     plan, ledger = prepared.sweep.plan, Ledger(prepared.sweep.store)
-    todo = plan.lacking(lambda stage_id: prepared.verdicts[stage_id].state == "done", stage_ids)
-    run_missing(replace(prepared, todo=todo))
-    for stage_id in todo:
+    run_missing(prepared)
+    for stage_id in prepared.todo:
         if (failure := ledger.failure(stage_id)) is not None:
             error = UserError if failure.cause == UserError.CAUSE else StageFailedError
             raise error(f"{plan.stages[stage_id].kind} failed: {failure.message}")

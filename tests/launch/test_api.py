@@ -48,7 +48,7 @@ def test_a_stage_that_fails_is_an_exception(config, tmp_path, monkeypatch, cause
 
 def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(api, "make", lambda _prepared, stage_ids: made.extend(stage_ids))
+    monkeypatch.setattr(api, "make", lambda prepared: made.extend(prepared.todo))
     monkeypatch.setattr(api, "read_scores", lambda _artifact: {})
     session = Session(tmp_path / "out", config, models=["alpha"], ratios=[0.2], methods=["hfprune", "sdmprune"])
     assert session.score() == {"alpha": {}} and len(made) == 1

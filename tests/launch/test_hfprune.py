@@ -39,10 +39,8 @@ def test_bad_input_is_one_message(arguments, expected, tmp_path, monkeypatch):
     assert code == 2 and expected in said and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_what_a_terminal_can_not_show_is_escaped(monkeypatch, encoding):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+def test_what_a_terminal_can_not_show_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert command(lambda _: print("\u6a21 \xb1 \udcff") or 0)() == 0
-    shown = stream.buffer.getvalue().decode(encoding)
-    assert shown == ("\\u6a21 \\xb1 \\udcff\n" if encoding == "ascii" else "\u6a21 \xb1 \\udcff\n")
+    assert stream.buffer.getvalue() == b"\\u6a21 \\xb1 \\udcff\n"

@@ -67,20 +67,6 @@ def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
         assert float(rows[name]["kl"]) > 0
 
 
-def test_a_dry_run_shows_the_shapes_of_all(config, tmp_path):
-    where = ["--config", config, "--out", tmp_path / "out"]
-    code, shown, said = in_process(sweep_command.main, *where, *arguments(1), "--dry-run")
-    assert code == 0, said
-    for name in RIVALS:
-        (line,) = [line.split() for line in shown.splitlines() if line.startswith(f"alpha 0.2 {name} ")]
-        if name == "flap":
-            assert "scores decide, layer by layer" in " ".join(line)
-            continue
-        width, heads, layers, reached = line[3:7]  # lorap has its ranks behind
-        assert layers == "9" and float(reached) == pytest.approx(0.2, abs=2.5e-3)
-        assert ("-" in width, "-" in heads) == (name == "llm-pruner",) * 2, "protected layers keep all"
-
-
 @pytest.fixture(scope="module")
 def recovered(config, finished, tmp_path_factory):
     """Recovery of what has factors, with weights sharded on two ranks, and of the method that prunes while it recovers.
