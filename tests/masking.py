@@ -1,4 +1,4 @@
-"""The dense model with masks on what pruning removes: it computes what a pruned checkpoint must compute."""
+"""What stays of tiny models, drawn; written, and read again."""
 
 import torch
 from hypothesis import strategies as st
@@ -65,24 +65,3 @@ def read_kept(folder):
     """Read ``kept.json``."""
     layers, units = read_kept_numbers(folder)
     return Kept(layers, {kind: [torch.tensor(row, dtype=torch.int64) for row in rows] for kind, rows in units.items()})
-
-
-def mask(model, kept):
-    """Zero the contributions of removed units to output projections, and skip the layers that go.
-
-    Query head ``j`` belongs to KV group ``j // (query heads of a group)``.
-    """
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    channels = {"neurons": 1, "kv_groups": config.num_attention_heads // config.num_key_value_heads * head_dim}
-    for number, layer in enumerate(model.model.layers):
-        if number not in kept.layers:
-            layer.register_forward_hook(lambda _layer, inputs, _output: inputs[0])
-            continue
-        outputs = {"neurons": layer.mlp.down_proj, "kv_groups": layer.self_attn.o_proj}
-        for kind, rows in kept.units.items():
-            projection = outputs[kind]
-            stays_U = torch.zeros(projection.in_features // channels[kind])
-            stays_U[rows[kept.layers.index(number)]] = 1
-            projection.weight.data *= stays_U.repeat_interleave(channels[kind]).to(projection.weight)
-    return model

@@ -29,18 +29,7 @@ COMMANDS = [
     "export",
     "schema",
 ]
-SHARED = [
-    "command",
-    "dry_run",
-    "start",
-    "project",
-    "api",
-    "build_steps",
-    "sweep_folder",
-    "prepare",
-    "run",
-    "screen",
-]
+SHARED = ["command", "dry_run", "start", "project", "api", "build_steps", "sweep_folder", "prepare", "run", "screen"]
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
@@ -108,12 +97,20 @@ def arrows():
                     yield module, name
 
 
-def crossing(importers, imported):
-    return [
-        arrow
-        for arrow in arrows()
-        if room_of(arrow[0]) in importers and room_of(arrow[1]) in imported and room_of(arrow[0]) != room_of(arrow[1])
-    ]
+def rooms(package, *names):
+    return {f"{package}.{name}" for name in names}
+
+
+PHASES = rooms("hfprune_dist", "scoring", "refit", "training", "evaluation")
+BACKENDS, COMMAND_ROOMS = rooms("hfprune_launch", "local", "slurm"), rooms("hfprune_launch", *COMMANDS)
+LIBRARY, LAUNCH = rooms("hfprune_dist", *ROOMS, "errors"), {room_of(name) for name in modules("hfprune_launch")}
+# Rooms -> those that they import nothing from, besides themselves.
+NEVER = [(LIBRARY, LAUNCH), (PHASES, PHASES), (BACKENDS, BACKENDS | COMMAND_ROOMS), (COMMAND_ROOMS, COMMAND_ROOMS)]
+# Libraries -> the rooms of those that may import them.
+KNOWN_TO = {
+    ("torch.distributed", "deepspeed"): rooms("hfprune_dist", "distributed", "scoring", "refit", "training", "stages"),
+    ("submitit",): LAUNCH,
+}
 
 
 def test_the_rooms_are_these():
@@ -142,24 +139,18 @@ def test_core_imports_torch_and_itself_only():
             assert allowed, f"{module} imports {name}"
 
 
-def test_the_package_never_imports_launch():
-    assert not [arrow for arrow in arrows() if arrow[0].startswith("hfprune_dist") and "hfprune_launch" in arrow[1]]
+def test_some_rooms_never_import_others():
+    for importers, imported in NEVER:
+        known = [arrow for arrow in arrows() if room_of(arrow[0]) in importers and room_of(arrow[1]) in imported]
+        assert known == []
 
 
-def test_phases_never_import_each_other():
-    rooms = {f"hfprune_dist.{room}" for room in ("scoring", "refit", "training", "evaluation")}
-    assert crossing(rooms, rooms) == []
-
-
-def test_backends_never_import_each_other_or_a_command():
-    backends = {"hfprune_launch.local", "hfprune_launch.slurm"}
-    commands = {f"hfprune_launch.{name}" for name in COMMANDS}
-    assert crossing(backends, backends | commands) == []
-
-
-def test_commands_never_import_commands():
-    commands = {f"hfprune_launch.{name}" for name in COMMANDS}
-    assert crossing(commands, commands) == []
+def test_some_libraries_are_known_to_few_rooms():
+    for libraries, allowed in KNOWN_TO.items():
+        for package in PACKAGES:
+            for module, file in modules(package).items():
+                knows = any(name.startswith(libraries) for name in imports_of(file))
+                assert not knows or room_of(module) in allowed, module
 
 
 def test_stages_are_imported_by_none_of_their_room():
@@ -171,19 +162,6 @@ def test_stages_are_imported_by_none_of_their_room():
         for name in imports_of(modules("hfprune_dist")[module]):
             others = tuple(f"{stage}." for stage in stages - {module})
             assert not f"{name}.".startswith(others), f"{module} imports {name}"
-
-
-def test_only_some_rooms_know_about_processes():
-    allowed = tuple(f"hfprune_dist.{room}." for room in ("distributed", "scoring", "refit", "training", "stages"))
-    for package in PACKAGES:
-        for module, file in modules(package).items():
-            distributed = any(name.startswith(("torch.distributed", "deepspeed")) for name in imports_of(file))
-            assert not distributed or module.startswith(allowed), module
-
-
-def test_submitit_is_known_to_launch_only():
-    for module, file in modules("hfprune_dist").items():
-        assert not any(name.startswith("submitit") for name in imports_of(file)), module
 
 
 def test_a_stage_in_a_store_is_reached_by_its_handle_alone():

@@ -18,9 +18,8 @@ from tiny import tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
-from hfprune_dist.errors import UserError
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.models.loading import require_own_weights
 from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
@@ -172,13 +171,3 @@ def test_a_refit_lowers_the_error(checkpoint_of, tmp_path, model_type):
     dense, cut, better = (logits_of(model).log_softmax(-1) for model in models)
     lost = [(dense.exp() * (dense - other)).sum() for other in (cut, better)]
     assert lost[1] < lost[0]
-
-
-def test_tensors_that_files_call_otherwise_are_not_made_up(checkpoint_of, tmp_path):
-    """Experts of one architecture under the names of another, which loading would leave at random."""
-    shutil.copytree(checkpoint_of("olmoe").path, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    told = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | told))
-    with pytest.raises(UserError, match=r"experts.* is missing .* or called otherwise than mixtral"):
-        load_causal_lm(tmp_path / "model", torch.float32)

@@ -6,9 +6,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from families_masked import masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masking import kept_of, mask, models, write
+from masking import kept_of, models, write
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
@@ -21,7 +22,7 @@ from hfprune_dist.structures.kept import Kept
 
 IDS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(0))
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-drawn = settings(max_examples=12)
+drawn = settings(max_examples=16)
 
 
 def count(model):
@@ -37,50 +38,27 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
 
 
-def masked(folder, kept):
-    return mask(load(folder), kept)
-
-
 @drawn
 @given(st.data())
-def test_a_plain_checkpoint_computes_what_the_masked_model_does(data):
-    model = data.draw(models())
-    kept = data.draw(kept_of(model, uniform=True))
+def test_a_checkpoint_computes_what_the_masked_model_does_and_is_pruned_again(data):
+    model, uniform = data.draw(models()), data.draw(st.booleans())
+    kept = data.draw(kept_of(model, uniform=uniform))
     with TemporaryDirectory() as name:
-        dense, pruned = Path(name) / "dense", Path(name) / "pruned"
+        dense, pruned, again = (Path(name) / folder for folder in ("dense", "pruned", "again"))
         checkpoint = open_checkpoint(save_tiny(dense, **model, shard_size=data.draw(st.sampled_from(["5GB", "20KB"]))))
         write(checkpoint, kept, pruned)
         smaller = open_checkpoint(pruned)
-        if not is_plain(checkpoint, kept.shape):
-            assert model["variant"] == "llama-tied-biases"
-            return
         require_own_weights(smaller)
-        assert not list(pruned.glob("*.py")) and "auto_map" not in smaller.config
-        loaded = load(pruned)
-        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
+        has_code = bool(list(pruned.glob("*.py")))
+        assert smaller.is_plain == is_plain(checkpoint, kept.shape) == (not has_code)
+        assert has_code == ("auto_map" in smaller.config)
+        assert smaller.is_plain or not uniform or model["variant"] == "llama-tied-biases"
+        loaded, theirs = load_causal_lm(pruned, torch.float64), load(pruned, trust_remote_code=has_code)
+        torch.testing.assert_close(logits(loaded), logits(masked(checkpoint, kept)), **EXACT)
+        assert torch.equal(logits(loaded), by_layers(smaller)) and torch.equal(logits(loaded), logits(theirs))
         assert checkpoint.parameter_counts.after(kept.shape) == smaller.parameters == count(loaded)
         for kind, units in checkpoint.structures.items():
             assert smaller.structures[kind].counts == kept.shape.counts(units)
-            for mine, before in zip(smaller.parameter_counts.layers, kept.layers, strict=True):
-                assert mine <= checkpoint.parameter_counts.layers[before]
-
-
-@drawn
-@given(st.data())
-def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data):
-    model = data.draw(models())
-    kept = data.draw(kept_of(model, uniform=False))
-    with TemporaryDirectory() as name:
-        dense, pruned, again = (Path(name) / folder for folder in ("dense", "pruned", "again"))
-        checkpoint = open_checkpoint(save_tiny(dense, **model))
-        write(checkpoint, kept, pruned)
-        smaller = open_checkpoint(pruned)
-        assert smaller.is_plain == is_plain(checkpoint, kept.shape) == (not list(pruned.glob("*.py")))
-        require_own_weights(smaller)
-        loaded = load_causal_lm(pruned, torch.float64)
-        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), **EXACT)
-        assert checkpoint.parameter_counts.after(kept.shape) == smaller.parameters == count(loaded)
-        assert torch.equal(logits(loaded), by_layers(smaller))
 
         sizes = [smaller.structures[kind].counts for kind in ("neurons", "kv_groups")]
         model |= {"num_hidden_layers": smaller.num_layers}
@@ -88,7 +66,7 @@ def test_any_shape_computes_what_the_masked_model_does_and_is_pruned_again(data)
         second = data.draw(kept_of(model, uniform=data.draw(st.booleans())))
         write(smaller, second, again)
         twice = load_causal_lm(again, torch.float64)
-        torch.testing.assert_close(logits(twice), logits(mask(loaded, second)), **EXACT)
+        torch.testing.assert_close(logits(twice), logits(masked(smaller, second)), **EXACT)
         assert open_checkpoint(again).parameters == count(twice) == smaller.parameter_counts.after(second.shape)
 
 
@@ -111,7 +89,7 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
     loaded, ours = load(tmp_path / "pruned", trust_remote_code=True), load_causal_lm(tmp_path / "pruned", torch.float64)
     assert type(loaded).__module__ != type(ours).__module__
     assert torch.equal(logits(loaded), logits(ours))
-    expected = logits(masked(tmp_path / "dense", RAGGED))
+    expected = logits(masked(open_checkpoint(tmp_path / "dense"), RAGGED))
     torch.testing.assert_close(logits(loaded), expected, **EXACT)
     for layer, told in zip(loaded.model.layers, loaded.config.per_layer_config, strict=True):  # as vLLM reads heads
         own, size = layer.self_attn, layer.self_attn.head_dim
@@ -122,7 +100,7 @@ def test_layers_that_differ_load_with_the_code_in_their_folder_and_generate(tmp_
     loaded.set_attn_implementation("sdpa")
 
     steps = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
-    dense = masked(tmp_path / "dense", RAGGED)
+    dense = masked(open_checkpoint(tmp_path / "dense"), RAGGED).double()
     without_cache = dense.generate(IDS, **steps, use_cache=False)
     assert torch.equal(loaded.generate(IDS, **steps, use_cache=False), without_cache)
     for cache in (
@@ -171,4 +149,4 @@ def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral(groups, queries
         divides = hidden % (kept_groups * queries) == 0
         assert loaded.config.model_type == ("llama" if divides else "mistral")
         assert is_plain(checkpoint, kept.shape) and plain_group_counts(checkpoint) == list(range(1, groups + 1))
-        torch.testing.assert_close(logits(loaded), logits(masked(dense, kept)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(loaded), logits(masked(checkpoint, kept)), rtol=1e-5, atol=1e-5)

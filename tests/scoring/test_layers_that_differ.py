@@ -4,9 +4,10 @@ import pytest
 import torch
 from core_definition import definition, moments, weight_taylor
 from damage import nothing_reaches_the_disk
-from masking import mask, write
+from families_masked import masked
+from masking import write
 from safetensors.torch import load_file
-from tiny import importance_stage, save_tiny, tiny_model, write_documents
+from tiny import importance_stage, save_tiny, write_documents
 from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -58,7 +59,7 @@ def test_what_layers_lack_is_as_if_it_were_masked_on_any_number_of_ranks(tmp_pat
     assert (folders[0] / SCORES).read_bytes() == (folders[1] / SCORES).read_bytes()
 
     scores, windows = load_file(folders[0] / SCORES), load_file(folders[0] / "windows.safetensors")["input_ids"]
-    dense = mask(tiny_model(**shape), KEPT)
+    dense = masked(checkpoint, KEPT)
     for kind, (output, channels) in OUTPUTS.items():
         for name in ("activation_l1", "entropy"):
             expected = definition(dense, windows, name, SEED, channels, output)

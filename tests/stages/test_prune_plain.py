@@ -1,13 +1,12 @@
 """The plain shape that is found, against whole models that transformers makes."""
 
-import itertools
 import re
 from collections import Counter
 
 import pytest
 import shapes
 import torch
-from masking import mask
+from families_masked import masked
 from ranks import metrics_of, on_ranks, run_here
 from shapes import (
     GROUPS,
@@ -20,6 +19,7 @@ from shapes import (
     windows_of,
 )
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.selection import top_units
 from hfprune_dist.models import single_layer
 from hfprune_dist.stages import prune_refit, shape_search
@@ -99,20 +99,6 @@ def expected_finalists(measured, finalists, layers=LAYERS):
         expected |= following
 
 
-@pytest.mark.usefixtures("all_compete")
-def test_the_closest_is_tried_with_fewer_layers_while_that_helps(tmp_path, monkeypatch):
-    monkeypatch.setattr(shape_search, "FINALISTS", 0)
-    store, stage = prepare(tmp_path, layers=6, ratio=0.17)
-    run_here(store, stage)
-    measured, finalists = (metrics_of(store, stage)[name] for name in ("search_kl", "finalists_kl"))
-    tried = sorted(finalists, key=numbers_of, reverse=True)
-    assert [numbers_of(name)[0] for name in tried] == list(range(6, 6 - len(tried), -1)) and len(tried) > 1
-    kls = [finalists[name] for name in tried]
-    assert all(later < earlier for earlier, later in itertools.pairwise(kls[:-1])), "it goes on where that helped"
-    assert set(finalists) == expected_finalists(measured, finalists, layers=6)
-    assert shape_in(store.handle(stage.id).artifact) == numbers_of(min(finalists, key=finalists.get))
-
-
 def test_a_quick_stage_writes_the_fewest_layers_that_are_near_and_does_little_more_than_it_must(tmp_path, monkeypatch):
     """By count: tokens that pass a layer, of all blocks or only the first, and factorizations of matrices."""
     counts, forward, factorize = Counter(), single_layer.run_with_graph, torch.linalg.cholesky_ex
@@ -161,17 +147,17 @@ def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(
     store, stage = prepare(tmp_path, layers=layers, refit="none", ratio=0.4)
     run_here(store, stage)
     order, windows = metrics_of(store, stage)["layers_in_order_of_dropping"], windows_of(store)[COMPARED]
-    expected = []
+    expected, checkpoint = [], open_checkpoint(tmp_path / "model")
     for _ in range(2):
         kls = {}
         for layer in sorted({*range(layers)} - {*expected}):
-            whole = mask(load(tmp_path / "model"), Kept(tuple(sorted({*range(layers)} - {*expected, layer}))))
+            whole = masked(checkpoint, Kept(tuple(sorted({*range(layers)} - {*expected, layer}))))
             kls[layer] = divergence(load(tmp_path / "model"), whole, windows, EVERY)
         expected.append(min(kls, key=kls.get))
     assert order == expected
     for name, kl in metrics_of(store, stage)["search_kl"].items():
-        masked = mask(load(tmp_path / "model"), shaped(store, numbers_of(name), order, layers))
-        assert divergence(load(tmp_path / "model"), masked, windows, EVERY) == pytest.approx(kl, rel=1e-3), name
+        candidate = masked(checkpoint, shaped(store, numbers_of(name), order, layers))
+        assert divergence(load(tmp_path / "model"), candidate, windows, EVERY) == pytest.approx(kl, rel=1e-3), name
 
 
 def rows(windows_ST, among_ST):

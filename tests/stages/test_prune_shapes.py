@@ -26,10 +26,6 @@ def prepare(folder, variant="llama", **changes):
     return shapes.prepare(folder, variant, layers=LAYERS, worth=4.0, **biases, **{**settings, **limits, **changes})
 
 
-def run(store, stage, world=None):
-    run_here(store, stage, world)
-
-
 def neuron_in(folder):
     checkpoint = open_checkpoint(folder / "model")
     return checkpoint.parameters_per_unit / checkpoint.parameters
@@ -44,7 +40,7 @@ def neuron_in(folder):
 )
 def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_path, variant, criterion, refit):
     store, stage = prepare(tmp_path, variant, allocation="global", criterion=criterion, refit=refit)
-    run(store, stage)
+    run_here(store, stage)
     metrics, kept = metrics_of(store, stage), kept_of(store, stage)
     assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * neuron_in(tmp_path)
     scores = scores_of(store)
@@ -67,7 +63,7 @@ def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_p
 def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     """The winner's measurement is what the finished checkpoint has on the held-out window."""
     store, stage = prepare(tmp_path, structures=structures, ratio=ratio, floor=0.1)
-    run(store, stage)
+    run_here(store, stage)
     metrics, kept = metrics_of(store, stage), kept_of(store, stage)
     assert abs(metrics["ratio_reached"] - ratio) <= 0.51 * neuron_in(tmp_path)
     exchanged = any("exchange" in name for name in metrics["search_kl"])
@@ -82,7 +78,7 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
 
 def test_protected_layers_keep_all_and_groups_are_divisible(tmp_path):
     store, stage = prepare(tmp_path, structures=ALL, ratio=0.3, protect_first=1, tensor_parallel=2, multiple_of=8)
-    run(store, stage)
+    run_here(store, stage)
     kept = kept_of(store, stage)
     assert len(kept["neurons"][0]) == NEURONS and len(kept["kv_groups"][0]) == GROUPS
     assert all(len(row) in (2, 4) for row in kept["kv_groups"]) and all(len(row) % 8 == 0 for row in kept["neurons"])
