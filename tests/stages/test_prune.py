@@ -3,15 +3,12 @@
 import pytest
 import shapes
 import torch
-from families_masked import masked
 from hypothesis import given
 from hypothesis import strategies as st
-from masking import read_kept
 from ranks import INTERRUPTED, killing_in_reduction, metrics_of, on_ranks, run_here, run_stage
 from safetensors.torch import load_file
-from shapes import LAYERS, NEURONS, kept_of, load, outcome, scores_of
+from shapes import outcome
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.kinds.prune import PruneParameters
@@ -25,19 +22,6 @@ def prepare(folder, variant="llama", **changes):
     """A stage that removes as many neurons of every layer."""
     settings = {"allocation": "uniform", "structures": ["neurons"], "layers": 2}
     return shapes.prepare(folder, variant, **{**settings, **changes})
-
-
-def local(folder, variant="llama", **changes):
-    """A stage that removes the same share of every layer."""
-    settings = {"allocation": "local", "refit": "none", "structures": BOTH, "protect_first": 0, "protect_last": 0}
-    return shapes.prepare(folder, variant, **{**settings, **changes})
-
-
-def assert_highest_stay(store, kept):
-    scores = scores_of(store)
-    for kind, name in (("neurons", "entropy"), ("kv_groups", "kv_groups.entropy")):
-        for layer, row in enumerate(kept.get(kind, [])):
-            assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
 
 
 # Ranks.
@@ -154,34 +138,3 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
     assert changed == {f"{it}.weight" for it in NORMS}
     kls = metrics["norms_kl"]
     assert min(kls) < kls[0]
-
-
-# The same share of every layer.
-
-
-@pytest.mark.parametrize(
-    ("variant", "refit", "written"),
-    [
-        ("llama", "none", "mistral"),  # six heads don't divide 32
-        ("llama-tied-biases", "dense", "llama"),
-    ],
-)
-def test_without_protected_layers_all_are_alike_in_a_plain_checkpoint(tmp_path, variant, refit, written):
-    store, stage = local(tmp_path, variant, refit=refit)
-    run_here(store, stage)
-    metrics, kept = metrics_of(store, stage), kept_of(store, stage)
-    ((groups,), (width,)) = ({len(row) for row in kept[kind]} for kind in ("kv_groups", "neurons"))
-    assert groups == (2 if variant == "llama-tied-biases" else 3) and width < NEURONS
-    assert_highest_stay(store, kept)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    step = LAYERS * checkpoint.parameters_per_unit / checkpoint.parameters
-    assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * step
-    folder = store.handle(stage.id).artifact
-    assert open_checkpoint(folder).is_plain and open_checkpoint(folder).config["model_type"] == written
-    plain = load(folder)
-    assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
-    if refit == "none":
-        ids = torch.arange(12)[None] + 3
-        expected = masked(checkpoint, read_kept(folder))
-        with torch.no_grad():
-            torch.testing.assert_close(plain(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)

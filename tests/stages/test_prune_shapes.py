@@ -4,8 +4,7 @@ import pytest
 import shapes
 import torch
 from ranks import metrics_of, run_here
-from shapes import GROUPS, NEURONS, divergence, kept_of, scores_of, windows_of
-from transformers import AutoModelForCausalLM
+from shapes import GROUPS, NEURONS, divergence, kept_of, windows_of
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.models.loading import load_causal_lm
@@ -29,34 +28,6 @@ def prepare(folder, variant="llama", **changes):
 def neuron_in(folder):
     checkpoint = open_checkpoint(folder / "model")
     return checkpoint.parameters_per_unit / checkpoint.parameters
-
-
-@pytest.mark.parametrize(
-    ("variant", "criterion", "refit"),
-    [
-        ("llama-tied-biases", "surgeon", "dense"),
-        ("mistral", "entropy", "none"),
-    ],
-)
-def test_neurons_and_groups_of_all_layers_compete_and_the_checkpoint_loads(tmp_path, variant, criterion, refit):
-    store, stage = prepare(tmp_path, variant, allocation="global", criterion=criterion, refit=refit)
-    run_here(store, stage)
-    metrics, kept = metrics_of(store, stage), kept_of(store, stage)
-    assert abs(metrics["ratio_reached"] - 0.2) <= 0.51 * neuron_in(tmp_path)
-    scores = scores_of(store)
-    for kind, name, most in (("neurons", criterion, NEURONS), ("kv_groups", f"kv_groups.{criterion}", GROUPS)):
-        assert any(len(row) < most for row in kept[kind])
-        for layer, row in enumerate(kept[kind]):
-            assert row == sorted(scores[f"layers.{layer}.{name}"].topk(len(row)).indices.tolist())
-    ours = load_causal_lm(store.handle(stage.id).artifact, torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(
-        store.handle(stage.id).artifact, trust_remote_code=True, dtype=torch.float32
-    )
-    assert sum(it.numel() for it in plain.parameters()) == metrics["parameters"]
-    ids = torch.arange(12)[None] + 3
-    with torch.no_grad():
-        assert torch.equal(ours(ids).logits, plain(ids).logits)
-    assert plain.generate(ids, max_new_tokens=3).shape == (1, 15)
 
 
 @pytest.mark.parametrize(("structures", "ratio"), [(BOTH, 0.3), (["neurons"], 0.15), (ALL, 0.5)])
