@@ -73,20 +73,6 @@ def pytest_collection():
     return result
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
-    """Let each worker begin elsewhere in a folder.
-
-    Most of a fresh clone's collection is the rewriting of asserts: whoever imports a file first spares the others that.
-    """
-    report = yield
-    if isinstance(collector, pytest.Directory) and hasattr(collector.config, "workerinput"):
-        told = collector.config.workerinput
-        begin = len(report.result) * int(told["workerid"].removeprefix("gw")) // told["workercount"]
-        report.result = report.result[begin:] + report.result[:begin]
-    return report
-
-
 def pytest_runtest_setup(item):
     """Skip tests that need GPUs or engines where there are none, before anything is made for them."""
     reason = lacking(item) or engine_lacking(item)

@@ -173,17 +173,6 @@ def _cut(mlp, numbers):
     mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:, numbers])
 
 
-def assert_scores_of_weights(of_criterion, model, windows, units, output):
-    """Check criteria made of weights and their gradients against the scores that autograd gives.
-
-    Args:
-        of_criterion: name of a criterion -> our scores [layers, units].
-        units: number of units in a layer, those of the projection ``output``.
-    """
-    scores = weight_taylor(model, windows, units, output)
-    torch.testing.assert_close(of_criterion("weight_taylor"), scores, rtol=1e-3, atol=1e-4 * scores.max().item())
-
-
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
     """For every layer: mean h h^T, mean g g^T at the output of the projection, and mean (h dL/dh)^2, where L is the
     random signs' loss and h dL/dh is added up for each unit.

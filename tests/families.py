@@ -56,7 +56,8 @@ _DELTA = {
 }
 _SHARED = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
 _TYPES = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-_GRANITE = {"num_local_experts": 4, "shared_intermediate_size": 16, "residual_multiplier": 0.3, "logits_scaling": 4.0}
+_SCALED = {"residual_multiplier": 0.3, "logits_scaling": 4.0}
+_GRANITE = {"num_local_experts": 4, "shared_intermediate_size": 16, **_SCALED}
 _KIMI = {
     "num_local_experts": 4,
     "moe_intermediate_size": 24,
@@ -75,12 +76,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3": {"attention_bias": True},
     "ministral3": {"sliding_window": 4},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.3,
-        "logits_scaling": 4.0,
-        "attention_multiplier": 0.2,
-    },
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, **_SCALED},
     "cohere2": {"logit_scale": 0.25, **SLIDING},
     "seed_oss": {},
     "ernie4_5": {"use_bias": True},
@@ -104,13 +100,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "cohere": {},
     "cwm": SLIDING,
     "gemma4_unified_text": {"global_head_dim": 16, "final_logit_softcapping": 5.0, **SLIDING},
-    "granite_swa": {
-        "residual_multiplier": 0.3,
-        "logits_scaling": 4.0,
-        "embedding_multiplier": 3.0,
-        "layer_rope_theta": [10000.0, 0.0, 50.0],
-    },
-    "hyperclovax": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "granite_swa": {"embedding_multiplier": 3.0, "layer_rope_theta": [10000.0, 0.0, 50.0], **_SCALED},
+    "hyperclovax": {"embedding_multiplier": 3.0, **_SCALED},
     "internlm3": {},
     "iquestcoder": {},
     "ministral": SLIDING,
@@ -135,8 +126,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "shared_intermediate_size": 24,
-        "residual_multiplier": 0.3,
-        "logits_scaling": 4.0,
+        **_SCALED,
     },
     "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0},
     "olmo": {},
@@ -163,7 +153,7 @@ MIXTURES: dict[str, dict[str, object]] = {
     },
     "glm4_moe": _ROUTED | {"use_qk_norm": True},
     "deepseek_v3": _ROUTED | _GROUPS | LATENT,
-    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "granitemoe": {"num_local_experts": 4, **_SCALED},
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 4},
     "qwen3_next": _SHARED | _DELTA,
     "qwen3_5_moe_text": _SHARED | _DELTA,
@@ -257,6 +247,12 @@ ENCODER = {
 _AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _QWEN_ENCODER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 _QWEN = {"image_token_id": IMAGE_TOKEN, "video_token_id": 1, "vision_start_token_id": 1}
+_IDEFICS = {
+    "text_config": {"model_type": "llama"},
+    "vision_config": ENCODER,
+    "image_token_id": IMAGE_TOKEN,
+    "scale_factor": 1,
+}
 # Likewise for models of images and text; the sizes of their text decoders are ``SHAPE``.
 SEEING: dict[str, dict[str, Any]] = {
     "gemma3": {
@@ -292,30 +288,15 @@ SEEING: dict[str, dict[str, Any]] = {
         "vision_config": ENCODER | {"model_type": "clip_vision_model"},
         "image_token_index": IMAGE_TOKEN,
     },
-    "smolvlm": {
-        "text_config": {"model_type": "llama"},
-        "vision_config": ENCODER,
-        "image_token_id": IMAGE_TOKEN,
-        "scale_factor": 1,
-    },
-    "idefics3": {
-        "text_config": {"model_type": "llama"},
-        "vision_config": ENCODER,
-        "image_token_id": IMAGE_TOKEN,
-        "scale_factor": 1,
-    },
+    "smolvlm": _IDEFICS,
+    "idefics3": _IDEFICS,
 }
 
 
 # Likewise for mixtures of experts among these.
 SEEING_EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {
-        "text_config": FAMILIES["qwen3_5_text"]
-        | _AXES
-        | {
-            "num_experts_per_tok": 2,
-            **_SHARED,
-        },
+        "text_config": {**_DELTA, **_AXES, **_SHARED, "num_experts_per_tok": 2},
         "vision_config": _QWEN_ENCODER | {"patch_size": 4, "num_position_embeddings": 16},
         **_QWEN,
     },
@@ -325,10 +306,8 @@ EVERY = FAMILIES | ALL_SEEING | MIXTURES
 
 
 # One for each form of experts, for tests that needn't see all.
-EXPERTS = {
-    name: MIXTURES[name]
-    for name in (*("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3", "granitemoe", "gpt_oss"),)
-}
+_FORMS = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3", "granitemoe", "gpt_oss")
+EXPERTS = {name: MIXTURES[name] for name in _FORMS}
 
 
 def with_experts(model_type: str, count: int) -> dict[str, int]:

@@ -168,22 +168,6 @@ def test_what_a_readme_shows_exists(readme, parsers, tmp_path):
     assert [*wrong_links(text, folder), *commands, *yaml] == []
 
 
-EXAMPLES = [
-    *sorted((ROOT / "configs").rglob("*.yaml")),
-    *sorted((ROOT / "slurm" / "profiles").glob("*.yaml")),
-    *(ROOT / "launch" / f"{command}.py" for command in COMMANDS),
-    *(ROOT / "launch" / "quickstart.sh", ROOT / "launch" / "stage" / "run.py"),
-]
-
-
-@pytest.mark.parametrize("file", EXAMPLES, ids=names)
-def test_commands_in_comments_and_help_texts_exist(file, parsers):
-    """An example ends with its line, or before an explanation set apart from it; "..." stands for other options."""
-    shown = file.read_text().replace("\\\n#", "").replace(" ...", "").replace(" | --cancel", "")
-    lines = [re.split(r"   +", line)[0] for line in re.findall(r"python launch/[^`\n]*", shown)]
-    assert list(wrong_commands("```bash\n" + "\n".join(lines) + "\n```", ROOT, parsers)) == []
-
-
 # A stranger's session: each command of all READMEs, in a clone without a cache, with tiny files in the demo's places.
 # A command that isn't named here runs as it is.
 LEFT_OUT = {

@@ -26,7 +26,7 @@ from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
-from hfprune_dist.structures.low_rank import FACTORS, factor_shapes
+from hfprune_dist.structures.low_rank import FACTORS
 from hfprune_dist.structures.units import Owned, Units
 
 
@@ -135,7 +135,8 @@ def write_weight_file(
             (named, cut), (module, _, part) = found[name], name.rpartition(".")
             new = named.removesuffix(f".{part}")
             if module in ranks and part == "weight":
-                for factor, size in zip(FACTORS, factor_shapes(info.shape, ranks[module]), strict=True):
+                rank, (outputs, inputs) = ranks[module], info.shape
+                for factor, size in zip(FACTORS, ((rank, inputs), (outputs, rank)), strict=True):
                     made = given[f"{module}.{factor}.weight"]
                     written.append(Written(f"{new}.{factor}.weight", info, size, made))
                 continue

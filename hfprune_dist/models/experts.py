@@ -25,28 +25,16 @@ from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.models.single_layer import output_of, part_of, read_by
 from hfprune_dist.structures.units import Units
 
-# The name of this implementation in transformers' dispatch.
-_IMPLEMENTATION = "hfprune_seen"
-_PROJECTIONS = "seen_down_proj"
-
 
 class ExpertProjections(nn.Module):
-    """The down projections of a layer's experts, as a module without weights of its own.
-
-    Attributes:
-        in_features: number of channels of one expert.
-        experts: number of experts.
-    """
+    """The down projections of a layer's experts, as a module without weights of its own."""
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
         self._owner = (experts,)  # not as a module within this one
-        weight = experts.down_proj
-        self.in_features = getattr(weight, "ds_shape", weight.shape)[1 if experts.is_transposed else 2]
-        self.experts = experts.num_experts
 
     def forward(self, hidden_SD: Tensor, expert_S: Tensor, weights_S: Tensor, routes: _Routes) -> Tensor:
-        """Project experts' activations [tokens, in_features] to their outputs [tokens, hidden_size].
+        """Project experts' activations [tokens, channels] to their outputs [tokens, hidden_size].
 
         Args:
             expert_S, weights_S: those of ``routes``, for hooks.
@@ -72,8 +60,7 @@ def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | No
         if experts is not None:
             _require_known(experts)
             projections = ExpertProjections(experts)
-            experts.add_module(_PROJECTIONS, projections)
-            experts.config._experts_implementation = _IMPLEMENTATION
+            experts.forward = partial(_run, experts, projections)
             if hasattr(experts.down_proj, "ds_shape"):  # sharded
                 experts.register_forward_pre_hook(_in_graph, prepend=True)
         found.append(projections)
@@ -142,7 +129,7 @@ class _GroupedLinear(Function):
 _grouped_linear: Callable[[Tensor, Tensor, Tensor | None, _Routes, bool], Tensor] = _GroupedLinear.apply
 
 
-def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
+def _run(experts: Any, down: ExpertProjections, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """The output of a layer's experts for its tokens [tokens, hidden_size].
 
     Args:
@@ -151,7 +138,7 @@ def _run(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) 
     """
     routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)
     hidden_SD = _activations(experts, routed(hidden_NC, routes.order_S), routes)
-    output_SC = getattr(experts, _PROJECTIONS)(hidden_SD, routes.expert_S, routes.weights_S, routes)
+    output_SC = down(hidden_SD, routes.expert_S, routes.weights_S, routes)
     weighted_SC = output_SC * routes.weights_S[:, None]
     return summed_per_token(weighted_SC, routes.order_S, len(hidden_NC)).to(hidden_NC.dtype)
 
@@ -177,11 +164,6 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
     return list(weighted_SD.tensor_split(routes.ends_E[:-1].long().cpu()))
 
 
-def down_projections(experts: Any) -> list[Tensor]:
-    """The down projection of each expert [hidden_size, channels], as views of the module's weights."""
-    return [weight.T if experts.is_transposed else weight for weight in experts.down_proj.data]
-
-
 def _activations(experts: Any, x_SC: Tensor, routes: _Routes) -> Tensor:
     """The inputs of experts' down projections [tokens, channels of an expert]."""
     biases = experts.gate_up_proj_bias if experts.has_bias else None
@@ -196,7 +178,8 @@ def _activations(experts: Any, x_SC: Tensor, routes: _Routes) -> Tensor:
 def output_weights(layer: nn.Module, units: Units) -> list[Tensor]:
     """Weights [hidden_size, channels] that read the units' channels: one for each expert, or a single one."""
     if units.experts > 1:
-        return down_projections(part_of(layer, units.output))
+        experts = part_of(layer, units.output)
+        return [weight.T if experts.is_transposed else weight for weight in experts.down_proj.data]
     return [output_of(layer, units).weight.data]
 
 
@@ -218,6 +201,3 @@ def observing(layer: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list
             handle = part_of(layer, name).register_forward_pre_hook(partial(see, name), with_kwargs=True)
             hooks.callback(handle.remove)
         yield seen
-
-
-moe.ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _run)

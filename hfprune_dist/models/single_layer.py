@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -267,15 +267,10 @@ def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
     raise AssertionError("the computation is over, and the module was not run")
 
 
-def mlp_of(layer: nn.Module, units: Units) -> nn.Module:
-    """The MLP that some units belong to."""
-    return part_of(layer, units.block.name)
-
-
 def norm_before(layer: nn.Module, units: Units) -> nn.Module:
     """The module that turns the residual stream into the input of the units' block: a norm, or the identity."""
-    norm = units.block.norm
-    return nn.Identity() if norm is None else part_of(layer, norm)
+    norm: nn.Module = nn.Identity() if units.block.norm is None else part_of(layer, units.block.norm)
+    return norm
 
 
 def before_block(layer: nn.Module, units: Units, hidden_BTC: Tensor) -> Tensor:
@@ -286,7 +281,7 @@ def before_block(layer: nn.Module, units: Units, hidden_BTC: Tensor) -> Tensor:
 @torch.no_grad()
 def through_mlp(layer: nn.Module, mlp: Units, residual_BTC: Tensor) -> Tensor:
     """The layer's output, given the residual stream before its MLP; the same bits as from ``run``."""
-    output_BTC: Tensor = mlp_of(layer, mlp)(norm_before(layer, mlp)(residual_BTC))
+    output_BTC: Tensor = part_of(layer, mlp.block.name)(norm_before(layer, mlp)(residual_BTC))
     return residual_BTC + residual_update(layer, mlp, output_BTC)
 
 
@@ -322,21 +317,16 @@ def before_down(layer: nn.Module, units: Units) -> Biases:
     Raises:
         UserError: if the MLP's activation isn't known.
     """
-    rows = _rows(layer, units)
-    biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
-    return Biases(
-        tuple(biases) or (None,) * len(rows) * units.row_parts[0], _activation_of(mlp_of(layer, units), units)
-    )
-
-
-def _activation_of(mlp: nn.Module, units: Units) -> Callable[[Tensor], Tensor]:
+    rows, mlp = _rows(layer, units), part_of(layer, units.block.name)
     acting = [module for module in mlp.children() if not isinstance(module, nn.Linear)]
     if not acting and not units.weights[0].endswith(_GATE_OF_SILU):
         raise UserError(
             f"the activation of {type(mlp).__name__} isn't known, since it is none of its modules; a method whose "
             "refit is dense or none works"
         )
-    return nn.functional.silu if not acting or isinstance(acting[0], SILU) else acting[0]
+    activation = nn.functional.silu if not acting or isinstance(acting[0], SILU) else acting[0]
+    biases = [part for row in rows if row.bias is not None for part in row.bias.data.chunk(units.row_parts[0])]
+    return Biases(tuple(biases) or (None,) * len(rows) * units.row_parts[0], activation)
 
 
 def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:
@@ -345,22 +335,18 @@ def row_matrices(layer: nn.Module, units: Units) -> tuple[Tensor, ...]:
 
 
 def _rows(layer: nn.Module, units: Units) -> list[nn.Linear]:
-    return [linear_of(layer, name.removesuffix(".weight")) for name in units.weights[:-1]]
+    return [part_of(layer, name.removesuffix(".weight")) for name in units.weights[:-1]]
 
 
-def part_of(layer: nn.Module, name: str) -> nn.Module:
+def part_of(layer: nn.Module, name: str) -> Any:
     """A module, by its name."""
     return layer.get_submodule(f"{LAYER}.{name}")
 
 
-def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """A projection, by its name."""
-    return cast("nn.Linear", part_of(layer, name))
-
-
 def output_of(layer: nn.Module, units: Units) -> nn.Linear:
     """The output projection, which reads the units' channels."""
-    return linear_of(layer, units.output)
+    projection: nn.Linear = part_of(layer, units.output)
+    return projection
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from hfprune_dist.checkpoints.modeling_pruned import in_two
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.sums import Float64Sum
 from hfprune_dist.methods.lorap import channel_norms, kept_neurons, low_rank_factors, neuron_scores
-from hfprune_dist.models.single_layer import linear_of, part_of, put_weights, row_matrices, run, weights_kept
+from hfprune_dist.models.single_layer import part_of, put_weights, row_matrices, run, weights_kept
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.kept import Kept, Shape
@@ -46,7 +46,7 @@ def compress_layers(
     for number, layer, is_left in stream.layers_left(shape.layers, done.done, after_each):
         if is_left:
             squares = {
-                name: Float64Sum(number, [linear_of(layer, name).in_features], stream.world)
+                name: Float64Sum(number, [part_of(layer, name).in_features], stream.world)
                 for name in (query, output, row, down)
             }
             for _, seen in stream.observe(layer, squares, stay=True):
@@ -58,14 +58,14 @@ def compress_layers(
                 factors: dict[str, Tensor] = {}
                 for projection, ranks in shape.ranks.items():
                     norms_I = read[projection if projection == output else query]
-                    pair = low_rank_factors(linear_of(layer, projection).weight.data, norms_I, ranks[number])
+                    pair = low_rank_factors(part_of(layer, projection).weight.data, norms_I, ranks[number])
                     factors |= zip(_names(projection), pair, strict=True)
-                down_CK = linear_of(layer, down).weight.data
+                down_CK = part_of(layer, down).weight.data
                 scores_K = neuron_scores(row_matrices(layer, neurons), down_CK, read[row], read[down])
                 done.write_rounded(number, factors, kept=kept_neurons(scores_K, shape.units[NEURONS][number]))
             stream.world.barrier()
         put_weights(layer, weights_kept(layer, neurons, done.tensor(number, KEPT)))
-        install_factors(layer, shape.ranks, done.weights(number, like=linear_of(layer, down).weight))
+        install_factors(layer, shape.ranks, done.weights(number, like=part_of(layer, down).weight))
         stream.advance(partial(run, layer))
         del layer
     return Kept(shape.layers, {NEURONS: [done.tensor(number, KEPT) for number in shape.layers]}, shape.ranks)
@@ -78,7 +78,7 @@ def install_factors(layer: nn.Module, projections: Iterable[str], factors: Mappi
         factors: name of a weight within the layer -> the weight.
     """
     for projection in projections:
-        whole, pair = linear_of(layer, projection), [factors[name] for name in _names(projection)]
+        whole, pair = part_of(layer, projection), [factors[name] for name in _names(projection)]
         with torch.device("meta"):
             two = in_two(whole, len(pair[0]))
         for linear, weight in zip(two, pair, strict=True):

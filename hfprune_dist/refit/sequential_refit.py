@@ -16,10 +16,10 @@ from hfprune_dist.models.single_layer import (
     before_block,
     before_down,
     input_of,
-    mlp_of,
     norm_before,
     output_for_update,
     output_of,
+    part_of,
     put_weights,
     residual_update,
     row_matrices,
@@ -199,7 +199,7 @@ class SequentialRefit:
         """What the output projection of a block reads, given the residual stream before it [tokens, channels]."""
         compute = partial(run, layer, residual_BTC)
         if units is self._mlp:
-            compute = partial(mlp_of(layer, units), norm_before(layer, units)(residual_BTC))
+            compute = partial(part_of(layer, units.block.name), norm_before(layer, units)(residual_BTC))
         return input_of(output_of(layer, units), compute).flatten(0, 1)
 
     @torch.no_grad()

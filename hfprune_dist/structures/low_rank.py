@@ -48,9 +48,3 @@ def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
             if f"{second}.bias" in whole:
                 whole[f"{projection}.bias"] = whole.pop(f"{second}.bias")
     return whole
-
-
-def factor_shapes(shape: Sequence[int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of the two factors of a matrix with the given shape [out, in]."""
-    outputs, inputs = shape
-    return (rank, inputs), (outputs, rank)

@@ -102,14 +102,10 @@ def test_a_layer_for_which_another_chooses_keys_is_refused_where_it_would_attend
         discover(config, shapes, "here")
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"is_causal": False}, "its tokens see those that follow, so that no output predicts the next one (is_causal)"),
-        ({"model_type": None}, "model_type is None; it must name an architecture"),
-    ],
-)
-def test_config_json_alone_may_rule_a_model_out(changes, told):
-    with pytest.raises(UserError) as caught:
-        refuse_other_kinds(CONFIG | changes, "here")
-    assert told in str(caught.value)
+def test_config_json_alone_may_rule_a_model_out():
+    for changes, told in (
+        ({"is_causal": False}, r"\(is_causal\)"),
+        ({"model_type": None}, "must name an architecture"),
+    ):
+        with pytest.raises(UserError, match=told):
+            refuse_other_kinds(CONFIG | changes, "here")

@@ -1,4 +1,4 @@
-"""Experts that run one after another, compared with unmodified models."""
+"""Experts in view of hooks, compared with unmodified models."""
 
 import copy
 
@@ -8,7 +8,7 @@ from families import make_model
 from mixtures import COUNT, LAYERS, experts_of, family_of
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.experts import down_projections, see_experts, weighted_activations
+from hfprune_dist.models.experts import see_experts, weighted_activations
 
 WINDOWS = torch.randint(3, 64, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +42,8 @@ def test_what_down_projections_read_adds_up_to_what_experts_put_out(model_type):
     index_NK[:5] += 1  # so that some expert may have few
     expected_NC, added_NC = experts(hidden_NC, index_NK, weights_NK), torch.zeros(7, 32)
     parts = weighted_activations(experts, hidden_NC, index_NK, weights_NK)
-    for expert, (part_ND, weight_CD) in enumerate(zip(parts, down_projections(experts), strict=True)):
+    for expert, (part_ND, weight) in enumerate(zip(parts, experts.down_proj, strict=True)):
+        weight_CD = weight.T if experts.is_transposed else weight
         tokens, places = (index_NK == expert).nonzero(as_tuple=True)
         assert part_ND.shape == (len(tokens), weight_CD.shape[1])
         added_NC[tokens] += part_ND @ weight_CD.T

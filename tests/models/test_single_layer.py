@@ -9,7 +9,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import (
     LayerReader,
     before_down,
-    mlp_of,
     output_for_update,
     part_of,
     residual_update,
@@ -67,6 +66,6 @@ def test_an_activation_that_is_no_module_is_silu_only_where_that_is_known(tmp_pa
     assert before_down(layer, checkpoint.units).activation is torch.nn.functional.silu
     checkpoint = open_checkpoint(save_model(tmp_path / "llama", "llama"))
     layer = LayerReader(checkpoint, torch.float32, CPU).layer(0)
-    del mlp_of(layer, checkpoint.units).act_fn
+    del part_of(layer, checkpoint.units.block.name).act_fn
     with pytest.raises(UserError, match="activation of LlamaMLP isn't known"):
         before_down(layer, checkpoint.units)
