@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.portions import wide_product, widened
+from hfprune_dist.core.portions import wide_dtype, wide_product, widened
 
 # Number of rows in a block: large enough for matrix products at full speed.
 BLOCK = 256
@@ -21,19 +21,32 @@ class UnresolvedError(ValueError):
 
 
 def gram_matrix(vectors_ND: Tensor) -> Tensor:
-    """Return the sum of v v^T over the rows, in their ``wide_dtype``. A CPU computes only blocks on and above the
-    diagonal, which saves 30 % of the time.
+    """Return the sum of v v^T over the rows, in their ``wide_dtype``."""
+    size = vectors_ND.shape[1]
+    gram_DD = vectors_ND.new_zeros(size, size, dtype=wide_dtype(vectors_ND.dtype))
+    add_gram(gram_DD, vectors_ND)
+    return mirrored(gram_DD)
+
+
+def add_gram(sum_DD: Tensor, vectors_ND: Tensor) -> None:
+    """Add ``gram_matrix`` to a sum that is to be ``mirrored`` in the end: a CPU computes and adds only blocks on and
+    above the diagonal, in half the time.
     """
     if vectors_ND.device.type != "cpu":
-        return wide_product(vectors_ND, vectors_ND)
+        sum_DD += wide_product(vectors_ND, vectors_ND)
+        return
     vectors_ND = widened(vectors_ND)
-    size = vectors_ND.shape[1]
-    gram_DD = vectors_ND.new_empty(size, size)
-    for start in range(0, size, BLOCK):
-        end = min(start + BLOCK, size)
-        gram_DD[start:end, start:] = vectors_ND[:, start:end].T @ vectors_ND[:, start:]
-        gram_DD[end:, start:end] = gram_DD[start:end, end:].T
-    return gram_DD
+    for start in range(0, len(sum_DD), BLOCK):
+        rows = slice(start, start + BLOCK)
+        sum_DD[rows, start:] += vectors_ND[:, rows].T @ vectors_ND[:, start:]
+
+
+def mirrored(sum_DD: Tensor) -> Tensor:
+    """Return a sum of ``add_gram`` itself, made whole."""
+    for end in range(BLOCK, len(sum_DD), BLOCK) if sum_DD.device.type == "cpu" else ():
+        rows = slice(end - BLOCK, end)
+        sum_DD[end:, rows] = sum_DD[rows, end:].T
+    return sum_DD
 
 
 def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.gram import UnresolvedError, gram_matrix
+from hfprune_dist.core.gram import UnresolvedError, add_gram, mirrored
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 
@@ -78,11 +78,17 @@ class Float64Sum:
     def __init__(self, number: int, shape: Sequence[int], world: World) -> None:
         self._number = number
         self._world = world
+        self._is_gram = False
         self._sum = torch.zeros(tuple(shape), dtype=torch.float64, device=world.device)
 
     def add(self, term: Tensor) -> None:
         """Add a micro-batch's term, of any dtype."""
         self._sum += term
+
+    def add_gram(self, vectors_ND: Tensor) -> None:
+        """Add the Gram matrix of a micro-batch's vectors; all terms are such matrices then."""
+        self._is_gram = True
+        add_gram(self._sum, vectors_ND)
 
     @classmethod
     def of_all_ranks(cls, sums: Sequence[Float64Sum], owner: int | None = None) -> list[Tensor]:
@@ -103,7 +109,7 @@ class Float64Sum:
         is_needed = owner in (None, first._world.rank)
         if is_needed and not torch.stack([total.sum() for total in totals]).isfinite().all():  # for a GPU, one wait
             raise unusable_activations(first._number, "values are NaN or infinite")
-        return totals
+        return [mirrored(each._sum) if each._is_gram else each._sum for each in sums]
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class GramSums:
     def add(self, index: int, vectors_ND: Tensor) -> None:
         """Add a micro-batch's vectors [tokens, size]; there may be none."""
         if len(vectors_ND):
-            (self._held_out if is_held_out(index, self._micro_batches) else self._fitted).add(gram_matrix(vectors_ND))
+            (self._held_out if is_held_out(index, self._micro_batches) else self._fitted).add_gram(vectors_ND)
 
     @classmethod
     def of_all_ranks(cls, sums: Sequence[GramSums], owner: int | None = None) -> list[Grams]:

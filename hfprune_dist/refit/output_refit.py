@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.devices import send
-from hfprune_dist.core.gram import UnresolvedError, gram_matrix
+from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
 from hfprune_dist.core.portions import wide_product, widened
 from hfprune_dist.core.selection import entries_of
@@ -69,7 +69,7 @@ class TargetSums:
         energy, cross, gram = self._sums[is_held_out(index, self._micro_batches)]
         energy.add(target_NC.square().sum(dtype=torch.float64))
         cross.add(wide_product(target_NC, hidden_NK))
-        gram.add(gram_matrix(hidden_NK))
+        gram.add_gram(hidden_NK)
 
     def of_all_ranks(self) -> Problems:
         """The sums over all ranks; collective, see ``Float64Sum.of_all_ranks``."""

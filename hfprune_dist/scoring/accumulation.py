@@ -99,13 +99,19 @@ class Accumulation:
         elif self.is_complete:
             self._finish_sums()
 
-    def add_to_matrix(self, name: str, layer: int, term_RC: Tensor | None) -> None:
-        """Add every rank's float32 term of a micro-batch, or nothing. Collective."""
+    def add_to_matrix(self, name: str, layer: int, add: Callable[[Tensor], object] | None) -> None:
+        """Add every rank's term of a micro-batch, or nothing; collective.
+
+        Args:
+            add: adds this rank's term to a float64 sum.
+        """
         if self._world.size > 1 and not self._has_own_terms:
-            zeros_RC = torch.zeros(self.matrices[name][layer], device=self._world.device)
-            self._reduce(name, layer, (zeros_RC if term_RC is None else term_RC).double())
-        elif term_RC is not None:
-            self._sum_of(self._own_terms if self._has_own_terms else self._totals, name, layer).add_(term_RC)
+            term_RC = self._sum_of({}, name, layer)
+            if add is not None:
+                add(term_RC)
+            self._reduce(name, layer, term_RC)
+        elif add is not None:
+            add(self._sum_of(self._own_terms if self._has_own_terms else self._totals, name, layer))
 
     def matrix(self, name: str, layer: int) -> Tensor:
         """Return the sum of a matrix of a layer that this rank owns, or the last saved one, float64 on the device."""

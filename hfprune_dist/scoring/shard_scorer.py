@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.criterion import Criterion
-from hfprune_dist.core.gram import gram_matrix
+from hfprune_dist.core.gram import add_gram
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
@@ -177,20 +177,25 @@ class ShardScorer:
     def _add_inputs(self, kind: str, layer: int, hidden_ND: Tensor, *, counts: bool) -> None:
         """Add h h^T of what an output projection reads, if it is summed in this pass."""
         if self._totals is not None and inputs_of(kind) in self._totals.matrices:
-            self._totals.add_to_matrix(inputs_of(kind), layer, gram_matrix(hidden_ND) if counts else None)
+            add = partial(add_gram, vectors_ND=hidden_ND)
+            self._totals.add_to_matrix(inputs_of(kind), layer, add if counts else None)
 
     def _add_curvature(self, kind: str, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
         """Add g g^T of output gradients g; this rank's count only if it ``counts``."""
         assert self._totals is not None
-        self._totals.add_to_matrix(kind, layer, gram_matrix(gradients_NC) if counts else None)
+        add = partial(add_gram, vectors_ND=gradients_NC)
+        self._totals.add_to_matrix(kind, layer, add if counts else None)
 
     def _add_gradient(
         self, weight: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor, *, counts: bool
     ) -> None:
         """Add a weight's gradient; this rank's counts only if it ``counts``."""
         assert self._totals is not None
-        product = partial(wide_product, gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
-        self._totals.add_to_matrix(weight, layer, product() if counts else None)
+
+        def add(sum_OI: Tensor) -> None:
+            sum_OI += wide_product(gradients_BTO.flatten(0, -2), inputs_BTI.flatten(0, -2))
+
+        self._totals.add_to_matrix(weight, layer, add if counts else None)
 
     def _adding_gradients(self, *, counts: bool) -> list[SeenLinear]:
         """What adds the gradient of each weight that units own, if a criterion needs them."""

@@ -19,6 +19,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
+from hfprune_dist.core.gram import mirrored
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import (
     WINDOWS,
@@ -214,8 +215,8 @@ def _score_layers(
             for units in kinds:
                 kind, moments = units.kind, None
                 if needs_moments:
-                    gram_DD = grams[kind][0].whole() if grams else totals.matrix(inputs_of(kind), number)
-                    moments = gram_DD / tokens, mean_of(number, tokens, kind)
+                    gram_DD = grams[kind][0].whole() if grams else mirrored(totals.matrix(inputs_of(kind), number))
+                    moments = gram_DD / tokens, mirrored(mean_of(number, tokens, kind))
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
                 waiting.append((kind, made))
         del grams

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import gram
-from hfprune_dist.core.gram import UnresolvedError, damped_inverse, gram_matrix
+from hfprune_dist.core.gram import UnresolvedError, add_gram, damped_inverse, gram_matrix, mirrored
 
 
 @pytest.mark.parametrize("size", [7, 8, 20])
@@ -10,6 +10,10 @@ def test_blocks_make_the_whole_symmetric_matrix(size, monkeypatch):
     monkeypatch.setattr(gram, "BLOCK", 8)
     vectors = torch.randn(30, size, generator=torch.Generator().manual_seed(size))
     torch.testing.assert_close(gram_matrix(vectors), vectors.T @ vectors)
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for some in vectors.split(11):
+        add_gram(total, some)
+    assert torch.equal(mirrored(total), sum(gram_matrix(some).double() for some in vectors.split(11)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

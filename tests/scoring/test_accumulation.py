@@ -28,12 +28,16 @@ SIZES = {"layers.0.entropy": 6, "layers.1.entropy": 4, "layers.0.kv_groups.activ
 MATRICES = {"kv_groups": [(HIDDEN, HIDDEN)] * LAYERS, "up": [(6, HIDDEN)] * LAYERS}
 
 
+def adding(term):
+    return lambda total: total.add_(term)
+
+
 def full_shard(totals, number, counts):
     generator = torch.Generator().manual_seed(number)
     for layer in reversed(range(LAYERS)):  # as a backward does
         for name, of_layers in MATRICES.items():
             term = torch.randn(of_layers[layer], generator=generator)
-            totals.add_to_matrix(name, layer, term if counts else None)
+            totals.add_to_matrix(name, layer, adding(term) if counts else None)
     return {name: torch.rand(size, generator=generator).double() for name, size in SIZES.items()}
 
 
@@ -142,7 +146,9 @@ def accumulated(folder, world, sizes, shards):
     def score(shard, counts):
         for layer in reversed(range(len(sizes["up"]))):
             for name, of_layers in sizes.items():
-                totals.add_to_matrix(name, layer, term(shard, name, layer, of_layers[layer]) if counts else None)
+                totals.add_to_matrix(
+                    name, layer, adding(term(shard, name, layer, of_layers[layer])) if counts else None
+                )
         return {"loss": torch.zeros(1).double()}
 
     while not totals.is_complete:
@@ -181,7 +187,7 @@ def test_what_is_not_finite_names_the_layer_that_backward_met_first(tmp_path, va
 
     def score(_shard, _counts):
         for lost in range(2):
-            totals.add_to_matrix("neurons", lost, torch.full((3, 3), value))
+            totals.add_to_matrix("neurons", lost, adding(torch.full((3, 3), value)))
         return {"loss": torch.zeros(1).double()}
 
     with pytest.raises(UserError, match=r"sums of neurons in layer 1 are NaN or infinite"):

@@ -80,7 +80,9 @@ def test_ranks_exchange_sums_once_a_shard_and_matrices_once_a_save(tmp_path, mon
         def score(_shard, counts):
             for name, sizes in matrices.items():
                 for layer, size in enumerate(sizes):
-                    totals.add_to_matrix(name, layer, torch.ones(size) if counts else None)
+                    totals.add_to_matrix(
+                        name, layer, partial(torch.Tensor.add_, other=torch.ones(size)) if counts else None
+                    )
             return {"loss": torch.ones(sums, dtype=torch.float64)}
 
         while not totals.is_complete:
