@@ -135,7 +135,9 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
             return Cause.INTERRUPTED, f"{name} never began, and Slurm has forgotten why"
         where = "its nodes may not see that folder; --out must lie on a file system that all nodes share"
         return Cause.KILLED, f"{name} has left no log in {attempt.folder}: {where}"
-    return Cause.KILLED, f"{name} ({state}): a rank died without a message\nits log ends with:\n{tail}"
+    is_silent = not log_tail([log for log in attempt.logs() if "srun" not in log.name])
+    note = ", not even in its log; was the disk full, or read-only?" if is_silent else ""
+    return Cause.KILLED, f"{name} ({state}): a rank died without a message{note}\nits log ends with:\n{tail}".rstrip()
 
 
 def _got_further(ledger: Ledger, stage: Stage) -> bool:

@@ -84,6 +84,8 @@ def test_what_failed_before_the_ranks_is_told_by_the_batch_script(ledger, attemp
 def test_a_disk_that_nobody_can_write_to_is_what_it_is(ledger, attempt, monkeypatch):
     assert "its nodes may not see that folder" in ended(ledger, attempt, "FAILED").message
     started(attempt)
+    (attempt.folder / "7_srun_log.err").write_text("srun: error: n2: task 1: Exited with exit code 1\n")
+    assert "not even in its log; was the disk full" in ended(ledger, attempt, "FAILED").message, "as long as it was"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
         end = ended(ledger, attempt, "FAILED")
