@@ -28,7 +28,7 @@ SLOWLY = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "progress.json", "SLOW_S": "0
 FORKED_RANKS = {EXECUTABLE: str(ROOT / "tests" / "forked_rank.sh")}
 # A stage's first ranks are interpreters, as a test of each kind of end has them; those that go on are forks.
 FORKED_SUCCESSORS = {**FORKED_RANKS, "INTERPRETER": sys.executable, "INTERPRETED_STARTS": "1"}
-CONTROL = "recover alpha dense"
+CONTROL = "recover alpha dense + lora"
 CONTROLS_SCORES = "evaluate alpha dense + lora"
 DENSE = "evaluate alpha dense"
 CELL = "alpha 0.2 surgeon-uniform-block"

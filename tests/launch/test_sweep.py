@@ -28,7 +28,12 @@ ONE_CELL = ["--models", "alpha", "--ratios", "0.2", "--ranks", "1"]
 WITHOUT_RECOVERY = [*ONE_CELL, "--set", "recovery.method=none"]
 # What the cell's row stands on, in order; its baselines stand on others.
 CELL = "alpha 0.2 surgeon-uniform-block"
-SCORES, PRUNE, RECOVER, EVALUATE = "importance alpha", f"prune {CELL}", f"recover {CELL}", f"evaluate {CELL} + lora"
+SCORES, PRUNE, RECOVER, EVALUATE = (
+    "importance alpha",
+    f"prune {CELL}",
+    f"recover {CELL} + lora",
+    f"evaluate {CELL} + lora",
+)
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +266,8 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
 
 def test_cells_that_do_not_need_a_stage_whose_rank_was_killed_are_finished(finished, config, short_of):
     """With the bits that they have without such a stage before them."""
-    of_control = id_of(finished[0], "recover alpha dense")
-    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "recover alpha dense", "evaluate alpha dense + lora")
+    of_control = id_of(finished[0], "recover alpha dense + lora")
+    out = short_of(SCORES, PRUNE, RECOVER, EVALUATE, "recover alpha dense + lora", "evaluate alpha dense + lora")
     result = sweep(config, out, *ONE_CELL, environment=killing(0, 6, "work/importance"))
     assert result.returncode == 1
     assert "failed importance" in result.stdout and "a rank died without a message" in result.stdout

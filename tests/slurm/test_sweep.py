@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from clusters import (
     CELL,
+    CONTROL,
+    CONTROLS_SCORES,
     DENSE,
     FORKED_RANKS,
     PRUNE,
@@ -49,7 +51,7 @@ def test_a_whole_sweep(cluster, config, finished, tmp_path_factory):
     assert "submitted" not in done(cluster, out, finished, cluster.submit(config, out))
 
 
-IMPORTANCE, RECOVERY, SCORES = "importance alpha", f"recover {CELL}", f"evaluate {CELL} + lora"
+IMPORTANCE, RECOVERY, SCORES = "importance alpha", f"recover {CELL} + lora", f"evaluate {CELL} + lora"
 
 
 @pytest.mark.parametrize(
@@ -76,12 +78,12 @@ def test_a_rank_is_killed(cluster, config, finished, without, stages, missing):
 
 
 def test_status_logs_and_cancel(cluster, config, without):
-    out = without("recover alpha dense", "evaluate alpha dense + lora")
+    out = without(CONTROL, CONTROLS_SCORES)
     slowly = {**SLOWLY, "SLOW_S": "6", **SURROUNDINGS}  # each of the commands below takes seconds
     submitted = cluster.submit(config, out, "--no-follow", real=True, **slowly)  # its ranks are interpreters
     code, output = submitted.end()
     assert code == 0 and "--status shows them" in output
-    job_id = submitted.job_at_work("recover alpha dense", beats=2)
+    job_id = submitted.job_at_work(CONTROL, beats=2)
     status = cluster.sweep(config, out, "--status")
     (line,) = [line for line in status.splitlines() if line.startswith("recover  ") and job_id in line]
     assert "running" in line and "recovery " in line and "/12" in line and "n[1-2]" in line
@@ -97,7 +99,7 @@ def test_status_logs_and_cancel(cluster, config, without):
 
 
 def test_slurm_refuses_a_job(cluster, config, without):
-    out = without("recover alpha dense")
+    out = without(CONTROL)
     profile = cluster.profile("wrong", partition="nowhere")
     code, output = cluster.submit(config, out, profile=profile).end()
     assert code == 2 and "invalid partition" in output and "check the profile" in output and "Traceback" not in output
