@@ -68,7 +68,7 @@ def _is_refused(name, function, args, options):
     if name in _REFUSED_OF_FLOATS:
         return (options.get("dtype") or args[0].dtype).is_floating_point
     if name == "bincount":
-        return any(it is not None for it in (*args[1:2], options.get("weights")))
+        return any(weights is not None for weights in (*args[1:2], options.get("weights")))
     return name in _REFUSED and ("median" not in name or len(function._schema.returns) == 2)  # with indices
 
 
@@ -260,22 +260,22 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         gpu, options, schema = self._gpu, kwargs or {}, function._schema
         name = schema.name.removeprefix("aten::")
-        tensors = [it for it in tree_leaves((args, options)) if isinstance(it, Tensor) and not it.is_meta]
-        there = [gpu.holds(it) for it in tensors]
+        tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        there = [gpu.holds(tensor) for tensor in tensors]
         if any(there):
             self._judge(name, function, args, options, tensors, there)
         is_wide = name == "mm" and function._overloadname == "dtype"  # which only GPUs have
         results = args[0].to(args[2]) @ args[1].to(args[2]) if is_wide else function(*args, **options)
-        made = [it for it in tree_leaves(results) if isinstance(it, Tensor) and not it.is_meta]
+        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and not leaf.is_meta]
         if there[:1] == [True] if name in _MIXING else any(there):
-            for it in made:
-                gpu.put(it)
+            for tensor in made:
+                gpu.put(tensor)
         writing = [args[0]] if name.startswith("c10d::") else []  # their schemas don't say
         for number, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 writing.append(args[number] if number < len(args) else options.get(argument.name))
-        written = {id(it) for it in tree_leaves(writing)}
-        is_view = any(it.alias_info is not None and not it.alias_info.is_write for it in schema.returns)
+        written = {id(tensor) for tensor in tree_leaves(writing)}
+        is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
         if name == "copy_" and any(there) and not all(there):
             to, source = tensors
             gpu.moved["host" if there[1] else "GPU"] += source.nbytes
@@ -284,27 +284,31 @@ class _Operations(TorchDispatchMode):
             if not is_queued or not gpu.pins(source if there[0] else to):
                 gpu.wait("copy")
         elif any(map(gpu.holds, [*tensors, *made])) and not is_view and name not in _FREE:
-            outputs = [it for it in tensors if id(it) in written] or made
-            gpu.run(name, [it for it in tensors if gpu.holds(it)], [it for it in outputs if gpu.holds(it)])
+            outputs = [tensor for tensor in tensors if id(tensor) in written] or made
+            gpu.run(
+                name,
+                [tensor for tensor in tensors if gpu.holds(tensor)],
+                [tensor for tensor in outputs if gpu.holds(tensor)],
+            )
         elif not any(there) and not is_view and name not in _FREE:
-            for it in tensors:
-                gpu.on_host(name, it, writes=id(it) in written)
+            for tensor in tensors:
+                gpu.on_host(name, tensor, writes=id(tensor) in written)
         return results
 
     def _judge(self, name, function, args, options, tensors, there):
         """Note where the host waits for an operation's result; refuse what a GPU does."""
         gpu = self._gpu
-        of_host = [it for it, is_there in zip(tensors, there, strict=True) if not is_there and it.dim()]
+        of_host = [tensor for tensor, is_there in zip(tensors, there, strict=True) if not is_there and tensor.dim()]
         if name in _INDEXING:
-            if not there[0] or ("put" in name and any(it is args[2] for it in of_host)):
+            if not there[0] or ("put" in name and any(tensor is args[2] for tensor in of_host)):
                 raise MixedError(f"{name} of tensors of both devices")
-            is_mask = any(isinstance(it, Tensor) and it.dtype == torch.bool for it in tree_leaves(args[1]))
+            is_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1]))
             if of_host or is_mask:
                 gpu.wait(f"{name} by a mask" if is_mask else f"{name} by numbers of the host")
         elif name not in _MIXING and of_host:
-            shapes = [tuple(it.shape) for it in tensors]
+            shapes = [tuple(tensor.shape) for tensor in tensors]
             raise MixedError(f"{name} of {shapes}, of which these are on the GPU: {there}")
-        if name in _PRODUCTS and not all(it.is_floating_point() for it in tensors):
+        if name in _PRODUCTS and not all(tensor.is_floating_point() for tensor in tensors):
             raise RefusedError(f"{name} of integers")
         generator = options.get("generator")
         if generator is not None and generator.device.type == "cpu":
@@ -379,16 +383,16 @@ class _Calls(TorchFunctionMode):
 
     def _moved(self, tensor, is_there, args, kwargs):
         target, others, flags = kwargs.pop("device", None), [], []
-        for it in args:
-            if isinstance(it, Tensor):
-                target = GPU if self._gpu.holds(it) else it.device
-                others.append(it.dtype)
-            elif isinstance(it, torch.dtype):
-                others.append(it)
-            elif isinstance(it, bool):
-                flags.append(it)
-            elif isinstance(it, torch.device | str):
-                target = it
+        for argument in args:
+            if isinstance(argument, Tensor):
+                target = GPU if self._gpu.holds(argument) else argument.device
+                others.append(argument.dtype)
+            elif isinstance(argument, torch.dtype):
+                others.append(argument)
+            elif isinstance(argument, bool):
+                flags.append(argument)
+            elif isinstance(argument, torch.device | str):
+                target = argument
         is_queued = kwargs.pop("non_blocking", any(flags[:1]))
         if target is not None and torch.device(target).type == "meta":
             return tensor.to(target, *others, **kwargs)

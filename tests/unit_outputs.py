@@ -19,4 +19,4 @@ def outputs_of(units, model):
 
 def rows_of(units, model, layer):
     names = zip(units.weights[:-1], units.row_parts, strict=True)
-    return [(model.get_submodule(units.tensor(layer, it).removesuffix(".weight")), parts) for it, parts in names]
+    return [(model.get_submodule(units.tensor(layer, name).removesuffix(".weight")), parts) for name, parts in names]

@@ -278,7 +278,7 @@ def test_windows_at_once_are_decided_by_the_memory_of_the_first_attempt(tmp_path
         monkeypatch.setattr(frozen_model, "free_bytes", lambda _world: 0.0)
         metrics = run_here(store, auto, WORLD)
     assert metrics["micro_batch_size"] == 4, "at least eight shards are left"
-    ours, expected = ((store.handle(it.id).artifact / SCORES).read_bytes() for it in (auto, by_hand))
+    ours, expected = ((store.handle(stage.id).artifact / SCORES).read_bytes() for stage in (auto, by_hand))
     assert ours == expected
 
 
@@ -315,7 +315,7 @@ def dense_states(stream):
 def test_measurements(tmp_path):
     checkpoint, make_stream = checkpoint_in(tmp_path / "model"), stream_in(tmp_path)
     units = [checkpoint.structures[kind] for kind in KINDS]
-    kinds = [Scored(it, [torch.arange(count).double() for count in it.counts]) for it in units]
+    kinds = [Scored(kind, [torch.arange(count).double() for count in kind.counts]) for kind in units]
     shapes = [
         Shape((0, 1), {"neurons": (11, 24), "kv_groups": (2, 4)}),
         Shape((0, 1, 2), {"neurons": (24, 13, 9), "kv_groups": (4, 1, 3)}),
@@ -352,7 +352,9 @@ def test_biases_low_ranks_and_references(tmp_path):
 
 def without_a_wait(patch):
     """The host reads hidden states that are on their way."""
-    patch.setattr(LayerStream, "final_hidden", lambda it: ((index, it.keep(found)) for index, found in it.standing()))
+    patch.setattr(
+        LayerStream, "final_hidden", lambda stream: ((index, stream.keep(found)) for index, found in stream.standing())
+    )
 
 
 def on_another_stream(patch):
@@ -455,5 +457,5 @@ def test_weights_are_read_by_a_thread_whose_errors_are_those_of_whoever_asks(tmp
         for number, layer in reader.layers((0, 1, 2)):
             seen.append(number)
             expected = alone.layer(number).state_dict()
-            assert all(torch.equal(it.cpu(), expected[name]) for name, it in layer.state_dict().items())
+            assert all(torch.equal(weight.cpu(), expected[name]) for name, weight in layer.state_dict().items())
     assert seen == list(range(fails_at or 3)) and len(threads - {threading.get_ident()}) == 1

@@ -27,7 +27,7 @@ def test_layers_of_one_configuration_are_copies(tmp_path, monkeypatch):
     made.clear()
     for _ in range(2):
         attention = [decoder(checkpoint, number).get_submodule(f"{LAYER}.self_attn") for number in (0, 1, 2)]
-        assert [it.sliding_window for it in attention] == [4, None, 4] and len(made) == 2
+        assert [module.sliding_window for module in attention] == [4, None, 4] and len(made) == 2
     assert decoder(checkpoint, 0, torch.bfloat16).dtype == torch.bfloat16 and len(made) == 3
 
 

@@ -67,7 +67,7 @@ def test_buffers_and_what_sees_images_are_needed_too(tmp_path, model_type, part)
     folder = save_model(tmp_path / "m", model_type)
     require_own_weights(open_checkpoint(folder))
     weights = load_file(folder / "model.safetensors")
-    change_and_refuse(folder, {name: it for name, it in weights.items() if part not in name}, part)
+    change_and_refuse(folder, {name: weight for name, weight in weights.items() if part not in name}, part)
 
 
 def test_a_text_decoder_that_transformers_does_not_run_is_refused(tmp_path):

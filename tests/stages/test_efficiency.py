@@ -43,7 +43,7 @@ def test_both_models_are_measured_under_every_workload_on_the_first_rank(source,
     store, stage = Store(tmp_path), stage_of(source)
     run_in_threads(store, stage, Ranks(2))
     metrics = metrics_of(store, stage)
-    sizes = [(it["batch_size"], it["prompt_tokens"], it["new_tokens"]) for it in metrics["runs"]]
+    sizes = [(run["batch_size"], run["prompt_tokens"], run["new_tokens"]) for run in metrics["runs"]]
     assert sizes == [(1, 4, 3), (1, 9, 3), (3, 4, 3), (3, 9, 3)]
     assert metrics["device"] == cpu_model() and metrics["threads"] == torch.get_num_threads()
     assert metrics["cores"] == usable_cores()

@@ -68,7 +68,7 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     windows = load_file(one.handle(stage.id).artifact / "windows.safetensors")["input_ids"]
     assert windows.shape == (5, 32) and windows.dtype == torch.int64 and metrics[0]["tokens"] == 5 * 32
     assert (windows[:, 0] == 1).all(), "every window begins with BOS, as in evaluation"
-    assert {it.dtype for it in scores.values()} == {torch.float64}
+    assert {scores_U.dtype for scores_U in scores.values()} == {torch.float64}
     for name in (*GRADIENT_CRITERIA, "activation_l1", "fluctuation"):
         expected = definition(model, windows, name, seed=3)
         ours = torch.stack([scores[f"layers.{layer}.{name}"] for layer in range(2)])

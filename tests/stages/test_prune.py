@@ -107,14 +107,14 @@ def test_windows_are_held_out_with_their_copies_as_far_as_there_is_room(windows,
     """A window's tokens are its number; its copy's are negative."""
 
     def held_out(count):
-        return [it for it in range(count) if is_held_out(it // size, -(-count // size))]
+        return [window for window in range(count) if is_held_out(window // size, -(-count // size))]
 
     windows_ST = torch.arange(1, windows + 1)[:, None]
     numbers = in_refit_order(windows_ST, -windows_ST, size)[:, 0].tolist()
     assert sorted(numbers) == sorted([*range(1, windows + 1), *range(-windows, 0)])
-    before = {1 + it for it in held_out(windows)}
+    before = {1 + window for window in held_out(windows)}
     places = held_out(len(numbers))
-    apart = [numbers[it] for it in places]
+    apart = [numbers[place] for place in places]
     assert sum(abs(number) in before for number in apart) == min(len(apart), 2 * len(before))
     fitted = {abs(number) for place, number in enumerate(numbers) if place not in places}
     # Those of one side that fill the other are whole windows, but perhaps for one.
@@ -123,7 +123,10 @@ def test_windows_are_held_out_with_their_copies_as_far_as_there_is_room(windows,
         assert {abs(number) for number in apart} == before and not fitted & before
 
 
-NORMS = ["model.norm", *(f"model.layers.{n}.{it}_layernorm" for n in (0, 1) for it in ("input", "post_attention"))]
+NORMS = [
+    "model.norm",
+    *(f"model.layers.{n}.{place}_layernorm" for n in (0, 1) for place in ("input", "post_attention")),
+]
 
 
 def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path, monkeypatch):
@@ -134,7 +137,7 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
         run_here(store, stage)
         tensors.append(load_file(store.handle(stage.id).artifact / "model.safetensors"))
         metrics = metrics_of(store, stage)
-    changed = {name for name, it in tensors[0].items() if not torch.equal(it, tensors[1][name])}
-    assert changed == {f"{it}.weight" for it in NORMS}
+    changed = {name for name, tensor in tensors[0].items() if not torch.equal(tensor, tensors[1][name])}
+    assert changed == {f"{norm}.weight" for norm in NORMS}
     kls = metrics["norms_kl"]
     assert min(kls) < kls[0]

@@ -40,7 +40,7 @@ def dense_means(folder, windows_ST):
     logits(dense, windows_ST)
     for handle in handles:
         handle.remove()
-    return {kind: [torch.cat(it).flatten(0, 1).mean(0) for it in rows] for kind, rows in read.items()}, dense
+    return {kind: [torch.cat(batches).flatten(0, 1).mean(0) for batches in rows] for kind, rows in read.items()}, dense
 
 
 def with_means_in_place(dense, kept, means):
@@ -75,6 +75,6 @@ def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     require_own_weights(checkpoint)
     own = {"self_attn.o_proj", "mlp.down_proj"} if variant == "llama-tied-biases" else set()
     assert set(checkpoint.config.get("output_biases", [])) == set(OUTPUTS.values()) - own
-    assert metrics["parameters"] == checkpoint.parameters == sum(it.numel() for it in remote.parameters())
+    assert metrics["parameters"] == checkpoint.parameters == sum(weight.numel() for weight in remote.parameters())
     dense_size = open_checkpoint(tmp_path / "model").parameters
     assert metrics["ratio_reached"] == pytest.approx(1 - checkpoint.parameters / dense_size, abs=1e-12)

@@ -70,14 +70,16 @@ def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, vari
     assert shape_in(folder) == numbers_of(best)
     dense, written = load(tmp_path / "model"), load(folder)
     assert min(measured, key=measured.get) in finalists and finalists.keys() <= measured.keys()
-    parameters = [sum(it.numel() for it in model.parameters()) for model in (dense, written)]
+    parameters = [sum(weight.numel() for weight in model.parameters()) for model in (dense, written)]
     assert metrics["parameters"] == parameters[1]
     assert metrics["ratio_reached"] == pytest.approx(1 - parameters[1] / parameters[0])
     step = 3 * dense.config.hidden_size * written.config.num_hidden_layers / parameters[0]
     assert abs(metrics["ratio_reached"] - 0.2) <= 0.6 * step, "within rounding of one width (and its biases)"
 
     kept, scores = kept_of(store, stage), scores_of(store)
-    assert kept["layers"] == [it for it in range(LAYERS) if it not in gone(metrics, written.config.num_hidden_layers)]
+    assert kept["layers"] == [
+        layer for layer in range(LAYERS) if layer not in gone(metrics, written.config.num_hidden_layers)
+    ]
     for place, layer in enumerate(kept["layers"]):
         for kind, name in (("neurons", "entropy"), ("kv_groups", "kv_groups.entropy")):
             row = kept[kind][place]
@@ -118,7 +120,7 @@ def gone(metrics, num_layers, layers=LAYERS):
 def shaped(store, shape, order, layers):
     """Return what a candidate keeps."""
     num_layers, groups, width = shape
-    staying = tuple(it for it in range(layers) if it not in order[: layers - num_layers])
+    staying = tuple(layer for layer in range(layers) if layer not in order[: layers - num_layers])
     scores = scores_of(store)
     neurons, kv_groups = (
         [top_units(scores[f"layers.{layer}.{name}"], count) for layer in staying]
@@ -156,7 +158,7 @@ def used(monkeypatch):
     measure, compare, refit = shape_search.measure_shapes, shape_search.mean_divergences, prune_refit.refit_layers
 
     def measuring(shapes, kinds, fitted_on, stream, *rest, **options):
-        seen["shapes"] += [it.windows_ST for it in (fitted_on, stream) if it is not None]
+        seen["shapes"] += [windows.windows_ST for windows in (fitted_on, stream) if windows is not None]
         return measure(shapes, kinds, fitted_on, stream, *rest, **options)
 
     def comparing(stream, *rest):

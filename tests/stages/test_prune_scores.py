@@ -50,7 +50,9 @@ def test_what_scores_highest_stays(tmp_path, model_type, allocation, refit, stru
     scores, kept, metrics = scores_of(store), kept_of(store, stage), metrics_of(store, stage)
     written, dense = store.handle(stage.id).artifact, open_checkpoint(folder)
     model = AutoModelForCausalLM.from_pretrained(written, trust_remote_code=True, dtype=torch.float32)
-    assert metrics["parameters"] == sum({it.data_ptr(): it.numel() for it in model.state_dict().values()}.values())
+    assert metrics["parameters"] == sum(
+        {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}.values()
+    )
     if model_type in VARIANTS:
         step = (dense.num_layers if allocation == "local" else 1) * dense.parameters_per_unit / dense.parameters
         assert abs(metrics["ratio_reached"] - RATIO) <= 0.51 * step
@@ -65,7 +67,7 @@ def test_what_scores_highest_stays(tmp_path, model_type, allocation, refit, stru
         for layer, rows in enumerate(kept[units.kind]):
             scores_EN = scores[score_name(layer, "entropy", units.kind)].view(units.parts, -1)
             count, width = len(rows) // units.parts, scores_EN.shape[1]
-            best = [row.topk(count).indices.sort().values + width * it for it, row in enumerate(scores_EN)]
+            best = [row.topk(count).indices.sort().values + width * part for part, row in enumerate(scores_EN)]
             assert rows == torch.cat(best).tolist()
             for field in units.fields if rows and open_checkpoint(written).is_plain else ():
                 assert getattr(model.config, field) == metrics[field] == len(rows) // units.copies * units.fields[field]

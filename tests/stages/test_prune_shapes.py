@@ -39,7 +39,9 @@ def test_a_search_writes_what_measures_closest(tmp_path, structures, ratio):
     assert abs(metrics["ratio_reached"] - ratio) <= 0.51 * neuron_in(tmp_path)
     exchanged = any("exchange" in name for name in metrics["search_kl"])
     assert exchanged is ("kv_groups" in structures)
-    dense, written = (load_causal_lm(it, torch.float32) for it in (tmp_path / "model", store.handle(stage.id).artifact))
+    dense, written = (
+        load_causal_lm(folder, torch.float32) for folder in (tmp_path / "model", store.handle(stage.id).artifact)
+    )
     windows_ST = windows_of(store)[COMPARED if "layers" in structures else slice(8, 9)]
     best = min(metrics["search_kl"].values())
     assert divergence(dense, written, windows_ST, EVERY) == pytest.approx(best, rel=1e-3)

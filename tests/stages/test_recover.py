@@ -68,7 +68,9 @@ def test_the_artifact_is_a_plain_checkpoint_and_computes_what_its_adapter_does(u
     assert AutoModelForCausalLM.from_pretrained(after.path, dtype="auto").dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(after.path)) == len(AutoTokenizer.from_pretrained(before.path))
     assert str(source) not in (after.path / "adapter" / "adapter_config.json").read_text()
-    dense, merged = (AutoModelForCausalLM.from_pretrained(it.path, dtype=torch.float32) for it in (before, after))
+    dense, merged = (
+        AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32) for checkpoint in (before, after)
+    )
     input_ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         change = (dense(input_ids).logits - merged(input_ids).logits).norm()

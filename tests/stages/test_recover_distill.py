@@ -85,7 +85,7 @@ def finish(store, stage, ranks):
 def divergence(dense, model):
     """Return the mean KL(dense || model) over all tokens of the windows, in nats."""
     with torch.no_grad():
-        log_p, log_q = (it(input_ids=windows()).logits.double().log_softmax(-1) for it in (dense, model))
+        log_p, log_q = (model(input_ids=windows()).logits.double().log_softmax(-1) for model in (dense, model))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
@@ -101,8 +101,8 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
     store, stage = uninterrupted
     dense = AutoModelForCausalLM.from_pretrained(source / "dense")
     pruned, distilled = (
-        AutoModelForCausalLM.from_pretrained(store.handle(it.id).artifact, trust_remote_code=True)
-        for it in (PRUNE, stage)
+        AutoModelForCausalLM.from_pretrained(store.handle(made.id).artifact, trust_remote_code=True)
+        for made in (PRUNE, stage)
     )
     assert [layer.mlp.gate_proj.out_features for layer in distilled.model.layers] == [24, 30]
     before, after = divergence(dense, pruned), divergence(dense, distilled)

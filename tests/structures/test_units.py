@@ -35,8 +35,8 @@ def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, kind):
         else:
             assert shapes[name] == shape, name
     projections = outputs_of(units, larger)
-    assert all(it.in_features == 4 * units.channels_per_unit for it in projections)
-    names = [units.tensor(1, it) for it in units.weights]
+    assert all(projection.in_features == 4 * units.channels_per_unit for projection in projections)
+    names = [units.tensor(1, name) for name in units.weights]
     assert larger.get_parameter(names[-1]) is projections[1].weight
     if kind == "neurons":
         mlp = larger.model.layers[1].mlp
@@ -50,7 +50,9 @@ def test_what_config_json_says_is_read_back():
             units = units_of(config)[kind]
             assert units_of(config | {LAYER_SIZES: units.values(counts)})[kind].counts == tuple(counts)
             stated = units.sizes(counts)
-            assert stated[f"{field}_by_layer" if field.endswith("s") else f"{field}s"] == [it * size for it in counts]
+            assert stated[f"{field}_by_layer" if field.endswith("s") else f"{field}s"] == [
+                count * size for count in counts
+            ]
             assert stated[field] == (size * counts[0] if len({*counts}) == 1 else None)
 
 
