@@ -23,7 +23,6 @@ from hfprune_launch.slurm.causes import START, Cause
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
-    Admission,
     die_with_parent,
     leave_process,
     prepare_environment,
@@ -118,12 +117,12 @@ def run_rank(folder: Path, interruption: Interruption) -> int:
     handle = Store(folder.parents[3]).handle("/".join(folder.parts[-3:-1]))
     rank, start = int(os.environ.get("SLURM_PROCID", "0")), None
 
-    def admit(world: World) -> Admission:
+    def admit(world: World) -> tuple[bool, Claim | None]:
         """Return whether the stage has to run here: rank 0 asks, and all ranks learn the answer."""
         answer = world.broadcast(start.ask() if start else "")
         if answer == "held":
             raise ClaimLostError(f"another process has been running {handle.id} for all the time this job waited")
-        return Admission(answer == "run", start.claim if start else None)
+        return answer == "run", start.claim if start else None
 
     how, code = "done", 0
     try:

@@ -64,14 +64,6 @@ def find_stage_file(handle: StageHandle) -> StageFile | None:
     return read_record(StageFile, handle.work / STAGE_FILE)
 
 
-@dataclass(frozen=True)
-class Admission:
-    """Whether a stage has to run, and on rank 0 the claim under which it does."""
-
-    runs: bool
-    claim: Claim | None = None
-
-
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the stage. If it fails, the cause is left in the attempt's folder before the process ends."""
     store, stage_id, *token = sys.argv[1:] if argv is None else argv  # the token is that of the launcher's claim
@@ -84,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if isinstance(claimed := handle.claim(), Holder):
                 raise UserError(f"{handle.id}: {claimed} runs it")
             claim = claimed
-        run_stage(handle, Interruption(), should_run=lambda world: Admission(True, claim))
+        run_stage(handle, Interruption(), should_run=lambda world: (True, claim))
     except ClaimLostError as lost:
         print(f"error: {lost}", file=sys.stderr)
         leave_process(CLAIM_LOST_EXIT_CODE)
@@ -137,11 +129,14 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run_stage(handle: StageHandle, interruption: Interruption, should_run: Callable[[World], Admission]) -> None:
+def run_stage(
+    handle: StageHandle, interruption: Interruption, should_run: Callable[[World], tuple[bool, Claim | None]]
+) -> None:
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
     Args:
-        should_run: called on every rank once all have joined.
+        should_run: called on every rank once all have joined; returns whether the stage has to run, and on rank 0 the
+            claim under which it does.
 
     Raises:
         ClaimLostError: if another process has claimed the stage in the meantime.
@@ -155,9 +150,9 @@ def run_stage(handle: StageHandle, interruption: Interruption, should_run: Calla
     runtime = RuntimeConfig() if content is None else content.runtime
     reproducible = KINDS[kind_of(handle.id)].reproducible
     world = join_world(os.environ, runtime.collective_timeout_minutes, reproducible=reproducible)
-    admission = should_run(world)
-    if admission.runs:
-        content, claim = find_stage_file(handle), admission.claim
+    is_wanted, claim = should_run(world)
+    if is_wanted:
+        content = find_stage_file(handle)
         if content is None:
             raise UserError(f"{handle.work}: no {STAGE_FILE}; it is written by a sweep")
         context: Context[Parameters] = Context(

@@ -72,9 +72,9 @@ def end_of(rank, monkeypatch, stage):
     """Return the exit code of a rank whose stage is ``stage``."""
 
     def run_stage(handle, interruption, should_run):
-        admission = should_run(SoloWorld())
-        assert admission.runs and admission.claim.is_held()
-        stage(admission.claim)
+        is_wanted, claim = should_run(SoloWorld())
+        assert is_wanted and claim.is_held()
+        stage(claim)
 
     monkeypatch.setattr(job, "run_stage", run_stage)
     return rank()
