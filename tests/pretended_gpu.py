@@ -229,7 +229,9 @@ class Gpu:
             patch.setattr(torch.cuda, name, value)
         for name in ("range_push", "range_pop"):
             patch.setattr(torch.cuda.nvtx, name, lambda *_: None)
-        patch.setattr(Tensor, "pin_memory", lambda tensor, *_: self.pin(tensor.clone()))
+        patch.setattr(
+            Tensor, "pin_memory", lambda tensor, *_: tensor if self.pins(tensor) else self.pin(tensor.clone())
+        )
         patch.setattr(Tensor, "record_stream", lambda *_: None)
 
 

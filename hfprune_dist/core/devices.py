@@ -1,4 +1,4 @@
-"""Copies between the host and a device: the host does not wait for those that it sends, and fetches many at once."""
+"""Copies between the host and a device, for which the host does not wait until it must."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device of what the host has made; a tensor that is there already stays as it is."""
+    """A copy on the device of what is in main memory; a tensor that is there already stays as it is."""
     is_away = device.type == "cuda" and not tensor.is_cuda
     return tensor.pin_memory().to(device, non_blocking=True) if is_away else tensor
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in main memory, which is queued among a GPU's other work: it is for ``send`` alone, not for the host."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, contiguous, in main memory."""
-    fetched = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    on_device = [name for name, tensor in fetched.items() if tensor.is_cuda]
-    for name in on_device:
-        there = fetched[name]
-        fetched[name] = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
-    if on_device:
-        torch.cuda.current_stream(tensors[on_device[0]].device).synchronize()
+    """The tensors, contiguous, in main memory for the host."""
+    fetched = {name: to_host(tensor.contiguous()) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
     return fetched

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.devices import send
-from hfprune_dist.distributed.main_memory import to_device, to_host
+from hfprune_dist.core.devices import send, to_host
 from hfprune_dist.distributed.sums import Grams, GramSums, micro_batches_of
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.experts import observing, output_weights
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures.units import Units
 
+# Micro-batch of a rank -> its hidden states [windows, tokens, hidden_size].
+States = dict[int, Tensor]
 # Called on every rank, in passes layer by layer, with the number of layers that are done; may raise ``Interrupted``.
 AfterLayer = Callable[[int], None]
 
@@ -62,13 +63,13 @@ class LayerStream:
         self.states = {index: self.keep(hidden_BTC) for index, hidden_BTC in embedded.items()}
 
     def keep(self, states: Tensor) -> Tensor:
-        """Hidden states, or the like, as they wait for ``to_device``."""
-        return send(states, self.world.device) if self._stay else to_host(states, self.world.device)
+        """Hidden states, or the like, as they wait to be sent to the device."""
+        return send(states, self.world.device) if self._stay else to_host(states)
 
     def standing(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the micro-batches' current hidden states on the device, one after another."""
         for index, hidden_BTC in self.states.items():
-            yield index, to_device(hidden_BTC, self.world.device)
+            yield index, send(hidden_BTC, self.world.device)
 
     def advance(self, compute: Callable[[Tensor], Tensor]) -> None:
         """Replace hidden states by what is computed from them, for example by running a layer."""
@@ -82,7 +83,7 @@ class LayerStream:
         """
         norm = self.reader.final_norm()
         for index in list(self.states):
-            yield index, norm(to_device(self.states.pop(index), self.world.device)).cpu()
+            yield index, norm(send(self.states.pop(index), self.world.device)).cpu()
 
     def layers_left(
         self, layers: Sequence[int], done: Callable[[], set[int]], after_each: AfterLayer

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.gauss_newton import Biases, GaussNewtonSums, Linearized, MlpWeights, solve_normal_equations
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.distributed.main_memory import to_device
 from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.output_refit import Problems, Solution
@@ -125,10 +125,10 @@ class Reconstruction:
         return lambda: (kept[index] if index in kept else self._linearized(rounded, index) for index in indices)
 
     def _linearized(self, rounded: MlpWeights, index: int) -> Linearized:
-        return Linearized(rounded, self._biases, to_device(self._inputs[index], self._world.device))
+        return Linearized(rounded, self._biases, send(self._inputs[index], self._world.device))
 
     def _target(self, index: int) -> Tensor:
-        return to_device(self._targets[index], self._world.device)
+        return send(self._targets[index], self._world.device)
 
     def _sum(self, shapes: Iterable[Sequence[int]], terms: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Add up tensors of some shapes over all micro-batches, this rank's and the other ranks'."""

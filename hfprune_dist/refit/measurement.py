@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import divergences
-from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
 from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader, put_weights, run, weights_kept
@@ -102,7 +102,7 @@ def measure_shapes(
                 some = alike[start : start + at_once]
                 advanced |= {so_far: {} for so_far in some}
                 for index, hidden_BTC in stream.states.items():
-                    entering = torch.cat([to_device(branches[it[:-1]][index], device) for it in some])
+                    entering = torch.cat([send(branches[it[:-1]][index], device) for it in some])
                     for so_far, reached_BTC in zip(some, run(layer, entering).split(len(hidden_BTC)), strict=True):
                         advanced[so_far][index] = stream.keep(reached_BTC)
         branches = advanced
@@ -127,8 +127,8 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
     totals = torch.zeros(len(models), dtype=torch.float64)
     tokens = slice(None, stream.windows_ST.shape[1], every)
     for index in stream.states:
-        reached = [head.norm(to_device(hidden[index], device)[:, tokens]) for hidden in models]
-        wanted = head.outputs(to_device(dense[index], device)[:, tokens])
+        reached = [head.norm(send(hidden[index], device)[:, tokens]) for hidden in models]
+        wanted = head.outputs(send(dense[index], device)[:, tokens])
         totals += torch.tensor(divergences(wanted, [head.outputs(it) for it in reached]), dtype=torch.float64)
     stream.world.all_reduce(totals)
     if strange := int((~totals.isfinite()).sum()):

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.losses import divergence_of_rows
 from hfprune_dist.core.quasi_newton import QuasiNewton
-from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import multiplying, norms_of_layers
 from hfprune_dist.models.single_layer import part_of, run, run_with_graph
@@ -94,7 +94,7 @@ class NormGradients:
             norms, outputs = self._norms_in(number, layer), States()
             for index, hidden_BTC in entering[-1].items():
                 with multiplying(norms, factors_RC):
-                    outputs[index] = self._stream.keep(run(layer, to_device(hidden_BTC, self._device)))
+                    outputs[index] = self._stream.keep(run(layer, send(hidden_BTC, self._device)))
             entering.append(outputs)
             del layer, norms
             self._after_each(next(self._done))
@@ -102,7 +102,7 @@ class NormGradients:
         sums_2RC = torch.zeros(2, *self.shape, dtype=torch.float64, device=self._device)
 
         def at_head(index: int, normed_BTC: Tensor) -> Tensor:
-            dense_NC = to_device(self._dense[index], self._device).flatten(0, 1)
+            dense_NC = send(self._dense[index], self._device).flatten(0, 1)
             head, hidden_NC = self._head, normed_BTC.flatten(0, 1)
             ((kl_N, slope_NC),) = head_gradients(
                 hidden_NC, head.weight_VC, head.bias_V, [divergence_of_rows], dense_NC, after=head.after
@@ -116,7 +116,7 @@ class NormGradients:
             compute, norms = partial(run_with_graph, layer), self._norms_in(number, layer)
 
             def at_output(index: int, _output_BTC: Tensor, slopes: States = slopes) -> Tensor:
-                return to_device(slopes[index], self._device)
+                return send(slopes[index], self._device)
 
             slopes = self._back(compute, norms, entering.pop(), at_output, factors_RC, sums_2RC)
             del layer, compute, norms
@@ -148,7 +148,7 @@ class NormGradients:
         """
         slopes: States = {}
         for index, hidden_BTC in states.items():
-            input_BTC = to_device(hidden_BTC, self._device).detach().requires_grad_()
+            input_BTC = send(hidden_BTC, self._device).detach().requires_grad_()
             with multiplying(norms, factors_RC) as seen, torch.enable_grad():
                 output_BTC = compute(input_BTC)
             reached = [input_BTC, *(product_BTC for _, _, product_BTC in seen)]

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hfprune_dist.core.devices import send
 from hfprune_dist.distributed.layer_check import refuse_departure
-from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.main_memory import States, to_device
+from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
 from hfprune_dist.distributed.sums import explaining
 from hfprune_dist.models.single_layer import (
     before_block,
@@ -111,7 +111,7 @@ class SequentialRefit:
         """
         if 0 not in self._dense.states:
             return
-        hidden_BTC = to_device(self._dense.states[0], self._world.device)[:1, :TOKENS_CHECKED]
+        hidden_BTC = send(self._dense.states[0], self._world.device)[:1, :TOKENS_CHECKED]
         kinds, after = [*self._attention, self._mlp], run(layer, hidden_BTC)
         streams = [*(before_block(layer, units, hidden_BTC) for units in kinds), after]
         for place, units in enumerate(kinds):
@@ -142,7 +142,7 @@ class SequentialRefit:
             put_weights(layer, {name: it.to(output_of(layer, units).weight) for name, it in fitted.items()})
             tensors |= fitted
             for index, residual_BTC in self._stream.standing():
-                output_NC = output_of(layer, units)(to_device(read.pop(index), self._world.device))
+                output_NC = output_of(layer, units)(send(read.pop(index), self._world.device))
                 update_BTC = residual_update(layer, units, output_NC).view_as(residual_BTC)
                 self._stream.states[index] = self._stream.keep(residual_BTC + update_BTC)
         if not self._attention:
@@ -181,7 +181,7 @@ class SequentialRefit:
         """
         sums = TargetSums(number, output_of(layer, units).weight.data, self._stream.micro_batches, self._world)
         for index, residual_BTC in self._stream.standing():
-            wanted_BTC = to_device(self._dense.states[index], self._world.device)
+            wanted_BTC = send(self._dense.states[index], self._world.device)
             target_NC = self._target(layer, units, dense, dropped, residual_BTC, wanted_BTC)
             read_NK = self._read(layer, units, residual_BTC)
             sums.add(index, read_NK, target_NC)

@@ -15,8 +15,7 @@ from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.redraw import redrawn_copy
-from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.main_memory import States
+from hfprune_dist.distributed.layer_stream import LayerStream, States
 from hfprune_dist.distributed.sums import windows_held_out
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors

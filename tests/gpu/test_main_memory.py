@@ -5,7 +5,7 @@ import torch
 from ranks import SoloWorld
 from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
 
-from hfprune_dist.distributed.main_memory import to_device, to_host
+from hfprune_dist.core.devices import send, to_host
 from hfprune_dist.models.single_layer import LayerReader
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ def test_one_micro_batch_is_on_the_gpu_at_a_time():
     before = torch.cuda.memory_allocated(GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
     for index in states:
-        states[index] = to_host(torch.tanh(to_device(states[index], GPU)), GPU)
+        states[index] = to_host(torch.tanh(send(states[index], GPU)))
     assert torch.cuda.max_memory_allocated(GPU) - before <= 3 * micro_batch
     assert torch.cuda.memory_allocated(GPU) == before
 
