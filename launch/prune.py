@@ -129,7 +129,7 @@ def prune(
     cell, *others = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
     if others:
         raise UserError("recovery.recipes: one checkpoint takes one recipe; leave one of them, or run sweep.py")
-    prepared = only(prepared, [cell.producers[-1], cell.evaluate])
+    prepared = only(prepared, [cell.producers[-1], *cell.checks, cell.evaluate])
     require_apart(out, prepared.sweep.plan)
     if dry_run:
         show_dry_run(prepared)

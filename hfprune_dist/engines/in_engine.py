@@ -94,7 +94,8 @@ def _vllm(model: str, prompts: Sequence[Prompt], new_tokens: int, **options: Any
     from vllm import LLM, SamplingParams
 
     length = max(map(len, prompts)) + new_tokens
-    engine: Any = LLM(model=model, dtype="float32", max_model_len=length, max_num_seqs=len(prompts), seed=0, **options)
+    few = {"max_model_len": length, "max_num_seqs": len(prompts), "enforce_eager": True}  # compiling takes minutes
+    engine: Any = LLM(model=model, dtype="float32", seed=0, **few, **options)
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=1)
     runs = []
     for made in engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling, use_tqdm=False):

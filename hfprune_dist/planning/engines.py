@@ -42,7 +42,7 @@ def _config(target: Target, method: Method, shapes: Sequence[Shape]) -> dict[str
     shape = shapes[0] if shapes else Shape(layers)
     if target.competes:  # layers differ in what may go
         counts = {kind: dense.structures[kind].counts for kind in (NEURONS, KV_GROUPS) if kind in target.structures}
-        shape = Shape(layers, {kind: (max(1, row[0] - 1), *row[1:]) for kind, row in counts.items()})
+        shape = Shape(layers, {kind: (max(row[0] - 1, min(row[0], 1)), *row[1:]) for kind, row in counts.items()})
     elif target.allocation == "plain" and EXPERTS not in target.structures:
         fewest = min(shape.units[KV_GROUPS][0] for shape in shapes)
         shape = Shape(layers, {KV_GROUPS: (fewest,) * len(layers)})
