@@ -11,6 +11,7 @@ from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
 
+TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely"]
 
 
@@ -86,7 +87,6 @@ def evaluate_stage(store, inputs, tasks, *, model="model", fewshot=0, texts=("he
 def reference_stage(inputs, dense, dtype, name):
     """Return the stage that evaluations on a text need."""
     text = inputs / f"{name}.jsonl"
-    settings = {"windows": 5, "sequence_length": 48, "text_field": "text"}
-    params = {"dtype": dtype, "add_bos_token": True, "text": settings}
+    params = {"dtype": dtype, "add_bos_token": True, "text": TEXT}
     files = {"model": dense, "text": Input(FileHashes(None).of_file(text), str(text))}
     return stage_of("reference", "tiny", params, files)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from evaluations import TEXT, reference_stage
 from made_stages import being_made, stage_of
 from ranks import files_of
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.training.teacher_states import DENSE, DenseStates
 
-TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
 IMPORTANCE = stage_of("importance", "tiny", {}, {})
 
 
@@ -28,11 +28,9 @@ def source(tmp_path_factory):
     return folder
 
 
-def held_out(source, dtype="float32", text="held-out.jsonl"):
+def held_out(source):
     """Return the stage that evaluations compare with."""
-    params = {"dtype": dtype, "add_bos_token": True, "text": TEXT}
-    inputs = {"model": Input("dense", str(source / "dense")), "text": Input("text", str(source / text))}
-    return stage_of("reference", "tiny", params, inputs)
+    return reference_stage(source, Input("dense", str(source / "dense")), "float32", "held-out")
 
 
 def run_alone(store, stage):
