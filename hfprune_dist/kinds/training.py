@@ -75,8 +75,8 @@ def training_need(
     sides = 4 * hidden + model.attention + 3 * (hidden + of_mlp) * (of_mlp > 0)
     # In float32: weight, gradient, two moments and what a step computes; in the compute dtype: weight and gradient.
     trained, own, shared = model.num_layers * settings.rank * sides, 5 * FLOAT32 + 2 * itemsize, 0
-    if not (lora := settings.method == "lora"):  # ranks share float32 weights and moments, and have all gradients
-        trained, own, shared = trained_in_place(settings, model), FLOAT32 + itemsize, 4 * FLOAT32
+    if not (lora := settings.method == "lora"):  # gradients; ranks share weights, moments and what a step computes
+        trained, own, shared = trained_in_place(settings, model), FLOAT32, 5 * FLOAT32
     # Norms in float32; attention, what the MLP multiplies, experts' outputs, and what linear layers read; with dropout,
     # a copy of that and a mask for each of them.
     kept = model.attention + masks * model.heads + 3 * neurons + model.routed + 2 * hidden
@@ -87,13 +87,15 @@ def training_need(
     if settings.teacher_share:  # in chunks, for both models; final hidden states and the gradient there
         head = 2 * HEAD_BYTES + 3 * tokens * hidden * itemsize + (not lora) * model.vocabulary * hidden * 2 * FLOAT32
     forward = has_teacher * tokens * model.forward * itemsize
+    teacher, gathered = has_teacher * model.parameters * itemsize, (1 + has_teacher) * model.gathered * itemsize
     return Need(
-        weights=(1 + has_teacher) * model.parameters * itemsize,
+        weights=model.parameters * itemsize + teacher * lora,
         activations=tokens * model.num_layers * layer,
-        temporary=max(head, forward) + trained * own,  # which is there all the time, and whole on each rank
-        gathered=(1 + has_teacher) * model.gathered * itemsize if lora else None,
+        # What is trained is there all the time, and whole on each rank.
+        temporary=max(head, forward) + trained * own + gathered / 2 * (has_teacher and not lora),
+        gathered=gathered if lora else None,
         again=tokens * (model.num_layers * hidden * itemsize + layer),
-        shared=trained * shared,
+        shared=trained * shared + teacher * (not lora),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import save_model
+from fine_tunings import make_task
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import some_kept
@@ -26,10 +27,10 @@ from hfprune_dist.core.head import Batch
 from hfprune_dist.core.observers import UnitSums
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.kinds import importance
+from hfprune_dist.kinds import importance, training
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Planned, Sizes, passes, place
+from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Placement, Planned, Sizes, passes, place
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
@@ -42,6 +43,8 @@ from hfprune_dist.scoring.accumulation import Accumulation, bytes_of
 from hfprune_dist.scoring.shard_scorer import summed_matrices
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.training.snapshot import Snapshot
+from hfprune_dist.training.trainer import Training as Trainer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "vocab_size": 264}
 
@@ -247,3 +250,25 @@ def test_as_many_windows_pass_at_once_as_fit_and_make_sense(parts, host, count, 
     assert not (more.fits and more.whole == one.whole and 2 * found.at_once <= most)
     assert found.stay == (placed.needed + host / count <= gib)
     assert passes(need, 3, most, gpus, "auto").at_once == 3
+
+
+@pytest.mark.parametrize("settings", [{"method": "full", "objective": "distill"}, {"method": "parts"}])
+def test_training_in_place(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(training, "HEAD_BYTES", 2**17)
+    checkpoint = open_checkpoint(save_tiny(tmp_path, hidden_size=256, intermediate_size=704, num_hidden_layers=4))
+    task = make_task(checkpoint, dtype="float32", micro_batch_size=2, **settings)
+    task = replace(task, teacher=checkpoint if task.settings.teacher_share else None)
+    need = training_need(task.settings, Sizes.from_checkpoint(checkpoint), 24, has_teacher=task.teacher is not None)
+    with PeakBytes() as counted:
+        Trainer(task, Snapshot(), SoloWorld(), Placement(True, False, fits=True)).step(0)
+    # DeepSpeed gathers nothing on one rank.
+    gathered = Sizes.from_checkpoint(checkpoint).gathered * 4 if task.teacher else 0
+    check(need.on_each_gpu(1, whole=True) / MARGIN - gathered, counted.peak, at_most=1.6)
+
+
+def test_a_7b_model_learns_from_itself_on_eight_gpus_with_all_weights():
+    model, settings = sizes_of(4096, 32, 11008, 6.7e9), Training(method="full", objective="distill", micro_batch_size=4)
+    need = training_need(settings, model, 1024, has_teacher=True)
+    assert place(need, Gpus(8, 80 * GIB), "auto").fits and not place(need, Gpus(1, 4 * 40 * GIB), "auto").fits
+    assert place(need, Gpus(8, 80 * GIB), "zero3").whole

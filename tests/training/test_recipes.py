@@ -13,8 +13,10 @@ from torch.nn.functional import cross_entropy, kl_div
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.heartbeat import Progress
+from hfprune_dist.training import trainer
 from hfprune_dist.training.teacher_states import DENSE
 from hfprune_dist.training.trainer import add_lora, fine_tune, parts_to_train
 
@@ -122,6 +124,18 @@ def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpo
             assert values == pytest.approx(expected, rel=1e-5), key
         for key, weight in alone.weights.items():
             torch.testing.assert_close(other.weights[key], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_both_models_sharded_learn_what_whole_ones_do(tmp_path, checkpoints, monkeypatch):
+    """Evaluations on the way come between forwards whose order DeepSpeed has learnt."""
+    task = replace(task_of(checkpoints, "lora, distill", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
+    alone, _ = train(tmp_path / "one", 1, task)
+    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole=False, checkpointing=False, fits=True))
+    sharded, _ = train(tmp_path / "two", 2, task)
+    for key in ("loss", "grad_norm", "held_out_kl", "held_out_perplexity"):
+        values, expected = ([line[key] for line in each.losses] for each in (sharded, alone))
+        assert values == pytest.approx(expected, rel=1e-4), key
 
 
 def test_hidden_states_from_a_file_teach_what_the_dense_model_does(tmp_path, checkpoints):
