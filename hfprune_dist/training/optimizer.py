@@ -87,6 +87,13 @@ class Optimizer:
         moments = {moment: self._adamw.state[self._weights][moment].cpu() for moment in MOMENTS}
         return {WEIGHTS: self._weights.detach().cpu(), **moments}
 
+    def release(self) -> None:
+        """Free the memory; it can't be used any more."""
+        self._adamw.state.clear()
+        for vector in (self._weights, self._gradient):
+            vector.data = vector.data.new_empty(0)
+        self._weights.grad = None
+
     def _share(self, rank: int) -> slice:
         size = -(-self._numbers // self._shares)
         return slice(min(rank * size, self._numbers), min((rank + 1) * size, self._numbers))

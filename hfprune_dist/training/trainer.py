@@ -14,7 +14,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,8 @@ def fine_tune(
 ) -> Snapshot:
     """Train from the snapshot of an earlier attempt, if any, to the end, and return the last step's snapshot.
 
+    If memory is short after all, training goes on from the newest snapshot with a placement that takes less.
+
     Args:
         file: of the newest snapshot.
         run_folder: where trackers that write files put them; its name is that of the run.
@@ -131,11 +133,17 @@ def fine_tune(
     start = Snapshot.last(file, world)
     if start.step == task.total_steps or task.has_converged(start.losses):
         return start
-    training = Training(task, start, world, place_training(task, runtime.sharding, world))
-    losses = list(start.losses)
+    placement = place_training(task, runtime.sharding, world)
+    training, losses = Training(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
-        for step in range(start.step + 1, task.total_steps + 1):
-            values = training.step(step - 1)
+        while True:
+            values, step = training.step(len(losses)), len(losses) + 1
+            if values is None:
+                training.release()
+                placement = smaller(placement, task, runtime.sharding, world)
+                start = Snapshot.last(file, world)
+                training, losses = Training(task, start, world, placement), list(start.losses)
+                continue
             for key, value in values.items():
                 if not math.isfinite(value):
                     raise UserError(
@@ -156,8 +164,18 @@ def fine_tune(
             if interrupted:
                 raise Interrupted
             if ended:
-                break
-    return Snapshot.read(file)
+                return Snapshot.read(file)
+
+
+def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: World) -> Placement:
+    """The placement to try when memory is short: layers run again in backward, then weights are sharded too."""
+    if not placement.checkpointing:
+        return replace(placement, checkpointing=True)
+    if in_adapters(task) and world.size > 1 and sharding == "auto":
+        return replace(placement, whole=False)
+    raise torch.OutOfMemoryError(
+        "out of memory, although layers run again in backward; lower recovery.micro_batch_size, or take more GPUs"
+    )
 
 
 class Training:
@@ -178,10 +196,11 @@ class Training:
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
-        self._teacher = None
+        self._teacher, self._is_whole = None, placement.whole
         if task.teacher is not None:  # whose memory is needed for the optimizer where that is shared
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
+            self._is_whole = beside == "replicate"
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
@@ -200,19 +219,28 @@ class Training:
         model.train()
         gc.freeze()  # or Python walks all modules and parameters again and again: a seventh of the time on CPU
 
-    def step(self, step: int) -> LossLine:
-        """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it."""
+    def step(self, step: int) -> LossLine | None:
+        """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it; None
+        on all ranks if one lacks memory, as far as they don't wait for each other within micro-batches.
+        """
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
         batches = list(self._micro_batches(step))
         tokens = torch.tensor([sum(batch.labels for batch in batches), sum(batch.tokens for batch in batches)])
         world.all_reduce(tokens)  # of all ranks
         labels, tokens_of_teacher = tokens.tolist()
-        loss = torch.zeros((), device=world.device)
-        for batch in batches:
-            torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
-            term = self._loss(batch, labels, tokens_of_teacher)
-            loss += term.detach()
-            term.backward()
+        loss, lacks_memory = torch.zeros((), device=world.device), False
+        try:
+            for batch in batches:
+                torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
+                term = self._loss(batch, labels, tokens_of_teacher)
+                loss += term.detach()
+                term.backward()
+        except torch.OutOfMemoryError:
+            if not self._is_whole:
+                raise
+            lacks_memory = True
+        if self._is_whole and any(world.all_gather(lacks_memory)):
+            return None
         self._optimizer.sum_over_ranks()
         if self._masks is not None:
             scores = scores_of_units(self._frozen, self._masks.kinds_by_layer, self._optimizer)
@@ -314,6 +342,17 @@ class Training:
         self._frozen.module.train()
         means = sum(sums[: len(states.windows_ST)], FidelitySums()).means()
         return {HELD_OUT_KL: means["kl"], "held_out_perplexity": means["perplexity"]}
+
+    def release(self) -> None:
+        """Free the memory, for another placement; it can't be used any more."""
+        self._frozen.release()
+        self._optimizer.release()
+        if self._teacher is not None:
+            self._teacher.release()
+        gc.unfreeze()
+        gc.collect()
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self, file: Path, step: int, losses: list[LossLine]) -> None:
         """Write a snapshot; collective."""

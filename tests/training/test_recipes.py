@@ -189,3 +189,32 @@ def test_an_interrupted_step_is_saved(tmp_path, checkpoints):
     resumed = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), file, tmp_path / "run")
     assert resumed.losses == expected.losses
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in resumed.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora, labels", "full, labels"])
+def test_training_that_lacks_memory_goes_on_with_less(tmp_path, checkpoints, name, monkeypatch):
+    """One rank lacks it in the second step, and again with checkpoints; weights of LoRA's model are sharded then."""
+    task, loss, init = task_of(checkpoints, name), trainer.Training._loss, trainer.Training.__init__
+    expected, _ = train(tmp_path / "one", 1, task)
+    calls, placements = [], tmp_path / "placements"
+
+    def note(self, task, start, world, placement):
+        init(self, task, start, world, placement)
+        self.failing = world.rank == 1 and placement.whole and (name == "lora, labels" or not placement.checkpointing)
+        if world.is_first:
+            with placements.open("a") as stream:
+                stream.write(f"{placement.whole} {placement.checkpointing} {start.step}\n")
+
+    def lack(self, *given):
+        calls.append(0)
+        if self.failing and len(calls) > 4:
+            raise torch.OutOfMemoryError("no memory is left")
+        return loss(self, *given)
+
+    monkeypatch.setattr(trainer.Training, "_loss", lack)
+    monkeypatch.setattr(trainer.Training, "__init__", note)
+    found, _ = train(tmp_path / "two", 2, task)
+    assert found.losses[-1]["loss"] == pytest.approx(expected.losses[-1]["loss"], rel=1e-4)
+    steps = ["True False 0", "True True 1", *(["False True 1"] if name == "lora, labels" else [])]
+    assert placements.read_text().splitlines() == steps
