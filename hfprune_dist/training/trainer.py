@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available, logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_targets
@@ -201,6 +202,8 @@ class Training:
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
             self._is_whole = beside == "replicate"
+        for frozen in filter(None, (self._frozen, self._teacher)):
+            use_fused_kernels(frozen.module, world.device)
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
@@ -379,6 +382,14 @@ def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placem
     sizes, masks = Sizes.from_checkpoint(task.checkpoint), task.masked_to is not None
     need = training_need(task.settings, sizes, task.tokens, has_teacher=task.teacher is not None, masks=masks)
     return placement_here(need, sharding, world)
+
+
+def use_fused_kernels(model: nn.Module, device: torch.device) -> None:
+    """Let Liger's kernels compute a model's norms, rotations and gates, on a GPU, where the package is installed and
+    knows the architecture. Its losses are left out, since they replace the forward that returns logits.
+    """
+    if device.type == "cuda" and is_liger_kernel_available():
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def in_adapters(task: FineTuning) -> bool:

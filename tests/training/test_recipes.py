@@ -218,3 +218,12 @@ def test_training_that_lacks_memory_goes_on_with_less(tmp_path, checkpoints, nam
     assert found.losses[-1]["loss"] == pytest.approx(expected.losses[-1]["loss"], rel=1e-4)
     steps = ["True False 0", "True True 1", *(["False True 1"] if name == "lora, labels" else [])]
     assert placements.read_text().splitlines() == steps
+
+
+def test_fused_kernels_are_for_gpus_and_leave_the_loss_alone(monkeypatch):
+    applied = []
+    monkeypatch.setattr(trainer, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(trainer, "apply_liger_kernel", lambda *given: applied.append(given))
+    for device in ("cpu", "cuda"):
+        trainer.use_fused_kernels("a model", torch.device(device))
+    assert applied == [("a model", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
