@@ -134,6 +134,10 @@ class Card:
             "ratios": [] if cell.ratio is None else [cell.ratio],
             "methods": [named.get(str(cell.method), self.config["methods"][0])],
         }
+        if recipes := config["recovery"].get("recipes"):
+            own = {name: recipe for name, recipe in recipes.items() if name == cell.recovery}
+            without = {"method": NONE} if cell.recovery == NONE else {}
+            config["recovery"] = {**config["recovery"], "recipes": own or None, **without}
         names: dict[str, str] = {}
         return to_yaml(_with_names(config, names)), names
 

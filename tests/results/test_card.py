@@ -123,6 +123,8 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
     if own_method:
         method = str(tmp_path / "mine.yaml")
         Path(method).write_text("{criterion: entropy, refit: layerwise}")
+    else:
+        settings["recovery__recipes"] = {"none": {"method": "none"}, "lora": {}, "more": {"objective": "distill"}}
     made_by, plan = planned(config, methods=[method, "hfprune"], **settings)
     store = Store(tmp_path / "out" / "store")
     fill(store, plan, config=made_by.model_dump(mode="json"))
