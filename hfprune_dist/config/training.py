@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
-from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, TextSource
+from hfprune_dist.config.section import Dtype, Length, Name, NonNegative, Positive, PositiveOrAuto, TextSource
 from hfprune_dist.config.texts import TextName
 
 # Its limit is beyond any sensible value: AdamW's first step is ten times the rate, which float32 must hold.
@@ -70,9 +70,10 @@ class Recipe(TextSource):
     """Number of optimizer steps after which training stops; overrides epochs and tokens."""
     batch_size: Positive | None = None
     """Rows per optimizer step, over all ranks together; null: 128 with objective labels, 16 otherwise."""
-    micro_batch_size: Positive = 1
-    """Rows per forward pass of one rank; on GPUs, 4 are faster where they fit. If a step's rows are no multiple of this
-    times the number of ranks, some ranks are idle for a part of it."""
+    micro_batch_size: PositiveOrAuto = "auto"
+    """Rows per forward pass of one rank. auto: on a CPU 1; on GPUs as many as keep them busy and fit the memory that is
+    free when training begins. The manifest has the number. If a step's rows are no multiple of it times the number of
+    ranks, some ranks are idle for a part of it. With dropout, another number draws others."""
     learning_rate: LearningRate | None = None
     """Peak learning rate; it decays to zero along a cosine. null: 4e-4 for lora on labels, 1e-3 for lora that distills,
     1e-4 for full and parts."""
@@ -143,6 +144,11 @@ class Training(Recipe):
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
         return self
+
+    @property
+    def least_at_once(self) -> int:
+        """Rows per forward pass, as far as settings tell."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def row_name(self) -> str:

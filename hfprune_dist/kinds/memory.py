@@ -118,8 +118,8 @@ class Passes(NamedTuple):
 
 
 def passes(need: Callable[[int], Need], setting: PositiveOrAuto, most: int, gpus: Gpus, sharding: Sharding) -> Passes:
-    """Decide by memory: for ``auto``, as many windows at once, a power of two, as fit without sharding what need not be
-    sharded for a single one.
+    """Decide by memory: for ``auto``, as many windows at once, a power of two, as fit without sharding, or running
+    again, what need not be for a single one.
 
     Args:
         need: windows at once -> what they need.
@@ -130,7 +130,7 @@ def passes(need: Callable[[int], Need], setting: PositiveOrAuto, most: int, gpus
     placed = place(need(at_once), gpus, sharding)
     while setting == "auto" and 2 * at_once <= most:
         larger = place(need(2 * at_once), gpus, sharding)
-        if not larger.fits or larger.whole != placed.whole:
+        if not larger.fits or (larger.whole, larger.checkpointing) != (placed.whole, placed.checkpointing):
             break
         at_once, placed = 2 * at_once, larger
     return Passes(at_once, placed.needed + need(at_once).host / gpus.ranks <= gpus.memory)

@@ -31,7 +31,8 @@ class RecoverParameters(StageParameters):
         if "windows" in inputs:
             tokens = planned.source("windows").calibration.sequence_length
         model = Sizes.from_checkpoint(planned.dense)
-        return training_need(self.recovery, model, tokens, has_teacher="dense" in inputs, masks=self.masks)
+        rows = self.recovery.least_at_once
+        return training_need(self.recovery, model, rows, tokens, has_teacher="dense" in inputs, masks=self.masks)
 
 
 class LoraPruneParameters(RecoverParameters):
@@ -57,16 +58,17 @@ class LoraPruneParameters(RecoverParameters):
 
 
 def training_need(
-    settings: Training, model: Sizes, tokens: int, *, has_teacher: bool = False, masks: bool = False
+    settings: Training, model: Sizes, rows: int, tokens: int, *, has_teacher: bool = False, masks: bool = False
 ) -> Need:
-    """The memory of a training on rows of so many tokens.
+    """The memory of a training.
 
     Args:
+        rows: of ``tokens`` tokens each, at a time.
         has_teacher: whether the dense model runs beside the one that is trained.
         masks: whether the inputs of output projections are multiplied by masks (LoRAPrune), beside which they are kept.
     """
     tokens, itemsize, hidden, neurons = (
-        tokens * settings.micro_batch_size,
+        rows * tokens,
         ITEMSIZE[settings.dtype],
         model.hidden,
         model.neurons,

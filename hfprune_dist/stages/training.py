@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +42,7 @@ from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import DenseStates
-from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters
+from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters, rows_at_once
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
@@ -70,6 +71,8 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,
         masked_to=masked_to,
     )
+    context.decided["micro_batch_size"] = rows_at_once(task, context.runtime.sharding, context.world)
+    task = replace(task, decided=context.decided["micro_batch_size"])
     title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
     root = context.store.root
     run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
 from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
-from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, placement_here
+from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, passes_here, placement_here
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import Placement, Sizes
+from hfprune_dist.kinds.memory import Need, Placement, Sizes, most_at_once
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.models.loading import after_head, packed_rows
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
@@ -65,6 +65,7 @@ class FineTuning:
         is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
         teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
         held_out: text for evaluations on the way.
+        decided: rows per forward pass of one rank, if these are decided by memory.
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
     """
 
@@ -77,12 +78,18 @@ class FineTuning:
     is_plain_text: bool = False
     teacher: Checkpoint | None = None
     held_out: DenseStates | None = None
+    decided: int | None = None
     masked_to: Shape | None = None
 
     @cached_property
     def tokens(self) -> int:
         """Tokens of a row."""
         return len(self.rows(0)["input_ids"])
+
+    @property
+    def at_once(self) -> int:
+        """Rows per forward pass of one rank."""
+        return self.decided or self.settings.least_at_once
 
     def tokens_at(self, step: int) -> int:
         """Tokens of the rows of the first ``step`` steps."""
@@ -192,7 +199,7 @@ class Training:
         self._task, self._world = task, world
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
-        rows, share = task.settings.micro_batch_size, task.settings.teacher_share
+        rows, share = task.at_once, task.settings.teacher_share
         self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=share > 0)
         model: Any = self._frozen.module
         if not placement.whole:
@@ -255,7 +262,7 @@ class Training:
         """The micro-batches of an optimizer step on this rank, equally many on each; free places have a row without
         loss.
         """
-        task, at_once = self._task, self._task.settings.micro_batch_size
+        task, at_once = self._task, self._task.at_once
         numbers, of_all = task.schedule.rows_of(step), at_once * self._world.size
         for turn in range(-(-task.schedule.largest_step // of_all)):
             first = turn * of_all + self._world.rank * at_once
@@ -379,9 +386,19 @@ class _MicroBatch:
 
 def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
+    return placement_here(need_of(task, task.at_once), sharding, world)
+
+
+def need_of(task: FineTuning, rows: int) -> Need:
+    """The memory that a training needs with so many rows at once."""
     sizes, masks = Sizes.from_checkpoint(task.checkpoint), task.masked_to is not None
-    need = training_need(task.settings, sizes, task.tokens, has_teacher=task.teacher is not None, masks=masks)
-    return placement_here(need, sharding, world)
+    return training_need(task.settings, sizes, rows, task.tokens, has_teacher=task.teacher is not None, masks=masks)
+
+
+def rows_at_once(task: FineTuning, sharding: Sharding, world: World) -> int:
+    """Decide together how many rows pass the model at once."""
+    most = most_at_once(task.schedule.largest_step, task.tokens, world.size)
+    return passes_here(partial(need_of, task), task.settings.micro_batch_size, most, sharding, world).at_once
 
 
 def use_fused_kernels(model: nn.Module, device: torch.device) -> None:

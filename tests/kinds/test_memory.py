@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -168,8 +169,8 @@ def test_lora_training(tmp_path, model_type, dropout):
     targets = lora_targets(checkpoint.family)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=dropout, target_modules=targets)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
-    settings = Training(rank=4, dropout=dropout, micro_batch_size=2)
-    need = training_need(settings, Sizes.from_checkpoint(checkpoint), 64)
+    settings = Training(rank=4, dropout=dropout)
+    need = training_need(settings, Sizes.from_checkpoint(checkpoint), 2, 64)
     with kept_for_backward(adapted) as counted:
         adapted.base_model.model.model(torch.randint(64, (2, 64)), use_cache=False)
         check(need.activations, counted())
@@ -259,7 +260,7 @@ def test_training_in_place(tmp_path, settings, monkeypatch):
     checkpoint = open_checkpoint(save_tiny(tmp_path, hidden_size=256, intermediate_size=704, num_hidden_layers=4))
     task = make_task(checkpoint, dtype="float32", micro_batch_size=2, **settings)
     task = replace(task, teacher=checkpoint if task.settings.teacher_share else None)
-    need = training_need(task.settings, Sizes.from_checkpoint(checkpoint), 24, has_teacher=task.teacher is not None)
+    need = training_need(task.settings, Sizes.from_checkpoint(checkpoint), 2, 24, has_teacher=task.teacher is not None)
     with PeakBytes() as counted:
         Trainer(task, Snapshot(), SoloWorld(), Placement(True, False, fits=True)).step(0)
     # DeepSpeed gathers nothing on one rank.
@@ -268,7 +269,9 @@ def test_training_in_place(tmp_path, settings, monkeypatch):
 
 
 def test_a_7b_model_learns_from_itself_on_eight_gpus_with_all_weights():
-    model, settings = sizes_of(4096, 32, 11008, 6.7e9), Training(method="full", objective="distill", micro_batch_size=4)
-    need = training_need(settings, model, 1024, has_teacher=True)
+    model, settings = sizes_of(4096, 32, 11008, 6.7e9), Training(method="full", objective="distill")
+    need = training_need(settings, model, 4, 1024, has_teacher=True)
     assert place(need, Gpus(8, 80 * GIB), "auto").fits and not place(need, Gpus(1, 4 * 40 * GIB), "auto").fits
     assert place(need, Gpus(8, 80 * GIB), "zero3").whole
+    with_lora = partial(training_need, Training(), model, tokens=1024)
+    assert passes(with_lora, "auto", 16, Gpus(8, 80 * GIB), "auto").at_once >= 4
