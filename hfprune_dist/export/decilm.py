@@ -16,7 +16,8 @@ from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.units import OUTPUT_BIASES
 
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_decilm.py")
-_MULTIPLE = 256  # to which SGLang and mlx-lm round the width that they compute from ffn_mult, all that they read
+# To which engines round the width that they compute from ffn_mult; of them, vLLM alone reads widths themselves.
+_MULTIPLE = 256
 
 
 def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
@@ -48,8 +49,9 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
     rounded = all(width % _MULTIPLE == 0 for width in widths)
     blocks = []
     for width in widths:
-        multiple = {"ffn_mult": round(1.5 * (width - _MULTIPLE // 2) / sizes["hidden_size"], 6)} if rounded else {}
-        blocks.append({"attention": attention, "ffn": {"no_op": False, "intermediate_size": width, **multiple}})
+        multiple = {"ffn_mult": round(1.5 * (width - _MULTIPLE // 2) / sizes["hidden_size"], 6)}
+        size = multiple if rounded else {"intermediate_size": width}
+        blocks.append({"attention": attention, "ffn": {"no_op": False, **size}})
     stated = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

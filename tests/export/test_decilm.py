@@ -39,11 +39,11 @@ def as_vllm_does(folder):
         assert not (block.attention.no_op or block.ffn.no_op)
         groups = config.num_attention_heads // block.attention.n_heads_in_group
         assert layer.self_attn.k_proj.out_features == groups * config.head_dim
-        if hasattr(block.ffn, "ffn_mult"):
-            width = int(2 * block.ffn.ffn_mult * config.hidden_size / 3)
-            assert block.ffn.intermediate_size == -(-width // 256) * 256
         own = copy.copy(config)
-        own.intermediate_size = block.ffn.intermediate_size
+        if hasattr(block.ffn, "ffn_mult"):
+            own.intermediate_size = -(-int(2 * block.ffn.ffn_mult * config.hidden_size / 3) // 256) * 256
+        else:
+            own.intermediate_size = block.ffn.intermediate_size
         layer.mlp = LlamaMLP(own)
         if config.qkv_bias:
             for name in ("q_proj", "k_proj", "v_proj"):
