@@ -24,6 +24,7 @@ class Engine:
         install: what ``pip install`` needs.
         multiple_of: what widths must be multiples of, for its quantized weights or for its fast kernels.
         differ: what of layers may differ: nothing, their widths, or heads too; ``differ_in``: less, in some families.
+        output_biases: whether output projections may have biases that their family's lack.
         families: model_types that it has, of those that can be pruned; None: all of them.
         whole_heads: of these, those in which it ignores head_dim, so that no KV group may go.
         fallback: options with which those load nevertheless, if any.
@@ -34,6 +35,7 @@ class Engine:
     multiple_of: int = 1
     differ: Literal["", "widths", "heads"] = ""
     differ_in: Mapping[str, Literal["", "widths"]] = field(default_factory=dict)
+    output_biases: bool = False
     families: frozenset[str] | None = None
     whole_heads: frozenset[str] = frozenset()
     fallback: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +58,8 @@ ENGINES: dict[EngineName, Engine] = {
         install="llama-cpp-py-sync",
         multiple_of=32,
         differ="heads",
-        differ_in={"qwen2": "widths", "qwen3": ""},  # whose biases, or norms, its class for such layers lacks
+        differ_in={"qwen3": ""},  # whose norms of queries and keys its class for such layers lacks
+        output_biases=True,
         families=_families("llama mistral qwen2 qwen3"),
         how="`hfprune export --to gguf`",
     ),
@@ -111,7 +114,7 @@ def fit(name: EngineName, config: Mapping[str, Any]) -> Fit:
     differing = {*(sizes.get(LAYER_SIZES) or {})}
     if engine.families is not None and own not in engine.families:
         return Fit(False, f"it has no {own}", {})
-    if sizes.get(OUTPUT_BIASES):
+    if sizes.get(OUTPUT_BIASES) and not engine.output_biases:
         return Fit(False, f"it has no biases of output projections that a {own} lacks (refit: bias)", {})
     if any(size.endswith("_rank") for size in differing):
         return Fit(False, "it has no matrices of low rank (allocation: low_rank)", {})

@@ -1,23 +1,28 @@
-"""GGUF files in llama.cpp itself, where its Python package is importable: its logits are transformers'."""
+"""Tiny models' GGUF files in llama.cpp itself: its logits and tokens are those of transformers."""
 
+import importlib
 import json
+import subprocess
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from engine_marks import python_of
 from masking import write
 from tiny import VOCABULARY, save_tiny, tiny_text
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.pruned_config import pruned_config
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.export.gguf_file import write_gguf
 from hfprune_dist.export.gguf_tokenizer import SPLITS
 from hfprune_dist.structures.kept import Kept
 
-llama_cpp = pytest.importorskip(
-    "llama_cpp_py_sync", reason="llama.cpp isn't importable (pip install llama-cpp-py-sync)"
-)
+pytestmark = pytest.mark.engine("llama.cpp")
 
 WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
 HEADS = {"kv_groups": [torch.tensor([1]), torch.tensor([0, 1])]}
@@ -60,8 +65,17 @@ def tokenizer_that_merges(split, *, bos):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def logits_of(file, ids):
-    """Compute all tokens' logits in llama.cpp, with keys and values in float32."""
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """llama.cpp's Python package, which may be in an environment of its own."""
+    asked = [python_of("llama.cpp"), "-c", "import site; print(site.getsitepackages()[0])"]
+    sys.path.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+    yield importlib.import_module("llama_cpp_py_sync")
+    sys.path.pop()
+
+
+def logits_of(llama_cpp, file, ids):
+    """Compute all tokens' logits in llama.cpp, with keys and values in float32, and the tokens of texts."""
     options = {"type_k": "f32", "type_v": "f32", "flash_attn_type": 0, "n_threads": 1}
     with llama_cpp.Llama(str(file), n_ctx=128, n_batch=128, **options) as model:
         lib, ffi = model._lib, model._ffi
@@ -85,6 +99,18 @@ TEXTS = [
 ]
 
 
+def assert_alike(llama_cpp, folder):
+    """Compare llama.cpp with transformers, in logits and in tokens."""
+    write_gguf(open_checkpoint(folder), folder.with_suffix(".gguf"), "f32")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
+    found, tokens = logits_of(llama_cpp, folder.with_suffix(".gguf"), IDS)
+    assert (torch.tensor(found).log_softmax(-1) - expected).abs().max() < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokens == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
 @pytest.mark.parametrize(
     ("variant", "units", "options", "split"),
     [
@@ -100,15 +126,22 @@ TEXTS = [
         ("qwen3", FEWER, {}, "qwen2"),
     ],
 )
-def test_llama_cpp_computes_what_transformers_does(tmp_path, variant, units, options, split):
+def test_llama_cpp_computes_what_transformers_does(llama_cpp, tmp_path, variant, units, options, split):
     dense = save_tiny(tmp_path / "dense", variant, **{"head_dim": 16, "vocab_size": 300, **options})
     tokenizer_that_merges(split, bos=split == "llama-bpe").save_pretrained(dense)
     write(open_checkpoint(dense), Kept.of_all_layers(units), tmp_path / "pruned")
-    write_gguf(open_checkpoint(tmp_path / "pruned"), tmp_path / "model.gguf", "f32")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([IDS])).logits[0].log_softmax(-1)
-    found, tokens = logits_of(tmp_path / "model.gguf", IDS)
-    assert (torch.tensor(found).log_softmax(-1) - expected).abs().max() < 1e-4
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned")
-    assert tokens == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert_alike(llama_cpp, tmp_path / "pruned")
+
+
+def test_biases_of_output_projections_are_llama_cpps_too(llama_cpp, tmp_path):
+    checkpoint, folder = open_checkpoint(save_tiny(tmp_path / "dense", vocab_size=300)), tmp_path / "pruned"
+    tokenizer_that_merges("gpt-2", bos=False).save_pretrained(checkpoint.path)
+    modules, kept = ["self_attn.o_proj", "mlp.down_proj"], Kept.of_all_layers(WIDTHS | HEADS)
+    biases = {
+        checkpoint.units.tensor(layer, f"{module}.bias"): torch.randn(32) for layer in (0, 1) for module in modules
+    }
+    folder.mkdir()
+    for file in checkpoint.weight_files:
+        write_weight_file(checkpoint, file, kept, folder, {name: partial(biases.get, name) for name in biases})
+    write_companions(checkpoint, folder, pruned_config(checkpoint, kept.shape, biased=modules))
+    assert_alike(llama_cpp, folder)
