@@ -23,7 +23,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
-from hfprune_dist.kinds.memory import Need, Passes, most_at_once
+from hfprune_dist.kinds.memory import BUSY_TOKENS, Need, Passes
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim
@@ -113,10 +113,10 @@ class Context(Generic[P]):
 
         Args:
             need: of so many windows in all, of so many tokens, so many at once.
-            parts: as in ``most_at_once``; at least two for each rank.
+            parts: how many micro-batches ``auto`` leaves at least; 0: two for each rank.
         """
         samples, tokens = windows_ST.shape
-        most = most_at_once(samples, tokens, parts or 2 * self.world.size)
+        most = min(BUSY_TOKENS // tokens, samples // (parts or 2 * self.world.size))
         found = passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
         self.decided["micro_batch_size"] = found.at_once
         return found
