@@ -70,10 +70,14 @@ def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, checkpoint, config)
     add_tokenizer(writer, checkpoint.path, int(checkpoint.config["vocab_size"]))
-    tied = checkpoint.family.head_tensor if checkpoint.config["tie_word_embeddings"] else None
-    kind, names = Kind[chosen.upper()], [name for name in checkpoint.tensors if name != tied]
+    renamed = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], checkpoint.num_layers).get_name
+    kind, tensors = Kind[chosen.upper()], list[_Tensor]()
     with naming(file), open_weights(checkpoint) as read:
-        tensors = [_tensor(checkpoint, name, architecture, kind, partial(read, name)) for name in names]
+        for name in checkpoint.tensors:
+            if name != checkpoint.family.head_tensor or not checkpoint.config["tie_word_embeddings"]:
+                rotates = architecture in _INTERLEAVED and (".q_proj." in name or ".k_proj." in name)
+                named = renamed(name, (".weight", ".bias"))
+                tensors.append(_tensor(checkpoint, name, named, kind, rotates, partial(read, name)))
         if config.rope_parameters["rope_type"] == "llama3":
             scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
             usual = config.rope_parameters["rope_theta"] ** -(torch.arange(len(scaled)).double() / len(scaled))
@@ -121,7 +125,7 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint, config: Any) -> 
         for field, row in units.values(units.counts).items():
             sizes[field] = row if writer.arch == "deci" else max(row)
     writer.add_block_count(checkpoint.num_layers)
-    writer.add_context_length(checkpoint.max_positions)
+    writer.add_context_length(checkpoint.max_positions or config.max_position_embeddings)
     writer.add_embedding_length(sizes["hidden_size"])
     writer.add_feed_forward_length(sizes["intermediate_size"])
     writer.add_head_count(sizes["num_attention_heads"])
@@ -134,16 +138,11 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint, config: Any) -> 
     writer.add_vocab_size(sizes["vocab_size"])
 
 
-def _tensor(checkpoint: Checkpoint, name: str, architecture: str, kind: Kind, read: Callable[[], Tensor]) -> _Tensor:
-    """A tensor of the checkpoint in the file: renamed, and with its rows in llama.cpp's order."""
-    shape, by_name = checkpoint.tensors[name].shape, {named: key for key, named in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(by_name[architecture], checkpoint.num_layers)
-    renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    assert renamed is not None, name
-    rotates = architecture in _INTERLEAVED and (".q_proj." in name or ".k_proj." in name)
-    head_dim = checkpoint.family.completed(checkpoint.config)["head_dim"] if rotates else None
+def _tensor(checkpoint: Checkpoint, name: str, renamed: str, kind: Kind, rotates: bool, read: Any) -> _Tensor:
+    """A tensor of the checkpoint in the file."""
+    shape, head_dim = checkpoint.tensors[name].shape, checkpoint.family.completed(checkpoint.config)["head_dim"]
     if len(shape) == 1:
         kind = Kind.F32
     elif shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = Kind.F16
-    return _Tensor(renamed, shape, kind, read, head_dim)
+    return _Tensor(renamed, shape, kind, read, head_dim if rotates else None)
