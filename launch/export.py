@@ -47,7 +47,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already; choose another place, or remove it")
     if to == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise UserError("GGUF is written by llama.cpp's library; run: pip install gguf")
+        raise UserError("GGUF is written by llama.cpp's library; run: pip install 'gguf>=0.19'")
     source = open_checkpoint(checkpoint)
     require_folder(out.parent)
     new = out.with_name(f".{out.name}.new")
