@@ -1,6 +1,4 @@
-"""Faults on real daemons, and afterwards: the same results, nothing done twice, no job left, no hand needed. That of a
-killed rank is in test_sweep.py, which every change runs.
-"""
+"""Faults on real daemons, and then the same results, nothing done twice, no job left; more are in test_sweep.py."""
 
 import os
 import shutil
