@@ -213,12 +213,12 @@ def label_of(out: Path, folder: Path) -> str:
 
 
 def attempt_folders(out: Path, stage: str = "") -> list[Path]:
-    """Return the folders of all attempts in jobs, in order of creation; ``stage`` is the start of ``kind label``."""
+    """Return the folders of all attempts in jobs, in order of creation, or of those at a stage: ``kind label``."""
     intents = {file.parent: read(file) for file in (out / "store" / "attempts").glob("*/*/*/intent.json")}
     jobs = sorted(
         (folder for folder in intents if intents[folder]["job_name"]), key=lambda folder: intents[folder]["created"]
     )
-    return [folder for folder in jobs if label_of(out, folder).startswith(stage)]
+    return [folder for folder in jobs if stage in ("", label_of(out, folder))]
 
 
 def causes(out: Path, stage: str = "") -> list[str]:
