@@ -105,7 +105,7 @@ def eliminate(
             inverse.keep(stay_S)
             weight_CD = weight_CD.index_select(1, entries_of(stay_S, channels))
             left_U, curved_Ucc, correction_Ucc, gone_U = (
-                it[stay_S] for it in (left_U, curved_Ucc, correction_Ucc, gone_U)
+                tensor[stay_S] for tensor in (left_U, curved_Ucc, correction_Ucc, gone_U)
             )
     inverse.require_solved()
     return torch.cat(order), torch.cat(costs).double()

@@ -53,9 +53,9 @@ def standard_errors(windows: Sequence[FidelitySums]) -> dict[str, float]:
     """
     total = sum(windows, FidelitySums())
     errors = {
-        "perplexity": _error_of_ratio([(it.nll, it.predicted) for it in windows]) * total.means()["perplexity"],
-        "kl": _error_of_ratio([(it.kl, it.tokens) for it in windows]),
-        "top1_agreement": _error_of_ratio([(it.agree, it.tokens) for it in windows]),
+        "perplexity": _error_of_ratio([(one.nll, one.predicted) for one in windows]) * total.means()["perplexity"],
+        "kl": _error_of_ratio([(one.kl, one.tokens) for one in windows]),
+        "top1_agreement": _error_of_ratio([(one.agree, one.tokens) for one in windows]),
     }
     return {f"{name}_stderr": error for name, error in errors.items()}
 
@@ -102,7 +102,7 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
             del model_NV
             # In place, since making room for as many numbers as there are logits takes longer than computing them.
             sums[place] += _summed(torch.sub(log_p_NV, log_q_NV, out=log_q_NV).mul_(p_NV))
-    return [float(it) for it in torch.stack(sums).tolist()] if sums else []
+    return [float(total) for total in torch.stack(sums).tolist()] if sums else []
 
 
 @torch.no_grad()
@@ -133,7 +133,8 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV.gather(1, next_ids_N.clamp(min=0)[:, None]).squeeze(1).where(has_next, 0.0)
     agree_N = (log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N
-    sums = [_summed(log_p_NV.exp() * (log_p_NV - log_q_NV)), *(it.double().sum() for it in (nll_N, agree_N, has_next))]
+    kl = _summed(log_p_NV.exp() * (log_p_NV - log_q_NV))
+    sums = [kl, *(each.double().sum() for each in (nll_N, agree_N, has_next))]
     kl, nll, agree, predicted = torch.stack(sums).tolist()  # for a GPU, the host waits once
     return FidelitySums(kl=kl, agree=int(agree), nll=nll, tokens=next_ids_N.numel(), predicted=int(predicted))
 

@@ -37,7 +37,7 @@ class MlpWeights:
         return *self.rows_KC, self.down_CK
 
     def to(self, dtype: torch.dtype) -> MlpWeights:
-        return MlpWeights.of(*(it.to(dtype) for it in self.tensors()))
+        return MlpWeights.of(*(tensor.to(dtype) for tensor in self.tensors()))
 
     def plus(self, other: MlpWeights, scale: float | Tensor = 1.0) -> MlpWeights:
         """Return ``self + scale * other``."""
@@ -162,10 +162,10 @@ class GaussNewtonSums:
         """Return a function that multiplies with approximately (J^T J)^-1, damped."""
         by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING)
         by_hidden_KK = damped_inverse(self.hidden_KK.float(), DAMPING)
-        rows_K = [it + damping_of(it, DAMPING) for it in self.rows_K]
-        return lambda it: MlpWeights.of(
-            *(row_KC @ by_inputs_CC / row_K[:, None] for row_KC, row_K in zip(it.rows_KC, rows_K, strict=True)),
-            it.down_CK @ by_hidden_KK,
+        rows_K = [row_K + damping_of(row_K, DAMPING) for row_K in self.rows_K]
+        return lambda change: MlpWeights.of(
+            *(row_KC @ by_inputs_CC / row_K[:, None] for row_KC, row_K in zip(change.rows_KC, rows_K, strict=True)),
+            change.down_CK @ by_hidden_KK,
         )
 
 
@@ -185,9 +185,9 @@ def solve_normal_equations(
         right: J^T residual.
         iterations: those after which the residual has vanished change nothing; a GPU's host waits for none of them.
     """
-    damping = MlpWeights.of(*(DAMPING * (it + it.mean()) for it in curvature.diagonal().tensors()))
+    damping = MlpWeights.of(*(DAMPING * (diagonal + diagonal.mean()) for diagonal in curvature.diagonal().tensors()))
     inverse = curvature.inverse()
-    solution = MlpWeights.of(*(torch.zeros_like(it) for it in right.tensors()))
+    solution = MlpWeights.of(*(torch.zeros_like(tensor) for tensor in right.tensors()))
     residual, direction = right, inverse(right)
     rho = residual.dot(direction)
     for following in reversed(range(iterations)):

@@ -100,7 +100,7 @@ class ReweightedShapes:
         layers = [ladder.layer for ladder in self.neurons]
         last = max(len(layers) - 1, 1)
         places = [2 * layers.index(ladder.layer) / last - 1 for ladder in ladders]
-        factors = [math.exp(reweighting.tilt * it + reweighting.bend * (1.5 * it * it - 0.5)) for it in places]
+        factors = [math.exp(reweighting.tilt * at + reweighting.bend * (1.5 * at * at - 0.5)) for at in places]
         return [ladder.dearer(factor) for ladder, factor in zip(ladders, factors, strict=True)]
 
     def _evened(self, widths: Sequence[int], evenness: float) -> Iterator[int]:

@@ -14,13 +14,15 @@ from hfprune_dist.core.devices import send
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.sums import Grams, explaining
+from hfprune_dist.distributed.sums import explaining
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
-from hfprune_dist.refit.output_refit import Problems, best_ridge_together
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.units import Units
 
+# The ridge of fits, in tokens of the mean energy. One that held-out windows choose left 2 % less divergence, and shapes
+# in the same order, for five more solves in each layer.
+RIDGE_TOKENS = 2**9
 # How many units of each kind a layer keeps -> its weights then, by their names within it.
 Fits = Mapping[tuple[int, ...], Mapping[str, Tensor]]
 
@@ -39,9 +41,10 @@ class Scored:
 
 def kept_of(kinds: Sequence[Scored], shape: Shape) -> Kept:
     """What a model with a shape keeps: the units that score highest, in the layers that stay."""
+    of_kind = {scored.units.kind: scored for scored in kinds}
     units = {
-        it.units.kind: [it.kept(*place) for place in zip(shape.layers, shape.units[it.units.kind], strict=True)]
-        for it in kinds
+        kind: [scored.kept(*place) for place in zip(shape.layers, shape.units[kind], strict=True)]
+        for kind, scored in of_kind.items()
     }
     return Kept(shape.layers, units)
 
@@ -63,15 +66,16 @@ def cheap_fits(
     Raises:
         UserError: as ``LayerStream.grams`` and ``explaining`` do.
     """
-    grams = {} if stream is None else stream.grams(number, layer, [it.units for it in kinds])
+    grams = {} if stream is None else stream.grams(number, layer, [scored.units for scored in kinds])
     of_kinds = []
     for place, scored in enumerate(kinds):
         units = scored.units
         kept = {count: scored.kept(number, count) for count in sorted({size[place] for size in sizes})}
         weights = {count: weights_kept(layer, units, kept_K) for count, kept_K in kept.items()}
         kept.pop(len(scored.scores[number]), None)  # what loses nothing needs no fit
-        if kept and units.kind in grams:
-            for count, fitted_CK in _fitted(number, layer, units, kept, grams[units.kind][0], world).items():
+        if kept and stream is not None:
+            ridge, gram_DD = RIDGE_TOKENS / stream.windows_ST.numel(), grams[units.kind][0].fitted_DD
+            for count, fitted_CK in _fitted(number, layer, units, kept, gram_DD, ridge, world).items():
                 name = f"{units.output}.weight"
                 weights[count][name] = fitted_CK.to(weights[count][name])
         of_kinds.append(weights)
@@ -79,24 +83,18 @@ def cheap_fits(
 
 
 def _fitted(
-    number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], grams: Grams, world: World
+    number: int, layer: nn.Module, units: Units, kept: Mapping[int, Tensor], gram_DD: Tensor, ridge: float, world: World
 ) -> dict[int, Tensor]:
-    """The output projection for every number of units, fitted on windows not held out; one ridge for all, that of the
-    fewest.
-    """
+    """The output projection for every number of units; ranks take turns at them."""
     weight_CD = output_of(layer, units).weight.data
-    channels = {count: send(entries_of(it, units.channels_per_unit), weight_CD.device) for count, it in kept.items()}
-    fitted, held_out = (Projection(weight_CD, it) for it in (grams.fitted_DD, grams.held_out_DD))
-    fewest_K = channels[min(channels)]
-    weights: dict[int, Tensor] = {}
-    with explaining(number):  # more channels may be lost in rounding with a ridge that fewer do with
-        problems = Problems(fitted.keeping(fewest_K), held_out.keeping(fewest_K))
-        ridge = best_ridge_together(problems, world).ridge
-        for place, (count, channels_K) in enumerate(channels.items()):
-            if place % world.size == world.rank:
-                weights[count] = fitted.keeping(channels_K).weight(ridge)
-            else:
-                weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
+    projection, weights = Projection(weight_CD, gram_DD), dict[int, Tensor]()
+    for place, (count, kept_U) in enumerate(kept.items()):
+        channels_K = send(entries_of(kept_U, units.channels_per_unit), weight_CD.device)
+        if place % world.size == world.rank:
+            with explaining(number):
+                weights[count] = projection.keeping(channels_K).weight(ridge)
+        else:
+            weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
     for place, weight_CK in enumerate(weights.values()):
         world.broadcast_tensor(weight_CK, place % world.size)
     return weights

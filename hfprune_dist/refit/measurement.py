@@ -84,14 +84,15 @@ def measure_shapes(
         stream: the windows before the first layer on which shapes are compared.
     """
     device, sizes = stream.world.device, list[tuple[Size, ...]]()
+    names = [scored.units.kind for scored in kinds]
     for shape in shapes:
-        staying = dict(zip(shape.layers, zip(*(shape.units[it.units.kind] for it in kinds), strict=True), strict=True))
+        staying = dict(zip(shape.layers, zip(*(shape.units[name] for name in names), strict=True), strict=True))
         sizes.append(tuple(staying.get(layer) for layer in range(stream.num_layers)))
     at_once = max(1, AT_ONCE // stream.windows_ST.shape[1])
     # Shapes share their states up to the first layer in which they differ: sizes of the layers so far -> states.
     branches: dict[tuple[Size, ...], States] = {(): stream.states}
     for number, layer in stream.reader.layers(range(stream.num_layers)):
-        following = dict.fromkeys(it[: number + 1] for it in sizes)
+        following = dict.fromkeys(size[: number + 1] for size in sizes)
         there = sorted({so_far[-1] for so_far in following if so_far[-1] is not None})
         fits = cheap_fits(number, layer, kinds, there, fitted_on, stream.world)
         advanced = {so_far: branches[so_far[:-1]] for so_far in following if so_far[-1] is None}
@@ -102,14 +103,14 @@ def measure_shapes(
                 some = alike[start : start + at_once]
                 advanced |= {so_far: {} for so_far in some}
                 for index, hidden_BTC in stream.states.items():
-                    entering = torch.cat([send(branches[it[:-1]][index], device) for it in some])
+                    entering = torch.cat([send(branches[so_far[:-1]][index], device) for so_far in some])
                     for so_far, reached_BTC in zip(some, run(layer, entering).split(len(hidden_BTC)), strict=True):
                         advanced[so_far][index] = stream.keep(reached_BTC)
         branches = advanced
         del layer, fits
         after_each(number + 1)
     found = dict(zip(branches, mean_divergences(stream, dense, list(branches.values()), every=every), strict=True))
-    return [found[it] for it in sizes]
+    return [found[size] for size in sizes]
 
 
 def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States], *, every: int = 1) -> list[float]:
@@ -127,9 +128,9 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
     totals = torch.zeros(len(models), dtype=torch.float64)
     tokens = slice(None, stream.windows_ST.shape[1], every)
     for index in stream.states:
-        reached = [head.norm(send(hidden[index], device)[:, tokens]) for hidden in models]
+        reached = [head.outputs(head.norm(send(hidden[index], device)[:, tokens])) for hidden in models]
         wanted = head.outputs(send(dense[index], device)[:, tokens])
-        totals += torch.tensor(divergences(wanted, [head.outputs(it) for it in reached]), dtype=torch.float64)
+        totals += torch.tensor(divergences(wanted, reached), dtype=torch.float64)
     stream.world.all_reduce(totals)
     if strange := int((~totals.isfinite()).sum()):
         raise UserError(

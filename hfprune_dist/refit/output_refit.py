@@ -41,7 +41,7 @@ class Problems(NamedTuple):
             grams: Gram matrices of all channels.
             kept: ascending int64 indices of the channels that stay.
         """
-        return cls(*(Projection(weight_CD, it).keeping(kept) for it in (grams.fitted_DD, grams.held_out_DD)))
+        return cls(*(Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)))
 
     def whole(self) -> LeastSquares:
         """The problem on all windows."""
@@ -102,34 +102,25 @@ def solve(problems: Problems, *, expert: bool = False) -> Solution:
         UnresolvedError: if a Gram matrix isn't positive definite: that of the fitted windows with any of the ridges, or
             that of all windows with the best one.
     """
-    can_choose = not expert or min(it.energy for it in problems) > 0
+    can_choose = not expert or min(problem.energy for problem in problems) > 0
     best = best_ridge(*problems, RIDGES if can_choose else RIDGES[-1:])
     return Solution(best.weight_CK.contiguous(), problems.whole().weight(best.ridge))
 
 
-def best_ridge_together(problems: Problems, world: World) -> Ridge:
-    """``best_ridge``, for which ranks try the candidates in turns; collective."""
+def solve_together(problems: Problems, world: World) -> Solution:
+    """``solve`` on all ranks, which try the ridges in turns, and each of which gets the solution; collective."""
     best: Ridge | None = None
     with suppress(UnresolvedError):  # a larger one, perhaps another rank's, may do
         best = best_ridge(*problems, RIDGES[world.rank :: world.size])
     found = world.all_gather(None if best is None else (best.error, best.ridge))
     if not any(found):
         raise UnresolvedError
-    error, ridge = winner = min(filter(None, found))
-    owner = found.index(winner)
-    weight_CK = (torch.empty_like(problems.fitted.old_CK) if best is None else best.weight_CK).contiguous()
-    world.broadcast_tensor(weight_CK, owner)
-    return Ridge(ridge, error, weight_CK)
-
-
-def solve_together(problems: Problems, world: World) -> Solution:
-    """``solve`` on all ranks, each of which gets the solution; collective."""
-    best = best_ridge_together(problems, world)
-    whole_CK = torch.empty_like(best.weight_CK)
-    if world.is_first:
-        whole_CK = problems.whole().weight(best.ridge)
+    _, ridge = winner = min(filter(None, found))
+    fitted_CK = (torch.empty_like(problems.fitted.old_CK) if best is None else best.weight_CK).contiguous()
+    whole_CK = problems.whole().weight(ridge) if world.is_first else torch.empty_like(fitted_CK)
+    world.broadcast_tensor(fitted_CK, found.index(winner))
     world.broadcast_tensor(whole_CK, 0)
-    return Solution(best.weight_CK, whole_CK)
+    return Solution(fitted_CK, whole_CK)
 
 
 def refit_on_dense(
@@ -187,4 +178,4 @@ def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tens
     if first.stacked:
         whole = torch.stack([*weights_CK])
         return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
-    return {owned.tensor: it for owned, it in zip(units.columns, weights_CK, strict=True)}
+    return {owned.tensor: weight_CK for owned, weight_CK in zip(units.columns, weights_CK, strict=True)}

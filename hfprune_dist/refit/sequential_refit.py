@@ -139,7 +139,7 @@ class SequentialRefit:
             solution, _ = self._solved(number, layer, units, dense, read=read)
             # As rank 0 will save it; every rank has the same bits to round.
             fitted = self._fitted.rounded(number, {f"{units.output}.weight": solution.whole_CK})
-            put_weights(layer, {name: it.to(output_of(layer, units).weight) for name, it in fitted.items()})
+            put_weights(layer, {name: tensor.to(output_of(layer, units).weight) for name, tensor in fitted.items()})
             tensors |= fitted
             for index, residual_BTC in self._stream.standing():
                 output_NC = output_of(layer, units)(send(read.pop(index), self._world.device))
@@ -182,14 +182,16 @@ class SequentialRefit:
         sums = TargetSums(number, output_of(layer, units).weight.data, self._stream.micro_batches, self._world)
         for index, residual_BTC in self._stream.standing():
             wanted_BTC = send(self._dense.states[index], self._world.device)
-            target_NC = self._target(layer, units, dense, dropped, residual_BTC, wanted_BTC)
             read_NK = self._read(layer, units, residual_BTC)
+            lost = output_of(layer, units).weight.shape != output_of(dense, units).weight.shape
+            dense_ND = self._read(dense, units, residual_BTC) if lost else read_NK
+            target_NC = self._target(layer, units, dense, dense_ND, dropped, residual_BTC, wanted_BTC)
             sums.add(index, read_NK, target_NC)
             if read is not None:
                 read[index] = self._stream.keep(read_NK)
             if targets is not None:
                 targets[index] = self._stream.keep(target_NC)
-            del residual_BTC, wanted_BTC, target_NC, read_NK  # before the next ones are made
+            del residual_BTC, wanted_BTC, target_NC, read_NK, dense_ND  # before the next ones are made
         problems = sums.of_all_ranks()
         with explaining(number):
             return solve_together(problems, self._world), problems
@@ -208,12 +210,17 @@ class SequentialRefit:
         layer: nn.Module,
         units: Units,
         dense: nn.Module,
+        dense_ND: Tensor,
         dropped: Sequence[nn.Module],
         residual_BTC: Tensor,
         wanted_BTC: Tensor,
     ) -> Tensor:
-        """What a block's output projection should put out, without its bias, float32 [tokens, hidden_size]."""
-        output_NC = output_of(dense, units)(self._read(dense, units, residual_BTC))
+        """What a block's output projection should put out, without its bias, float32 [tokens, hidden_size].
+
+        Args:
+            dense_ND: what the dense block's output projection reads for this residual stream.
+        """
+        output_NC = output_of(dense, units)(dense_ND)
         own_NC, residual_NC = residual_update(dense, units, output_NC), residual_BTC.flatten(0, 1)
         if dropped:
             reached_BTC = (residual_NC + own_NC).view_as(residual_BTC)

@@ -32,7 +32,8 @@ from hfprune_dist.structures.kept import Kept
 Context = AnyContext[PruneParameters]
 
 # Iterations of Gauss-Newton steps on the windows that aren't held out, and then on all (``Reconstruction.improve``).
-ITERATIONS, QUICK_ITERATIONS = (4, 6), (1, 0)
+# If quick, as many on the former as take no longer than one of the dense model's MLPs.
+ITERATIONS = 4, 6
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
@@ -84,7 +85,9 @@ def refit_layers(
     if context.params.refit == "dense":
         refit_on_dense(kept, kinds, stream, fitted, after_each)
     else:
-        iterations = ITERATIONS if context.params.is_thorough else QUICK_ITERATIONS
+        neurons = [(kinds[0].counts[layer], len(kept.of_layer(layer, kinds[0].kind))) for layer in kept.layers]
+        whole, left = map(sum, zip(*neurons, strict=True))
+        iterations = ITERATIONS if context.params.is_thorough else (max(1, whole // max(1, left)), 0)
         dense = stream_of(context, checkpoint, windows_ST)
         refit = SequentialRefit(kept, kinds, stream, dense, fitted, iterations=iterations if whole_mlp else None)
         refit.run(after_each)

@@ -55,7 +55,7 @@ FINALISTS = 2
 WORST_FINALIST = 1.25
 # If quick, the shape with the fewest layers is taken among those with up to this many times the least divergence. On a
 # model of 30 layers that lost half, 26 and 22 came to 1.02 and 1.04 after cheap refits, to 0.86 and 0.82 after others.
-NEAR = 1.05
+NEAR = 1.07
 
 
 def decide_shape(
@@ -120,21 +120,21 @@ class _Search:
         num_layers, planned = self._checkpoint.num_layers, shapes_for(self._target)
         if not self._context.params.is_thorough:  # half of the KV groups or fewer cost too much
             most = self._target.groups.most
-            planned = [it for it in planned if 2 * it.units[KV_GROUPS][0] > most] or planned
-        planned = [it for it in planned if (num_layers - len(it.layers)) % self._step == 0] or planned
+            planned = [shape for shape in planned if 2 * shape.units[KV_GROUPS][0] > most] or planned
+        planned = [shape for shape in planned if (num_layers - len(shape.layers)) % self._step == 0] or planned
         order = self._layers_in_order(num_layers - min(len(shape.layers) for shape in planned))
         shapes, as_planned = [], []
-        for it in planned:
-            gone = order[: num_layers - len(it.layers)]
+        for shape in planned:
+            gone = order[: num_layers - len(shape.layers)]
             layers = tuple(layer for layer in range(num_layers) if layer not in gone)
-            as_planned.append(replace(it, layers=layers))
-            if (shape := with_layers(self._target, layers, it.units[KV_GROUPS][0])) is not None:
-                shapes.append(shape)
+            as_planned.append(replace(shape, layers=layers))
+            if (nearest := with_layers(self._target, layers, shape.units[KV_GROUPS][0])) is not None:
+                shapes.append(nearest)
         named = {name_of_plain(shape): shape for shape in shapes or as_planned}
         kls = dict(zip(named, self._kl([*named.values()], "shapes"), strict=True))
         groups = {name: shape.units[KV_GROUPS][0] for name, shape in named.items()}
         most = self._target.groups.most
-        mlp_alone = {name for name, it in named.items() if (len(it.layers), groups[name]) == (num_layers, most)}
+        mlp_alone = {name for name, shape in named.items() if (len(shape.layers), groups[name]) == (num_layers, most)}
         best, finalists = self._best(named, kls, groups, mlp_alone)
         return named[best], {"layers_in_order_of_dropping": order, "search_kl": kls, **finalists}
 
@@ -148,15 +148,15 @@ class _Search:
         steps = range(0, len(order) + 1, self._step)
         contests = [contest.without(order[:gone]) for gone in steps]
         # Those whose units can make up the ratio; if the layers that are gone always exceed it, the one with most.
-        enough = [it for it in contests if it.removals <= it.removable]
-        contests = [it for it in enough if it.removals >= 0] or enough[:1] or [contest.without(order)]
+        enough = [each for each in contests if each.removals <= each.removable]
+        contests = [each for each in enough if each.removals >= 0] or enough[:1] or [contest.without(order)]
         measure = partial(self._kl, phase="search")
         kls: dict[str, float] = {}
         known: dict[Counts, float] = {}
         metrics: dict[str, Any] = {"layers_in_order_of_dropping": order} if order else {}
         if len(contests) > 1:
-            named = {f"{len(it.layers)} layers": it for it in contests}
-            shapes = {name: it.shape(it.reweighted().counts(START)) for name, it in named.items()}
+            named = {f"{len(each.layers)} layers": each for each in contests}
+            shapes = {name: each.shape(each.reweighted().counts(START)) for name, each in named.items()}
             kls = dict(zip(named, measure([*shapes.values()]), strict=True))
             best, finalists = self._best(shapes, kls, dict.fromkeys(named, 0))
             contests, metrics = [named[best]], metrics | finalists
@@ -178,7 +178,7 @@ class _Search:
             shape = with_layers(self._target, contest.layers, groups)
             if shape is not None:
                 name = f"{shape.units[KV_GROUPS][0]} KV groups, width {shape.units[NEURONS][0]} everywhere"
-                found[name] = tuple(count for it in self._kinds for count in shape.units[it.units.kind])
+                found[name] = tuple(count for scored in self._kinds for count in shape.units[scored.units.kind])
         return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
     def _kl(self, shapes: Sequence[Shape], phase: str, *, order_alone: bool = False) -> list[float]:
@@ -205,7 +205,7 @@ class _Search:
 
         def without(gone: Collection[int]) -> Shape:
             layers = tuple(layer for layer in range(self._checkpoint.num_layers) if layer not in gone)
-            counts = {it.units.kind: it.units.counts for it in self._kinds}
+            counts = {scored.units.kind: scored.units.counts for scored in self._kinds}
             return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
@@ -236,7 +236,7 @@ class _Search:
         layers = {name: len(shapes[name].layers) for name in competing}
 
         def with_fewer_layers(name: str) -> str | None:
-            fewer = [it for it in competing if families[it] == families[name] and layers[it] < layers[name]]
+            fewer = [other for other in competing if families[other] == families[name] and layers[other] < layers[name]]
             return max(fewer, key=layers.__getitem__, default=None)
 
         ahead = [name for name in competing if name in always]

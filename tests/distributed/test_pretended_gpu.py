@@ -181,7 +181,7 @@ CASES = {
     "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
     "dense refit": (partial(refitted, method="dense", stay=True), (6, 4), (483, 64), (0, 0)),
     "layerwise refit": (partial(refitted, method="layerwise", stay=True), (9, 4), (918, 112), (0, 0)),
-    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (11, 6), (1264, 200), (4, 0)),
+    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (11, 6), (1271, 200), (4, 0)),
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
     "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),
     "generation": (generated, (0, 0), (108, 36), (3, 3)),
