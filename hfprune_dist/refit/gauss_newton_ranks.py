@@ -128,9 +128,7 @@ class Reconstruction:
             room -= Linearized.bytes_of(weights, self._inputs[index])
             if room >= 0:
                 kept[index] = self._linearized(rounded, index)
-        return lambda some=indices: (
-            kept[index] if index in kept else self._linearized(rounded, index) for index in some
-        )
+        return lambda some=indices: (kept.get(index) or self._linearized(rounded, index) for index in some)
 
     def _linearized(self, rounded: MlpWeights, index: int) -> Linearized:
         return Linearized(rounded, self._biases, send(self._inputs[index], self._world.device))

@@ -45,10 +45,8 @@ def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacemen
         return {}
     windows_ST = context.calibration_windows()
     if context.params.refit == "bias":  # those that make up for what goes
-        found, kinds = (
-            RefittedLayers(checkpoint, context.work / "biases"),
-            checkpoint.pruned_kinds(context.params.structures),
-        )
+        found = RefittedLayers(checkpoint, context.work / "biases")
+        kinds = checkpoint.pruned_kinds(context.params.structures)
         after_each = context.reporting("biases", checkpoint.num_layers)
         find_biases(kept, kinds, stream_of(context, checkpoint, windows_ST), found, after_each)
         return found.replacements(kept.layers)
@@ -77,10 +75,8 @@ def refit_layers(
         phase: its name in progress reports.
         whole_mlp: whether all weights of an MLP are refitted, not only its output projection.
     """
-    fitted, kinds = (
-        RefittedLayers(checkpoint, context.work / folder),
-        checkpoint.pruned_kinds(context.params.structures),
-    )
+    fitted = RefittedLayers(checkpoint, context.work / folder)
+    kinds = checkpoint.pruned_kinds(context.params.structures)
     stream, after_each = stream_of(context, checkpoint, windows_ST), context.reporting(phase, checkpoint.num_layers)
     if context.params.refit == "dense":
         refit_on_dense(kept, kinds, stream, fitted, after_each)
@@ -179,10 +175,8 @@ def refitted_norms(
         UserError: as ``as_stored`` and the refits do.
     """
     windows_ST, size = windows_of_norms(context.calibration_windows(), context.params.forward_pass()[1])
-    dense, stream = (
-        dense_states(context, checkpoint, windows_ST, size),
-        stream_of(context, checkpoint, windows_ST, size),
-    )
+    dense = dense_states(context, checkpoint, windows_ST, size)
+    stream = stream_of(context, checkpoint, windows_ST, size)
     pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
     after_each = context.reporting("norms", 2 * quasi_newton.PASSES * len(kept.layers))
     gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Callable[[], Tensor]]()

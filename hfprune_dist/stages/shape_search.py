@@ -194,10 +194,8 @@ class _Search:
             compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if context.params.is_thorough else QUICK_TOKENS]
         elif self._refits:
             fitted_on = stream_of(context, checkpoint, self._fitted_ST)
-        stream, after_each = (
-            stream_of(context, checkpoint, compared_ST, 1),
-            context.reporting(phase, checkpoint.num_layers),
-        )
+        stream = stream_of(context, checkpoint, compared_ST, 1)
+        after_each = context.reporting(phase, checkpoint.num_layers)
         return measure_shapes(shapes, self._kinds, fitted_on, stream, self._dense(), after_each, every=EVERY)
 
     def _layers_in_order(self, count: int) -> list[int]:
