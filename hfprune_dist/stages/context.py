@@ -23,7 +23,7 @@ from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import LostInputError
-from hfprune_dist.kinds.memory import BUSY_TOKENS, Need, Passes
+from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.claims import Claim
@@ -116,7 +116,7 @@ class Context(Generic[P]):
             parts: how many micro-batches ``auto`` leaves at least; 0: two for each rank.
         """
         samples, tokens = windows_ST.shape
-        most = min(BUSY_TOKENS // tokens, samples // (parts or 2 * self.world.size))
+        most = most_at_once(samples, tokens, parts or 2 * self.world.size)
         found = passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
         self.decided["micro_batch_size"] = found.at_once
         return found
