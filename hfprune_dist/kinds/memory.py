@@ -141,11 +141,6 @@ def most_at_once(samples: int, tokens: int, parts: int) -> int:
     return max(1, min(BUSY_TOKENS // tokens, samples // parts))
 
 
-def most_at_once(samples: int, tokens: int, parts: int) -> int:
-    """The most windows of so many tokens at once that make sense, if all come to at least so many ``parts``."""
-    return max(1, min(BUSY_TOKENS // tokens, samples // parts))
-
-
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of a model that decide its memory.
