@@ -36,7 +36,8 @@ def main() -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
     (module, run), answer = ENGINES[request["engine"]], dict[str, Any]()
     try:
-        answer["version"] = f"{module} {importlib.import_module(module).__version__}"
+        version = importlib.import_module(module).__version__
+        answer["version"] = f"{module} {version.partition('-')[0]}"  # without OpenVINO's commit
         answer["runs"] = run(request["model"], request["prompts"], request["new_tokens"], **request["options"])
     except ModuleNotFoundError as error:
         answer["missing"] = error.name
