@@ -32,7 +32,7 @@ def test_activation_l1_is_what_wanda_sp_scores():
     hidden = torch.randn(9, 6, dtype=torch.float64)
     weight = layer.read_columns().double()
     metric = (weight.abs() * hidden.square().mean(0).sqrt()).mean(0).reshape(2, 3).sum(1)
-    factor = score("activation_l1", CRITERIA["activation_l1"].reduce(hidden), layer) / metric
+    factor = score("activation_l1", CRITERIA["activation_l1"].reduce(hidden).sum(0), layer) / metric
     torch.testing.assert_close(factor, torch.full((2,), len(weight) * 9**0.5, dtype=torch.float64))
 
 
@@ -42,7 +42,7 @@ def test_fluctuation_is_what_flap_scores_also_where_means_dwarf_deviations(units
     layer = dataclasses.replace(some_layer(), units=units, tokens=50)
     hidden = torch.randn(50, 6, dtype=torch.float64) + 3e4 * torch.randn(6, dtype=torch.float64)
     expected = fluctuation(hidden, layer.read_columns().double(), channels=6 // units)
-    found = score("fluctuation", CRITERIA["fluctuation"].reduce(hidden), layer)
+    found = score("fluctuation", CRITERIA["fluctuation"].reduce(hidden).sum(0), layer)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
@@ -64,7 +64,7 @@ def test_magnitude_is_the_norm_of_all_weights_that_go_with_the_neuron():
 
 def test_reap_is_a_mean_over_the_tokens_that_an_expert_is_given():
     outputs, weights = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    sums = torch.cat([CRITERIA["reap"].reduce(outputs, weights), torch.zeros(2, dtype=torch.float64)])
+    sums = torch.cat([CRITERIA["reap"].reduce(outputs, weights).sum(0), torch.zeros(2, dtype=torch.float64)])
     expected = torch.stack([(weights * outputs.norm(dim=1)).mean(), torch.zeros((), dtype=torch.float64)])
     torch.testing.assert_close(score("reap", sums, ScoredLayer(0, 2, 0, unread, unread)), expected)
 
