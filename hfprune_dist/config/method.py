@@ -79,16 +79,16 @@ class Method(Section):
     the output that would restore the dense model's hidden states. block: as layerwise, then Gauss-Newton steps on
     gate_proj, up_proj and down_proj together; takes minutes, not seconds."""
     effort: Effort = "thorough"
-    """How far a search and a refit by least squares go. quick: layers are ordered by what dropping each alone costs; of
-    shapes, those with every other number of layers and more than half of the KV groups are measured, after fits on half
-    of the calibration windows, and of those that come within 5 % of the closest, the one with the fewest layers is
-    taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step of one iteration. thorough:
-    layers are measured again after each that goes; the closest shapes are fitted layer by layer before one is taken;
-    the refit also sees a copy of each window in which half of the tokens are redrawn from the dense model's
-    distribution of the next token, which brings some of what more text would; ``block`` takes a step of four
-    iterations, and one of six on all windows; and after ``layerwise`` and ``block``, the weights of all norms are
-    refitted: a factor for each channel, found by a few steps that lower the divergence from the dense model's
-    distribution of the next token."""
+    """How far a search and a refit by least squares go. quick: layers are ordered by what dropping each alone costs;
+    of shapes, those with every other number of layers and more than half of the KV groups are measured, after fits on
+    half of the calibration windows, and of those that come within 7 % of the closest, the one with the fewest layers
+    is taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step, of as many iterations
+    as the dense MLPs are wider than those that are left, at most four. thorough: layers are measured again after each
+    that goes; the closest shapes are fitted layer by layer before one is taken; the refit also sees a copy of each
+    window in which half of the tokens are redrawn from the dense model's distribution of the next token, which brings
+    some of what more text would; ``block`` takes a step of four iterations, and one of six on all windows; and after
+    ``layerwise`` and ``block``, the weights of all norms are refitted: a factor for each channel, found by a few
+    steps that lower the divergence from the dense model's distribution of the next token."""
     multiple_of: PositiveOrAuto = 1
     """Round intermediate_size, or the number of experts, to a multiple of this: 64 or 128 suit GPUs; for experts,
     take the number of devices that share them. auto: the largest of 256, 128, 64 and 32 of which one step in all layers

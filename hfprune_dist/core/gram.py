@@ -42,8 +42,8 @@ def add_gram(sum_DD: Tensor, vectors_ND: Tensor) -> None:
 
 
 def mirrored(sum_DD: Tensor) -> Tensor:
-    """Return a sum of ``add_gram`` itself, made whole."""
-    for end in range(BLOCK, len(sum_DD), BLOCK) if sum_DD.device.type == "cpu" else ():
+    """Return a sum of ``add_gram`` itself, made whole by its blocks on and above the diagonal."""
+    for end in range(BLOCK, len(sum_DD), BLOCK):
         rows = slice(end - BLOCK, end)
         sum_DD[end:, rows] = sum_DD[rows, end:].T
     return sum_DD

@@ -73,12 +73,13 @@ class Float64Sum:
 
     Args:
         number: of the layer whose activations are summed, for messages.
+        is_gram: whether all terms are added by ``add_gram``; a rank may have none.
     """
 
-    def __init__(self, number: int, shape: Sequence[int], world: World) -> None:
+    def __init__(self, number: int, shape: Sequence[int], world: World, *, is_gram: bool = False) -> None:
         self._number = number
         self._world = world
-        self._is_gram = False
+        self._is_gram = is_gram
         self._sum = torch.zeros(tuple(shape), dtype=torch.float64, device=world.device)
 
     def add(self, term: Tensor) -> None:
@@ -86,8 +87,7 @@ class Float64Sum:
         self._sum += term
 
     def add_gram(self, vectors_ND: Tensor) -> None:
-        """Add the Gram matrix of a micro-batch's vectors; all terms are such matrices then."""
-        self._is_gram = True
+        """Add the Gram matrix of a micro-batch's vectors."""
         add_gram(self._sum, vectors_ND)
 
     @classmethod
@@ -139,7 +139,7 @@ class GramSums:
     """
 
     def __init__(self, number: int, size: int, micro_batches: int, world: World) -> None:
-        self._fitted, self._held_out = (Float64Sum(number, (size, size), world) for _ in range(2))
+        self._fitted, self._held_out = (Float64Sum(number, (size, size), world, is_gram=True) for _ in range(2))
         self._micro_batches = micro_batches
 
     def add(self, index: int, vectors_ND: Tensor) -> None:

@@ -59,8 +59,14 @@ class TargetSums:
 
     def __init__(self, number: int, weight_CK: Tensor, micro_batches: int, world: World) -> None:
         channels = weight_CK.shape[1]
-        shapes: list[Sequence[int]] = [[], weight_CK.shape, [channels, channels]]
-        self._sums = [[Float64Sum(number, shape, world) for shape in shapes] for _ in range(2)]
+        self._sums = [
+            [
+                Float64Sum(number, [], world),
+                Float64Sum(number, weight_CK.shape, world),
+                Float64Sum(number, [channels, channels], world, is_gram=True),
+            ]
+            for _ in range(2)
+        ]
         self._old_CK = widened(weight_CK)
         self._micro_batches = micro_batches
 

@@ -4,7 +4,8 @@ First-order sums are vectors that are added shard by shard, in order, and have t
 after any resume. Curvature and gradients of weights are matrices, one for each layer, which may be too large for one
 host: for Llama-2-70B they take 43 and 548 GB. So the rank of a layer keeps and saves its sums. Where the matrices of
 all layers fit, ranks add up their own terms until these are saved, or scored; otherwise terms are reduced as they
-appear. These sums have the same bits on the same number of ranks, and are equal up to rounding on any other.
+appear. These sums have the same bits on the same number of ranks, unless a signal has them saved early; they are then
+equal up to rounding, as on any other number.
 """
 
 from __future__ import annotations

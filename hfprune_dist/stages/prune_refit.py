@@ -81,9 +81,12 @@ def refit_layers(
     if context.params.refit == "dense":
         refit_on_dense(kept, kinds, stream, fitted, after_each)
     else:
-        neurons = [(kinds[0].counts[layer], len(kept.of_layer(layer, kinds[0].kind))) for layer in kept.layers]
+        mlp = kinds[0]
+        neurons = [(mlp.counts[layer], len(kept.of_layer(layer, mlp.kind))) for layer in kept.layers]
         whole, left = map(sum, zip(*neurons, strict=True))
-        iterations = ITERATIONS if context.params.is_thorough else (max(1, whole // max(1, left)), 0)
+        iterations = (
+            ITERATIONS if context.params.is_thorough else (min(max(1, whole // max(1, left)), ITERATIONS[0]), 0)
+        )
         dense = stream_of(context, checkpoint, windows_ST)
         refit = SequentialRefit(kept, kinds, stream, dense, fitted, iterations=iterations if whole_mlp else None)
         refit.run(after_each)

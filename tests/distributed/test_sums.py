@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Ranks
 
+from hfprune_dist.core.gram import BLOCK
 from hfprune_dist.distributed.sums import GramSums, is_held_out, micro_batches_of, windows_held_out
 from hfprune_dist.errors import UserError
 
@@ -51,6 +52,12 @@ def test_sums_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
             parts = [it[expert] for i, it in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
             vectors = torch.cat([torch.zeros(0, len(gram_DD)), *parts]).double()
             assert (gram_DD - vectors.T @ vectors).norm() <= 1e-6 * (vectors.T @ vectors).norm()
+
+
+def test_a_rank_without_a_term_has_the_whole_matrix():
+    batches = [[torch.randn(3, 2 * BLOCK + 1)] * EXPERTS for _ in range(2)]  # one is held out, by the second rank
+    for grams in grams_of(batches, ranks=2):
+        assert torch.equal(grams.held_out_DD, grams.held_out_DD.T) and torch.equal(grams.fitted_DD, grams.fitted_DD.T)
 
 
 @given(windows=st.integers(1, 90), size=st.integers(1, 4), merged=st.integers(1, 9))
