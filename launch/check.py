@@ -1,12 +1,12 @@
 """Run three prompts on a checkpoint in an engine that serves models, and compare log-probabilities and tokens with
-transformers', in float32. What is found becomes a line of the checkpoint's card.
+transformers', in float32. Copies that the engine needs are made in $TMPDIR, else /tmp, and removed.
 
 examples:
   python launch/check.py smaller --engine llama.cpp
   python launch/check.py smaller --engine vllm --python /opt/vllm/bin/python     an environment of its own
-  python launch/check.py smaller --engine llama.cpp --exported smaller.gguf      what hfprune export has made of it
+  python launch/check.py smaller --engine vllm --exported smaller-decilm         what hfprune export has made of it
 
-exit codes: 0 the engine computes the same; 1 it fails, or computes something else; 2 bad input, or no such engine
+exit codes: 0 the engine computes the same; 1 it fails, or computes something else; 2 bad input, or it can't run here
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ if __name__ == "__main__":
 from hfprune_launch.command import command, folder, make_parser, place
 
 from hfprune_dist.checkpoints.engines import ENGINES
-from hfprune_dist.engines.check import TOLERANCE, check, with_line
-from hfprune_dist.results.card import CARD
-from hfprune_dist.store.artifacts import MANIFEST
-from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.engines.check import check
 
 
 @command
@@ -38,14 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", metavar="FILE", default=sys.executable, help=python)
     exported = "what the engine loads in its place; llama.cpp, by default: a GGUF file in float32, made for the check"
     parser.add_argument("--exported", metavar="PATH", type=place, help=exported)
-    tolerance = f"the largest difference of log-probabilities that passes, in nats; default: {TOLERANCE}"
-    parser.add_argument("--tolerance", metavar="NATS", type=float, default=TOLERANCE, help=tolerance)
     arguments = parser.parse_args(argv)
-    checkpoint, engine = arguments.checkpoint, arguments.engine
-    found = check(engine, checkpoint, str(place(arguments.python)), arguments.exported, arguments.tolerance)
-    print(f"{engine}: {found.line()}")
-    card = checkpoint / CARD
-    if card.exists() and not (checkpoint / MANIFEST).exists():  # nothing is added to an artifact in a store
-        write_text(card, with_line(card.read_text(encoding="utf-8"), found))
-        print(f"written to {card}")
+    pythons = {arguments.engine: arguments.python}
+    (found,) = check(arguments.checkpoint, pythons, exported=arguments.exported).values()
+    print(f"{arguments.engine}: {found.line()}")
     return 1 if found.failure else 0

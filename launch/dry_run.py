@@ -76,7 +76,7 @@ def _remarks(prepared: Prepared) -> Iterator[str]:
         yield f"calibration windows: {', '.join(texts)}"
     for model in (model for model in prepared.models if model.has_known_shape):
         for name, method in prepared.methods.items():
-            yield from remarks_on_method(model.checkpoint, method, place_of(model.name, name), prepared.config.ratios)
+            yield from remarks_on_method(model.checkpoint, method, place_of(model.name, name))
 
 
 def _show_hours(prepared: Prepared) -> None:

@@ -8,7 +8,6 @@ examples:
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from hfprune_launch.sweep_folder import require_folder
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
+from hfprune_dist.export import require_gguf
 from hfprune_dist.store.atomic_files import fsync_path
 
 
@@ -46,8 +46,8 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
     """Write a checkpoint in another format; what is written is whole once it has its name. Say what it is."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already; choose another place, or remove it")
-    if to == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise UserError("GGUF is written by llama.cpp's library; run: pip install 'gguf>=0.19'")
+    if to == "gguf":
+        require_gguf()
     source = open_checkpoint(checkpoint)
     require_folder(out.parent)
     new = out.with_name(f".{out.name}.new")

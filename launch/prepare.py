@@ -28,6 +28,7 @@ from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.text import Beginning, read_beginning, read_texts, require_data_set
+from hfprune_dist.engines.process import require_engine
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import parameters_of
 from hfprune_dist.planning.build_plan import build_plan
@@ -179,6 +180,8 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
             )
+    for engine in config.engines if "check" in kinds else ():
+        require_engine(engine, config.runtime.python_of(engine))
     texts = list(_texts(config, kinds, looks_only))
     has_tasks = bool(evaluation.tasks) and "evaluate" in kinds
     if has_tasks:

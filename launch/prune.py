@@ -34,6 +34,7 @@ from hfprune_launch.screen import make_console
 from hfprune_launch.sweep_folder import Sweep, read_sweep, require_apart, require_folder
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import load_config, parse_assignments
 from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
     parser.add_argument("--text", metavar="FILE", help="text to prune on; its end is held out to compare; default: C4")
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
-    engines = "engines that must load it: vllm, llama.cpp, openvino, mlx, ctranslate2"
+    engines = f"engines that must load it: {', '.join(ENGINES)}"
     parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
     parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
@@ -129,7 +130,7 @@ def prune(
     cell, *others = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
     if others:
         raise UserError("recovery.recipes: one checkpoint takes one recipe; leave one of them, or run sweep.py")
-    prepared = only(prepared, [cell.producers[-1], *cell.checks, cell.evaluate])
+    prepared = only(prepared, [cell.producers[-1], *filter(None, [cell.check]), cell.evaluate])
     require_apart(out, prepared.sweep.plan)
     if dry_run:
         show_dry_run(prepared)

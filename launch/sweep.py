@@ -44,6 +44,7 @@ from hfprune_launch.slurm.status import row_logs
 from hfprune_launch.sweep_folder import configuration, forget_rows, read_sweep
 from rich.console import Console
 
+from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import parse_assignments
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError
@@ -159,7 +160,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
     several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
-    engines = "engines that must load the checkpoints: vllm, llama.cpp, openvino, mlx, ctranslate2; restricts shapes"
+    engines = f"engines that must load the checkpoints: {', '.join(ENGINES)}; restricts shapes"
     several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hfprune_dist.engines.process import require_engine
+from hfprune_dist.errors import UserError
+
 FOLDER = "HFPRUNE_ENGINES"
-MODULES = {"llama.cpp": "llama_cpp_py_sync", "mlx": "mlx_lm", "openvino": "optimum.intel"}
 
 
 def python_of(engine: str) -> str:
@@ -21,16 +22,14 @@ def python_of(engine: str) -> str:
 
 
 @functools.cache
-def _has(engine: str) -> bool:
-    module = MODULES.get(engine, engine)
-    script = (
-        f"import importlib.util as util; assert util.find_spec({module.split('.')[0]!r}) and util.find_spec({module!r})"
-    )
-    return not subprocess.run([python_of(engine), "-c", script], capture_output=True, check=False).returncode
+def _lacking(engine: str) -> str:
+    try:
+        require_engine(engine, python_of(engine))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def engine_lacking(item: pytest.Item) -> str:
-    """Return the engine that a test requires and that isn't there; empty if nothing is lacking."""
-    marks = item.iter_markers("engine")
-    missing = [name for mark in marks for name in mark.args if not _has(name)]
-    return f"needs {missing[0]}, which {python_of(missing[0])} lacks (tests/run.sh --engines)" if missing else ""
+    """Return what is lacking of an engine that a test requires; empty if nothing is."""
+    return next(filter(None, (_lacking(name) for mark in item.iter_markers("engine") for name in mark.args)), "")

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "device": "a processor",
         "packages": {},
     },
-    "check": {"engine": "vllm"},
+    "check": {"engines": ["vllm"]},
     "loraprune": {
         "seed": 0,
         "ratio": 0.2,

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.engines import load_together
 from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
-from hfprune_dist.config.method import EngineName
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.low_rank import rank_field
@@ -38,15 +36,15 @@ _DEFAULTS_OF_LLAMA = {"max_position_embeddings": 2048, "tie_word_embeddings": Fa
 _TRANSFORMERS = "5.24.0"
 
 
-def plain_group_counts(checkpoint: Checkpoint, engines: Sequence[EngineName] = ()) -> list[int]:
-    """The numbers of KV groups, ascending, that every layer of a plain checkpoint that these engines load can have."""
+def plain_group_counts(checkpoint: Checkpoint) -> list[int]:
+    """The numbers of KV groups, ascending, that every layer of a plain checkpoint can have."""
     groups = checkpoint.structures["kv_groups"]
     if not groups.fields:  # none can be removed
         return [min(groups.counts)]
     return [
         count
         for count in range(1, min(groups.counts) + 1)
-        if _plain_types(checkpoint, groups.values([count])[QUERY_HEADS_KEY][0], engines)
+        if _plain_type(checkpoint, groups.values([count])[QUERY_HEADS_KEY][0]) is not None
     ]
 
 
@@ -56,15 +54,12 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
         return False
     values = _values(checkpoint, shape)
     is_uniform = all(len({*row} - {0}) == 1 for row in values.values())
-    return is_uniform and bool(_plain_types(checkpoint, values[QUERY_HEADS_KEY][0]))
+    return is_uniform and _plain_type(checkpoint, values[QUERY_HEADS_KEY][0]) is not None
 
 
-def pruned_config(
-    checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = (), engines: Sequence[EngineName] = ()
-) -> dict[str, Any]:
+def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
     """The complete settings of a checkpoint that is pruned to this shape, in the form of ``Checkpoint.config``; output
-    projections that are ``biased``, by their names within a layer, have biases after pruning. Where a plain checkpoint
-    has several model_types, one that ``engines`` load is taken.
+    projections that are ``biased``, by their names within a layer, have biases after pruning.
     """
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
@@ -90,9 +85,7 @@ def pruned_config(
         changed |= {rank_field(projection): list(ranks) for projection, ranks in shape.ranks.items()}
         return stated | {LAYER_SIZES: changed, "architectures": [name], "auto_map": auto_map}
     stated |= {field: max(row) for field, row in changed.items()}
-    queries = values[QUERY_HEADS_KEY][0]
-    model_type, *_ = _plain_types(checkpoint, queries, engines) or _plain_types(checkpoint, queries)
-    if model_type == checkpoint.family.model_type:
+    if _plain_type(checkpoint, values[QUERY_HEADS_KEY][0]) == checkpoint.family.model_type:
         return stated
     kept = {key: value for key, value in stated.items() if key not in _NOT_OF_THE_TWIN}
     return _DEFAULTS_OF_LLAMA | kept | _TWIN_OF_LLAMA | {"transformers_version": _TRANSFORMERS}
@@ -124,15 +117,14 @@ def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
     return values
 
 
-def _plain_types(checkpoint: Checkpoint, heads: int, engines: Sequence[EngineName] = ()) -> list[str]:
-    """The model_types of a plain checkpoint with this many query heads that all engines load, the model's own first."""
-    config, own = checkpoint.family.completed(checkpoint.config), checkpoint.family.model_type
+def _plain_type(checkpoint: Checkpoint, heads: int) -> str | None:
+    """The model_type of a plain checkpoint with this many query heads; None if there is none."""
+    config, own = checkpoint.config, checkpoint.family.model_type
     takes_any = own in _ANY_HEADS or config["hidden_size"] % int(config[QUERY_HEADS_KEY]) != 0
+    if takes_any or config["hidden_size"] % heads == 0:
+        return own
     is_biased = any(name.endswith(".bias") for name in checkpoint.tensors)
-    types = [own] if takes_any or config["hidden_size"] % heads == 0 else []
-    types += ["mistral"] if own == "llama" and not is_biased else []
-    sizes = {key: config[key] for key in ("hidden_size", "head_dim")} | {QUERY_HEADS_KEY: heads}
-    return [name for name in types if load_together({**sizes, "model_type": name}, engines)]
+    return "mistral" if own == "llama" and not is_biased else None
 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:

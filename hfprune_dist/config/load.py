@@ -11,13 +11,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from hfprune_dist.config.method import EngineName
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section, as_written, without_null
 from hfprune_dist.config.yaml_text import NotYamlError, read_yaml, yaml_value
 from hfprune_dist.errors import UserError, did_you_mean
 
 # Keys that belong to a data set, and those that are paths, in any section.
-OF_A_DATA_SET, PATHS = ("name", "split", "revision"), ("path", "include_path")
+OF_A_DATA_SET = ("name", "split", "revision")
+PATHS = ("path", "include_path", *typing.get_args(EngineName))  # the last ones in runtime.engine_pythons
 # Folder of the project's own configurations.
 SHIPPED = "configs"
 

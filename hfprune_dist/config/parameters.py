@@ -49,7 +49,7 @@ KINDS = {
     "recover": StageKind("training.RecoverParameters", 3, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "check": StageKind("check.CheckParameters", 1, on_one_rank=True),
+    "check": StageKind("check.CheckParameters", 2, on_one_rank=True),
     "loraprune": StageKind("training.LoraPruneParameters", 4, cuts=True, trains=True),
 }
 

@@ -6,6 +6,7 @@ of their own; all others are set with ``--set section.key=value`` or in a YAML f
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -118,9 +119,12 @@ class RuntimeConfig(Section):
     """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
     that hangs, and longer than rank 0 ever works alone."""
     engine_pythons: dict[EngineName, Name] = Field(default={})
-    """Engine of ``engines`` -> the Python of an environment that has it; by default, the one that runs the stages."""
+    """Engine of ``engines`` -> path of the Python of an environment that has it; by default, the one that runs this."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
+
+    def python_of(self, engine: EngineName) -> str:
+        return self.engine_pythons.get(engine, sys.executable)
 
 
 class ModelAlias(Section):

@@ -1,19 +1,19 @@
-"""Run prompts in an engine, greedily, by the Python of an environment that has it; needs nothing but the engine.
+"""Run token sequences in an engine, in float32, by the Python of an environment that has it; needs nothing else.
 
-``python in_engine.py REQUEST ANSWER``: two JSON files. REQUEST has ``engine``, ``model`` (what the engine loads),
-``prompts`` (texts or token ids), ``new_tokens`` and ``options`` (how to load it). ANSWER gets ``version``, and in
-``runs`` of each prompt: its token ``ids``, the ``log_probs`` of all but the first, the ``new`` tokens and, by
-transformers, ``margins``, by which the first choice beat the second; or ``missing``, a module; or ``error``. It is
-all computed in float32.
+``python in_engine.py ENGINE`` ends with 1 if this Python lacks it. ``python in_engine.py ENGINE REQUEST ANSWER``, two
+JSON files: REQUEST has the ``model``, ``options`` of its loader, and ``sequences`` of token ids, each a prompt and some
+``new_tokens``. ANSWER gets ``version``, and ``runs``, one a sequence: ``log_probs`` of the prompt but its first token,
+and the ``new`` ones that the engine chooses; or ``error``, what it says of the model; or ``unable``, why it can't run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import itertools
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,176 +21,113 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Prompt = Sequence[int]
+Sequences = Sequence[list[int]]
 Runs = list[dict[str, Any]]
-# What a model makes of tokens that follow those before them: logits [tokens, vocabulary].
-Step = Callable[[Prompt], Any]
 
 
 def main() -> None:
     """Answer the request."""
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    modules, run = ENGINES[sys.argv[1]]
+    if len(sys.argv) == 2:
+        sys.exit(None in map(importlib.util.find_spec, modules))
+    request = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    answer: dict[str, Any] = {"version": sys.argv[1]}
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who asks may die
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DO_NOT_TRACK="1", VLLM_NO_USAGE_STATS="1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
-    (module, run), answer = ENGINES[request["engine"]], dict[str, Any]()
     try:
-        version = importlib.import_module(module).__version__
-        answer["version"] = f"{module} {version.partition('-')[0]}"  # without OpenVINO's commit
-        answer["runs"] = run(request["model"], request["prompts"], request["new_tokens"], **request["options"])
-    except ModuleNotFoundError as error:
-        answer["missing"] = error.name
+        version = importlib.import_module(modules[0]).__version__
+        answer["version"] = f"{modules[0]} {version.partition('-')[0]}"  # without OpenVINO's commit
+        answer["runs"] = run(request["model"], request["sequences"], request["new_tokens"], **request["options"])
     except BaseException as error:  # of an engine, anything; some end the interpreter
-        answer["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        of_the_machine = isinstance(error, (ImportError, MemoryError, KeyboardInterrupt))
+        of_the_machine |= re.search("memory|space left", told, re.IGNORECASE) is not None
+        answer["unable" if of_the_machine else "error"] = told
+    Path(sys.argv[3]).write_text(json.dumps(answer), encoding="utf-8")
     os._exit(0)  # engines may hang, or abort, as the interpreter ends
 
 
-def _by_steps(start: Callable[[], Step], prompts: Sequence[Prompt], new_tokens: int) -> Runs:
-    """The runs of an engine that gives logits; ``start`` begins a sequence."""
+def _run_of(logits: Any, ids: list[int], new_tokens: int) -> dict[str, Any]:
+    """The run of an engine that gives logits, or log-probabilities, of a whole sequence: [tokens, vocabulary]."""
     import numpy as np
 
-    runs = []
-    for ids in prompts:
-        step, new, margins = start(), list[int](), list[float]()
-        logits = np.asarray(step(ids), dtype=np.float64)
-        log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        while True:
-            second, first = np.argsort(logits[-1])[-2:]
-            new.append(int(first))
-            margins.append(float(logits[-1][first] - logits[-1][second]))
-            if len(new) == new_tokens:
-                break
-            logits = np.asarray(step(new[-1:]), dtype=np.float64)
-        told = [float(row[token]) for row, token in zip(log_probs, ids[1:])]  # noqa: B905
-        runs.append({"ids": list(ids), "log_probs": told, "new": new, "margins": margins})
-    return runs
+    logits = np.asarray(logits, dtype=np.float64)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    told = [float(row[token]) for row, token in zip(log_probs, ids[1:])]  # noqa: B905
+    return {"log_probs": told, "new": logits[-new_tokens - 1 : -1].argmax(axis=-1).tolist()}
 
 
-def _transformers(model: str, prompts: Sequence[str], new_tokens: int, **options: Any) -> Runs:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    longest = (getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 2**20) - new_tokens
-
-    def start() -> Step:
-        cache = DynamicCache(config=loaded.config)
-
-        @torch.no_grad()
-        def step(ids: Prompt) -> Any:
-            made = loaded(torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
-            return made.logits[0].float().cpu().numpy()
-
-        return step
-
-    return _by_steps(start, [tokenizer(text).input_ids[:longest] for text in prompts], new_tokens)
-
-
-def _vllm(model: str, prompts: Sequence[Prompt], new_tokens: int, **options: Any) -> Runs:
+def _vllm(model: str, sequences: Sequences, new_tokens: int, **options: Any) -> Runs:
+    """It generates the new tokens itself."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
     from vllm import LLM, SamplingParams
 
-    length = max(map(len, prompts)) + new_tokens
-    few = {"max_model_len": length, "max_num_seqs": len(prompts), "enforce_eager": True}  # compiling takes minutes
-    engine: Any = LLM(model=model, dtype="float32", seed=0, **few, **options)
+    few = {"max_model_len": max(map(len, sequences)), "max_num_seqs": len(sequences)}
+    engine: Any = LLM(model=model, dtype="float32", seed=0, enforce_eager=True, **few, **options)  # compiling: minutes
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=1)
-    runs = []
-    for made in engine.generate([{"prompt_token_ids": list(ids)} for ids in prompts], sampling, use_tqdm=False):
-        ids = made.prompt_token_ids
-        told = [found[token].logprob for found, token in zip(made.prompt_logprobs[1:], ids[1:])]  # noqa: B905
-        runs.append({"ids": ids, "log_probs": told, "new": list(made.outputs[0].token_ids)})
+    prompts, runs = [{"prompt_token_ids": ids[:-new_tokens]} for ids in sequences], []
+    for made in engine.generate(prompts, sampling, use_tqdm=False):
+        pairs = zip(made.prompt_logprobs[1:], made.prompt_token_ids[1:])  # noqa: B905
+        told = [found[token].logprob for found, token in pairs]
+        runs.append({"log_probs": told, "new": list(made.outputs[0].token_ids)})
     return runs
 
 
-def _llama_cpp(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Runs:
+def _llama_cpp(model: str, sequences: Sequences, new_tokens: int, **_: Any) -> Runs:
     import numpy as np
     from llama_cpp_py_sync import Llama
 
-    length = max(map(len, prompts)) + new_tokens
-
-    def start() -> Step:
-        loaded, places = Llama(model, n_ctx=length, type_k="f32", type_v="f32"), itertools.count()
-
-        def logits_after(token: int) -> Any:
-            loaded._eval_tokens([token], next(places))
+    runs = []
+    for ids in sequences:
+        loaded, rows = Llama(model, n_ctx=len(ids), type_k="f32", type_v="f32"), []
+        for place, token in enumerate(ids):
+            loaded._eval_tokens([token], place)
             row = loaded._lib.llama_get_logits_ith(loaded._ctx, -1)
-            return np.frombuffer(loaded._ffi.buffer(row, 4 * loaded.n_vocab), np.float32).copy()
-
-        return lambda ids: np.stack([logits_after(token) for token in ids])
-
-    return _by_steps(start, prompts, new_tokens)
+            rows.append(np.frombuffer(loaded._ffi.buffer(row, 4 * loaded.n_vocab), np.float32).copy())
+        runs.append(_run_of(rows, ids, new_tokens))
+    return runs
 
 
-def _openvino(model: str, prompts: Sequence[Prompt], new_tokens: int, **options: Any) -> Runs:
+def _openvino(model: str, sequences: Sequences, new_tokens: int, **options: Any) -> Runs:
     import torch
     from optimum.intel import OVModelForCausalLM
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     loaded = OVModelForCausalLM.from_pretrained(model, export=True, load_in_8bit=False, ov_config=exact, **options)
 
-    def start() -> Step:
-        past, seen = None, 0
-
-        def step(ids: Prompt) -> Any:
-            nonlocal past, seen
-            seen += len(ids)
-            mask = torch.ones(1, seen, dtype=torch.int64)
-            made = loaded(torch.tensor([list(ids)]), attention_mask=mask, past_key_values=past)
-            past = made.past_key_values
-            return made.logits[0].float().numpy()
-
-        return step
-
-    return _by_steps(start, prompts, new_tokens)
+    batches = [(ids, torch.tensor([ids])) for ids in sequences]
+    made = ((ids, loaded(batch, attention_mask=torch.ones_like(batch)).logits[0]) for ids, batch in batches)
+    return [_run_of(logits, ids, new_tokens) for ids, logits in made]
 
 
-def _mlx(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Runs:
+def _mlx(model: str, sequences: Sequences, new_tokens: int, **_: Any) -> Runs:
     import mlx.core as mx
-    import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
     loaded, _ = load_model(Path(model), strict=True, lazy=True)
     loaded.set_dtype(mx.float32)
-
-    def start() -> Step:
-        cache = make_prompt_cache(loaded)
-        return lambda ids: np.array(loaded(mx.array([list(ids)]), cache=cache)[0].astype(mx.float32))
-
-    return _by_steps(start, prompts, new_tokens)
+    return [_run_of(loaded(mx.array([ids]))[0].astype(mx.float32), ids, new_tokens) for ids in sequences]
 
 
-def _ctranslate2(model: str, prompts: Sequence[Prompt], new_tokens: int) -> Runs:
+def _ctranslate2(model: str, sequences: Sequences, new_tokens: int, **options: Any) -> Runs:
     import ctranslate2
     import numpy as np
     from ctranslate2.converters import TransformersConverter
-    from transformers import AutoTokenizer
 
-    tokens_of, runs = AutoTokenizer.from_pretrained(model).convert_ids_to_tokens, []
-    greedy = {"sampling_topk": 1, "max_length": new_tokens, "min_length": new_tokens, "end_token": []}
-    with tempfile.TemporaryDirectory() as folder:
-        TransformersConverter(model).convert(folder, force=True)
-        loaded = ctranslate2.Generator(folder, device="cpu", compute_type="float32")
-        for ids in prompts:
-            rows = np.array(loaded.forward_batch([list(ids)], return_log_probs=True))[0]
-            (made,) = loaded.generate_batch([tokens_of(list(ids))], include_prompt_in_result=False, **greedy)
-            told = [float(row[token]) for row, token in zip(rows, ids[1:])]  # noqa: B905
-            runs.append({"ids": list(ids), "log_probs": told, "new": list(made.sequences_ids[0])})
-    return runs
+    folder = TransformersConverter(model, **options).convert(tempfile.mkdtemp(), force=True)
+    loaded = ctranslate2.Generator(folder, device="cpu", compute_type="float32")
+    return [_run_of(np.array(loaded.forward_batch([ids]))[0], ids, new_tokens) for ids in sequences]
 
 
-# Engine -> the module whose version counts, and what runs it.
-ENGINES: dict[str, tuple[str, Callable[..., Runs]]] = {
-    "transformers": ("transformers", _transformers),
-    "vllm": ("vllm", _vllm),
-    "llama.cpp": ("llama_cpp_py_sync", _llama_cpp),
-    "openvino": ("openvino", _openvino),
-    "mlx": ("mlx_lm", _mlx),
-    "ctranslate2": ("ctranslate2", _ctranslate2),
+# Engine -> the modules that it needs, of which the first has its version, and what runs it.
+ENGINES: dict[str, tuple[tuple[str, ...], Callable[..., Runs]]] = {
+    "vllm": (("vllm",), _vllm),
+    "llama.cpp": (("llama_cpp_py_sync", "numpy"), _llama_cpp),
+    "openvino": (("openvino", "optimum.intel", "torch"), _openvino),
+    "mlx": (("mlx_lm", "mlx.core"), _mlx),
+    "ctranslate2": (("ctranslate2", "transformers", "torch"), _ctranslate2),
 }
 
 if __name__ == "__main__":

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.errors import UserError
 
+CONFIGURATION_FILE = Path(__file__).with_name("configuration_decilm.py")
 AS_IT_IS = "transformers and vLLM load the checkpoint as it is (trust_remote_code)"
+
+
+def require_gguf() -> None:
+    """Refuse to write GGUF files without the library that does."""
+    if find_spec("gguf") is None:
+        raise UserError("GGUF is written by llama.cpp's library; run: pip install 'gguf>=0.19'")
 
 
 def require_family(checkpoint: Checkpoint, families: Iterable[str], written: str, others: str) -> None:

@@ -11,11 +11,10 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.pruned_config import MODELING_FILE, plain_config, write_config
 from hfprune_dist.checkpoints.weight_files import INDEX_FILE
 from hfprune_dist.errors import UserError, naming
-from hfprune_dist.export import AS_IT_IS, require_family
+from hfprune_dist.export import AS_IT_IS, CONFIGURATION_FILE, require_family
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.units import OUTPUT_BIASES
 
-CONFIGURATION_FILE = Path(__file__).with_name("configuration_decilm.py")
 # To which engines round the width that they compute from ffn_mult; of them, vLLM alone reads widths themselves.
 _MULTIPLE = 256
 
@@ -60,5 +59,4 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
         "qkv_bias": own == "qwen2" or bool(checkpoint.config.get("attention_bias")),
     }
     write_json(target / "config.json", read_json(target / "config.json") | stated)
-    others = "" if rounded else "; not for SGLang or mlx-lm, which need widths that are multiples of 256"
-    return f"load it in vLLM with --trust-remote-code{others}"
+    return "load it in vLLM with --trust-remote-code" + ("" if rounded else "; mlx-lm needs multiples of 256 as widths")

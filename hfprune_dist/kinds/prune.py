@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.method import Allocation, Effort, EngineName, Method, Refit, Structures
+from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, PositiveOrAuto
 from hfprune_dist.core.memory_limits import KEPT_BYTES
@@ -40,7 +40,6 @@ class PruneParameters(StageParameters):
     structures: Structures = Field(default=[NEURONS])
     tensor_parallel: int = 1
     effort: Effort = "thorough"
-    for_engines: list[EngineName] = Field(default=[])
 
     @property
     def is_thorough(self) -> bool:

@@ -279,11 +279,10 @@ class _Planner:
             params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
             measured = self._stage("efficiency", self._label(variant), params, inputs).id
-        inputs = {"model": variant.checkpoint}
-        engines = self._config.engines if variant.ratio is not None else []  # the dense model is known to them
-        checks = [
-            self._stage("check", f"{label} in {name}", CheckParameters(engine=name), inputs).id for name in engines
-        ]
+        check = None
+        if self._config.engines and variant.ratio is not None:  # the dense model is known to them
+            inputs, engines = {"model": variant.checkpoint}, CheckParameters(engines=self._config.engines)
+            check = self._stage("check", label, engines, inputs).id
         return Cell(
             label=label,
             model=variant.model,
@@ -294,7 +293,7 @@ class _Planner:
             producers=tuple(stage.id for stage in variant.chain),
             evaluate=evaluate.id,
             efficiency=measured,
-            checks=tuple(checks),
+            check=check,
         )
 
     def _references_of_held_out(self, variant: _Variant) -> dict[str, Input]:

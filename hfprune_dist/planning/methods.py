@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Allocation, Method, Refit
 from hfprune_dist.config.schema import SweepConfig
@@ -47,7 +48,7 @@ RULES = (
     Rule({"prunes_in": ["calibration"]}, {"criterion": [*CRITERIA, *SCORED_WHILE_PRUNED]}, "it scores units"),
     Rule(
         {"prunes_in": ["recovery"]},
-        {"criterion": [None], "allocation": ["local"], "refit": ["none"], "for_engines": [[]]},
+        {"criterion": [None], "allocation": ["local"], "refit": ["none"]},
         "LoRA's own gradients score units while it recovers the model",
     ),
     Rule(
@@ -207,10 +208,17 @@ def suited(method: Method, checkpoint: Checkpoint) -> Method:
     """A method that ``adapts`` without what the model's architecture rules out; any other method unchanged."""
     if not method.adapts:
         return method
-    family = checkpoint.family
-    structures = [kind for kind in method.structures if kind != KV_GROUPS or not family.whole_groups]
+    family, stay = checkpoint.family, why_groups_stay(method, checkpoint)
+    structures = [kind for kind in method.structures if kind != KV_GROUPS or not stay]
     refit = "dense" if family.no_sequence and method.refit in ("layerwise", "block") else method.refit
     return method.model_copy(update={"structures": structures, "refit": refit})
+
+
+def why_groups_stay(method: Method, checkpoint: Checkpoint) -> str:
+    """Why a method that ``adapts`` removes no KV groups of a model; empty if it may."""
+    own, engines = checkpoint.family.model_type, method.for_engines if method.allocation == "plain" else []
+    ignoring = [name for name in engines if own in ENGINES[name].whole_heads.split()]
+    return checkpoint.family.whole_groups or (f"{', '.join(ignoring)} ignores head_dim in a {own}" if ignoring else "")
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:

@@ -20,8 +20,7 @@ class Cell:
     """One row of the result table: a checkpoint and its evaluation.
 
     ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
-    stages that make the checkpoint, in order; ``efficiency`` is None if speed and memory are not measured;
-    ``checks`` are stages, one for each engine.
+    stages that make the checkpoint, in order; ``efficiency`` and ``check`` are None if not asked for.
     ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains.
     """
 
@@ -34,15 +33,15 @@ class Cell:
     producers: tuple[str, ...]
     evaluate: str
     efficiency: str | None = None
-    checks: tuple[str, ...] = ()
+    check: str | None = None
 
     @property
     def results(self) -> tuple[str, ...]:
         """Ids of the stages whose artifacts make up the row: its checkpoint (except for the dense model) and its
         measurements.
         """
-        measured = (self.evaluate,) if self.efficiency is None else (self.efficiency, self.evaluate)
-        return *self.producers[-1:], *self.checks, *measured
+        measured = (self.check, self.efficiency, self.evaluate)
+        return *self.producers[-1:], *(stage_id for stage_id in measured if stage_id is not None)
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,7 @@ class Plan:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         stages = [Stage.from_json(stage) for stage in record["stages"]]
-        rows = [{**cell, **{name: tuple(cell[name]) for name in ("producers", "checks")}} for cell in record["cells"]]
-        cells = [Cell(**row) for row in rows]
+        cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
         return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record["asked"]))
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.engines import ENGINES
+from hfprune_dist.checkpoints.engines import ENGINES, fit
+from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.methods.sdmprune import LACKS, lacking
-from hfprune_dist.planning.engines import refuse_what_engines_lack
 from hfprune_dist.planning.methods import refuse_model, suited
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.target import Target
-from hfprune_dist.structures import EXPERTS
+from hfprune_dist.structures import EXPERTS, KV_GROUPS, NEURONS
+from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.low_rank import rank_field
 
 # What ``multiple_of: auto`` tries, in this order: sizes that run fast on hardware; and the largest share of a model's
@@ -67,8 +68,21 @@ def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method
         )
     for ratio in ratios:
         target = Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where)
-        refuse_what_engines_lack(target, method, shapes_for(target))
+        _refuse_engines(target, method, shapes_for(target))
         _check_student(checkpoint, ratio, method, where)
+
+
+def _refuse_engines(target: Target, method: Method, shapes: Sequence[Shape]) -> None:
+    """Refuse shapes that an engine of ``for_engines`` doesn't load, by the one that the fewest load."""
+    dense, layers = target.dense, tuple(range(target.dense.num_layers))
+    shape = min(shapes, key=lambda shape: shape.units.get(KV_GROUPS, (0,))[0], default=Shape(layers))
+    if target.competes:  # layers differ in what may go
+        counts = {kind: dense.structures[kind].counts for kind in (NEURONS, KV_GROUPS) if kind in target.structures}
+        shape = Shape(layers, {kind: (max(row[0] - 1, min(row[0], 1)), *row[1:]) for kind, row in counts.items()})
+    biased = [units.output for units in dense.pruned_kinds(method.structures)] if method.refit == "bias" else []
+    for engine in method.for_engines:
+        if not (found := fit(engine, pruned_config(dense, shape, biased))).loads:
+            raise UserError(f"{target.where}: {engine} (prune.for_engines) won't load it: {found.told}")
 
 
 def _check_student(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> None:

@@ -10,8 +10,7 @@ from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST
-from hfprune_dist.planning.engines import remarks_on_engines
-from hfprune_dist.planning.methods import can_do, suited, why_not
+from hfprune_dist.planning.methods import can_do, suited, why_groups_stay, why_not
 from hfprune_dist.planning.ratios import with_numbers
 from hfprune_dist.planning.shapes import shapes_for
 from hfprune_dist.planning.target import Target
@@ -46,19 +45,13 @@ def _overlap(one: TextSource, other: TextSource) -> bool:
     return first == second or first.parent == second or second.parent == first
 
 
-def remarks_on_method(checkpoint: Checkpoint, method: Method, where: str, ratios: Iterable[float] = ()) -> list[str]:
-    """Sentences about what a method does otherwise on a model, that it is left out, or which engines won't load what
-    it makes at these ratios.
-    """
+def remarks_on_method(checkpoint: Checkpoint, method: Method, where: str) -> list[str]:
+    """Sentences about what a method does otherwise on a model, or that it is left out."""
     if not can_do(method, checkpoint):
         return [f"{where}: left out, since the model {next(why_not(method, checkpoint))}"]
-    family, left = checkpoint.family, suited(method, checkpoint)
-    told = [f"{where}: KV groups stay: {family.whole_groups}"] if left.structures != method.structures else []
-    told += [f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else []
-    for ratio in ratios:
-        target = Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where)
-        told += remarks_on_engines(target, left, shapes_for(target))
-    return list(dict.fromkeys(told))
+    family, left, stay = checkpoint.family, suited(method, checkpoint), why_groups_stay(method, checkpoint)
+    told = [f"{where}: KV groups stay: {stay}"] if left.structures != method.structures else []
+    return told + ([f"{where}: refit is {left.refit}: {family.no_sequence}"] if left.refit != method.refit else [])
 
 
 def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
 from hfprune_dist.checkpoints.pruned_config import plain_group_counts
-from hfprune_dist.config.method import Allocation, EngineName, Method
+from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import LoraPruneParameters
@@ -41,7 +41,6 @@ class Target:
         tensor_parallel: numbers of KV groups are divisible by it, if ``structures`` has them.
         floor: the least share of its neurons that a layer keeps, where layers compete.
         protect_first, protect_last: how many of the first and last layers lose nothing.
-        for_engines: those that must load a plain checkpoint.
     """
 
     dense: Checkpoint
@@ -54,7 +53,6 @@ class Target:
     floor: float = 0.0
     protect_first: int = 0
     protect_last: int = 0
-    for_engines: tuple[EngineName, ...] = ()
 
     @classmethod
     def from_settings(
@@ -62,8 +60,7 @@ class Target:
     ) -> Target:
         """The target of a method with numbers (``with_numbers``), or of a stage that prunes."""
         bounds: dict[str, Any] = {name: getattr(settings, name) for name in BOUNDS}
-        engines = () if isinstance(settings, LoraPruneParameters) else tuple(settings.for_engines)
-        return cls(dense, ratio, where, tuple(settings.structures), settings.allocation, for_engines=engines, **bounds)
+        return cls(dense, ratio, where, tuple(settings.structures), settings.allocation, **bounds)
 
     @property
     def counts(self) -> ParameterCounts:
@@ -145,9 +142,7 @@ class Target:
 
     def plain_groups(self) -> list[int]:
         """The numbers of KV groups that all layers of a plain checkpoint may have, ascending."""
-        return [
-            count for count in plain_group_counts(self.dense, self.for_engines) if count % self.tensor_parallel == 0
-        ]
+        return [count for count in plain_group_counts(self.dense) if count % self.tensor_parallel == 0]
 
     @property
     def splits_groups(self) -> bool:

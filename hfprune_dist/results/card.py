@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hfprune_dist.checkpoints.checkpoint import is_licence
+from hfprune_dist.checkpoints.engines import loads_in
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
-from hfprune_dist.engines.check import Check, loads_in, with_line
+from hfprune_dist.engines.check import Check
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.markdown import code, code_block, escaped, table
@@ -105,9 +106,8 @@ class Card:
         self, name: str, cell: Cell, rows: Mapping[Cell, Row], plan: Plan, store: Store, dense: DenseModel
     ) -> None:
         self.name, self.cell, self.row, self.dense = name, cell, rows[cell], dense
-        made = store.handle(cell.producers[-1])
-        self.manifest = made.manifest() or {}
-        self.model_config = read_object(made.artifact / "config.json")
+        self.made = store.handle(cell.producers[-1])
+        self.manifest = self.made.manifest() or {}
         self.stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         # Of the run that evaluated it, else of the one that made it.
         self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
@@ -248,12 +248,11 @@ class Card:
         return text
 
     def _engines(self) -> Iterator[str]:
-        """The section with the engines that load it, and what checks in them found."""
-        if self.model_config is not None:
-            text = loads_in(self.model_config)
-            for found in self.row[ENGINES].values():
-                text = with_line(text, Check(**found))
-            yield text
+        """The section with what a check in engines found, and whether the others hold its shape."""
+        if config := read_object(self.made.artifact / "config.json"):
+            found = {name: Check(**found).line() for name, found in self.row[ENGINES].items()}
+            lines = [f"- {name}: {told}" for name, told in (loads_in(config) | found).items()]
+            yield "\n".join(["## What loads it", "", f"Of engines that have a `{config['model_type']}`:", "", *lines])
 
     def _how_it_was_made(self) -> str:
         """The section with versions and the command."""

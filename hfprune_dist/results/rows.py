@@ -23,7 +23,7 @@ from hfprune_dist.structures.units import plural_of
 Row = dict[str, Any]
 # Values of a row's status: it has its result; a stage behind it failed or was damaged; or it hasn't been made yet.
 DONE, FAILED, MISSING = "done", "failed", "missing"
-# Key of what checks in engines found, by engine.
+# Key of what a check in engines found, by engine.
 ENGINES = "engines"
 
 # Header -> fields of config.json, of which a model has at most one.
@@ -92,7 +92,7 @@ class _Rows:
         manifests = {stage_id: self._manifests[stage_id] for stage_id in plan.upstream(cell)}
         evaluation = manifests[cell.evaluate]
         # The row is complete even without its speed, and without engines.
-        besides = [stage_id for stage_id in (cell.efficiency, *cell.checks) if stage_id]
+        besides = [stage_id for stage_id in (cell.efficiency, cell.check) if stage_id]
         needed = [stage_id for stage_id in cell.results if stage_id not in besides]
         missing = plan.lacking(lambda stage_id: manifests[stage_id] is not None, needed)
         status, cause = self._cause(missing[0]) if missing else (DONE, None)
@@ -119,9 +119,7 @@ class _Rows:
             "weight_bytes": _weight_bytes(manifests[cell.producers[-1]]) if cell.producers else dense.weight_bytes,
             **_efficiency(manifests.get(cell.efficiency or "")),
             **self._costs(cell, manifests),
-            ENGINES: {
-                found["metrics"]["engine"]: found["metrics"] for key in cell.checks if (found := manifests.get(key))
-            },
+            ENGINES: checked["metrics"]["engines"] if (checked := manifests.get(cell.check or "")) else {},
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": self._measured_as(cell),

@@ -62,7 +62,7 @@ def columns(rows: Sequence[Row], wide: bool = False) -> Columns:
             tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
             found += [Column(f"KL {text}", partial(_kl_on, text)) for text in other_texts(rows)]
             found += [Column(task, partial(_score, task)) for task in tasks]
-    return found + [Column(engine, partial(_in_engine, engine)) for engine in engines(rows)]
+    return found + ([Column("engines", _in_engines)] if any(row[ENGINES] for row in rows) else [])
 
 
 def _kl(row: Row) -> str:
@@ -80,14 +80,10 @@ def _score(task: str, row: Row) -> str:
     return number(scores.get("word_perplexity"), ".2f") if value is None else with_error(value, error, percent)
 
 
-def _in_engine(engine: str, row: Row) -> str:
-    found = row[ENGINES].get(engine, {})
-    return "fails" if found.get("failure") else number(found.get("difference"), ".0e")
-
-
-def engines(rows: Sequence[Row]) -> list[str]:
-    """Names of the engines in which checkpoints of some rows were checked."""
-    return list(dict.fromkeys(engine for row in rows for engine in row[ENGINES]))
+def _in_engines(row: Row) -> str:
+    checked = row[ENGINES].items()
+    told = (f"{name} {'fails' if found['failure'] else number(found['difference'], '.0e')}" for name, found in checked)
+    return ", ".join(told) or "-"
 
 
 def other_texts(rows: Sequence[Row]) -> list[str]:
@@ -147,19 +143,15 @@ def _kept(row: Row, dense: Row) -> str:
 def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
     """What the columns of such a table mean; with all columns also how they were measured."""
     shown = metrics_shown(rows, wide)
-    difference = "largest difference of log-probabilities from transformers, in nats"
-    checked = [f"{', '.join(named)}: {difference}"] if (named := engines(rows)) else []
+    checked = ["engines: largest difference of log-probabilities, in nats"] * any(row[ENGINES] for row in rows)
     if not wide:
         told = [f"{metric.header}: {metric.brief}" for metric in shown if metric.brief]
         return ["; ".join([*told, *checked, "±: standard error"])]
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
     lines = ["recovery own: units go while LoRA trains"] if any(row["recovery"] == OWN for row in rows) else []
     lines += [f"{metric.header}: {metric.told}{how.get(metric.key, '')}" for metric in shown if metric.meaning]
-    return [
-        *lines,
-        *checked,
-        "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity",
-    ]
+    lines += [*checked, "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity"]
+    return lines
 
 
 def _held_out(rows: Sequence[Row]) -> str:
@@ -190,13 +182,10 @@ def workload(run: Mapping[str, Any]) -> str:
 
 
 def causes(rows: Sequence[Row]) -> list[str]:
-    """Lines on each row that lacks its result or speed, or fails in an engine, and on rows that can't be compared with
-    others.
-    """
+    """Lines on each row that lacks a result, or fails in an engine, and on rows that can't be compared with others."""
     told = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["cause"]]
-    for row in rows:
-        failures = {engine: found["failure"] for engine, found in row[ENGINES].items() if found["failure"]}
-        told += [f"fails: {row['label']} in {engine}: {failure}" for engine, failure in failures.items()]
+    checks = [(f"{row['label']} in {engine}", found) for row in rows for engine, found in row[ENGINES].items()]
+    told += [f"fails: {where}: {found['failure']}" for where, found in checks if found["failure"]]
     return [*told, *not_comparable(rows)]
 
 

@@ -1,24 +1,18 @@
-"""Check: a checkpoint in an engine, held against transformers. It has a single rank, which only waits for both."""
+"""Check: a checkpoint in engines, held against transformers. It has a single rank, and the engines their processes."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 from hfprune_dist.engines.check import check
 from hfprune_dist.kinds.check import CheckParameters
 from hfprune_dist.stages.context import Context
-from hfprune_dist.store.atomic_files import write_json
-
-RESULTS = "check.json"
 
 
 def run(context: Context[CheckParameters]) -> None:
-    """Write ``check.json``; an engine that doesn't load the checkpoint, or computes something else, is a result."""
-    engine = context.params.engine
-    python = context.runtime.engine_pythons.get(engine, sys.executable)
-    context.progress.update(engine, 0, 1)
-    found = context.world.on_rank0(lambda: asdict(check(engine, context.input_path("model"), python)))
-    draft = context.open_draft()
-    context.world.on_rank0(lambda: write_json(draft / RESULTS, found))
-    context.commit(draft, found)
+    """Note what engines make of the checkpoint: that one doesn't load it, or computes something else, is a result."""
+    context.progress.update("engines", 0, 1)
+    pythons = {engine: context.runtime.python_of(engine) for engine in context.params.engines}
+    checks = context.world.on_rank0(lambda: check(context.input_path("model"), pythons, context.work))
+    metrics = {"engines": {engine: asdict(found) for engine, found in checks.items()}}
+    context.commit(context.open_draft(), metrics)

@@ -50,12 +50,7 @@ def run(context: Context) -> None:
     for done, file in enumerate(files[world.rank :: world.size]):
         context.progress.update("files", done * world.size, len(files))
         write_weight_file(checkpoint, file, kept, draft, replacements)
-    config = pruned_config(
-        checkpoint,
-        kept.shape,
-        [units.output for units in kinds] if params.refit == "bias" else [],
-        params.for_engines,
-    )
+    config = pruned_config(checkpoint, kept.shape, [units.output for units in kinds] if params.refit == "bias" else [])
 
     def write_rest() -> None:
         write_companions(checkpoint, draft, config)

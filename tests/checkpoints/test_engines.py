@@ -1,11 +1,8 @@
 """What the table says of engines: as they were run, and as their sources have it."""
 
 import pytest
-from blank import blank
 
 from hfprune_dist.checkpoints.engines import ENGINES, fit
-from hfprune_dist.checkpoints.pruned_config import plain_group_counts, pruned_config
-from hfprune_dist.structures.kept import Shape
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
@@ -29,8 +26,9 @@ EVERY = {*ENGINES}
         (QWEN2 | HEADS, {"vllm", "llama.cpp"}),
         (LLAMA | {"output_biases": ["mlp.down_proj"]}, {"llama.cpp"}),
         (LLAMA | {"layer_sizes": {"q_proj_rank": [2, 2]}}, set()),
-        (LLAMA | {"model_type": "doge"}, {"vllm"}),
-        ({"model_type": "gemma3", "text_config": LLAMA}, EVERY - {"llama.cpp", "ctranslate2"}),
+        (LLAMA | {"model_type": "doge"}, EVERY - {"llama.cpp"}),
+        ({"model_type": "gemma3", "text_config": LLAMA}, EVERY - {"llama.cpp"}),
+        ({"model_type": "bloom", "n_head": 8, "n_embed": 32}, EVERY - {"llama.cpp"}),
     ],
 )
 def test_what_each_engine_loads(config, loading):
@@ -42,19 +40,5 @@ def test_what_each_engine_loads(config, loading):
 def test_the_way_round_is_named():
     assert fit("vllm", QWEN2 | FEWER).options == {"model_impl": "transformers"}
     assert fit("vllm", LLAMA | HEADS).told == "trust_remote_code=True" and "export" in fit("llama.cpp", LLAMA).told
-    assert "mistral" in fit("ctranslate2", LLAMA | FEWER).told and "kv" not in fit("mlx", QWEN2 | FEWER).told
-    assert "keeps all KV groups" in fit("mlx", QWEN2 | FEWER).told
+    assert "keeps KV groups" in fit("mlx", QWEN2 | FEWER).told
     assert "leaves heads alike" in fit("openvino", LLAMA | HEADS).told
-
-
-def test_engines_restrict_kv_groups_and_the_spelling():
-    """A Llama of fewer groups whose heads divide its hidden size is spelled so that CTranslate2 reads head_dim."""
-    sizes = {key: LLAMA[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
-    llama, qwen = (blank(variant, num_hidden_layers=2, **sizes) for variant in ("llama", "qwen2"))
-    shape = Shape((0, 1), {"kv_groups": (2, 2)})
-    assert (
-        pruned_config(llama, shape)["model_type"] == pruned_config(llama, shape, (), ["vllm"])["model_type"] == "llama"
-    )
-    assert pruned_config(llama, shape, (), ["ctranslate2", "mlx"])["model_type"] == "mistral"
-    assert plain_group_counts(llama, ["ctranslate2"]) == plain_group_counts(llama) == [1, 2, 3, 4]
-    assert plain_group_counts(qwen) == [1, 2, 3, 4] and plain_group_counts(qwen, ["vllm"]) == [4]

@@ -1,106 +1,177 @@
-"""Checks: what passes, what is told, and what becomes of the card; the engines here are stand-ins."""
+"""Checks: what passes, what is told, and what is no result; the engines here are stand-ins, transformers is real."""
 
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
 from hfprune_launch import check as command
 from made_stages import stage_of
+from masking import write
 from tiny import save_tiny
 from worlds import Ranks, run_in_threads
 
-from hfprune_dist.engines import check
-from hfprune_dist.engines.check import Check, loads_in, with_line
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.engines import check, process
+from hfprune_dist.engines.check import NEW_TOKENS, Check
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
+from hfprune_dist.structures.kept import Kept
 
-ONE = {"ids": [1, 2, 3], "log_probs": [-1.0, -2.0], "new": [5, 6], "margins": [0.5, 0.001]}
+MODEL = "KeyError: 'model'"  # of an empty request
+ANY_SHAPE = Kept.of_all_layers({"neurons": [torch.arange(32), torch.arange(3, 41)]})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint, and the runs of an engine that computes what transformers does."""
+    folder = save_tiny(tmp_path_factory.mktemp("model"), num_hidden_layers=1, max_position_embeddings=512)
+    runs = []
+    for ids, log_probs_TV in check._reference(folder):
+        prompt = range(1, len(ids) - NEW_TOKENS)
+        runs.append(
+            {"log_probs": [log_probs_TV[at - 1, ids[at]].item() for at in prompt], "new": ids[-NEW_TOKENS:].copy()}
+        )
+    return folder, runs
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """What the reference and the engine answer."""
-    answers = {"transformers": {"version": "transformers 5", "runs": [ONE]}}
-    monkeypatch.setattr(check, "_run", lambda engine, *_: answers[engine])
-    return answers
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}'
+def answers(monkeypatch):
+    """What engines answer, and what they were asked."""
+    found, asked = {}, {}
+    monkeypatch.setattr(check, "require_engine", lambda *_: None)
+    monkeypatch.setattr(
+        check, "ask", lambda engine, python, folder, request: asked.update({engine: request}) or found[engine]
     )
-    (tmp_path / "README.md").write_text("# A card\n")
-    return tmp_path
+    found["asked"] = asked
+    return found
+
+
+def changed(runs, log_prob=0.0, new=None):
+    """Runs with another log-probability, or another token at a place of the second prompt."""
+    first, second, third = runs
+    told = [*second["log_probs"][:-1], second["log_probs"][-1] + log_prob]
+    tokens = second["new"] if new is None else [*second["new"][: new[0]], new[1], *second["new"][new[0] + 1 :]]
+    return [first, {"log_probs": told, "new": tokens}, third]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("change", "told"),
     [
-        ({}, "the same as transformers 5: log-probabilities within 0, 2 of 2 tokens equal"),
-        ({"log_probs": [-1.0, -2.001]}, "within 0.001, "),
-        ({"new": [5, 7]}, "1 of 2 tokens equal"),  # a tie, but for rounding
-        ({"new": [6, 7]}, "fails: it chooses a token that transformers has 0.5 nats behind another; log-prob"),
-        ({"new": [5]}, "1 of 2 tokens equal"),
-        ({"log_probs": [-1.0, -2.1]}, "differ by more than 0.01"),
-        ({"log_probs": [-1.0, float("nan")]}, "differ by more than 0.01"),
+        ({}, "vllm 1.2: log-probabilities within 0 of transformers'; 60 of 60 tokens equal"),
+        ({"log_prob": 0.001}, "within 0.001 of"),
+        ({"log_prob": -0.1}, "fails: log-probabilities differ by more than 0.01; log-probabilities within 0.1 of"),
+        ({"log_prob": float("nan")}, "fails: log-probabilities differ by more than 0.01\n"),
+        ({"new": (5, 0)}, "nats behind another; log-probabilities within 0 of transformers'; 45 of 60 tokens equal"),
     ],
 )
-def test_what_passes_and_what_does_not(run, checkpoint, changes, told, capsys):
-    run["vllm"] = {"version": "vllm 1.2", "runs": [ONE | changes]}
-    code = command.main([str(checkpoint), "--engine", "vllm"])
+def test_what_passes_and_what_does_not(answers, checkpoint, change, told, capsys):
+    folder, runs = checkpoint
+    answers["vllm"] = {"version": "vllm 1.2", "runs": changed(runs, **change)}
+    code = command.main([str(folder), "--engine", "vllm"])
     printed = capsys.readouterr().out
     assert told in printed and code == int("fails" in printed)
-    assert told in (checkpoint / "README.md").read_text()
 
 
-def test_an_engine_that_fails_is_told_in_the_card(run, checkpoint):
-    run["mlx"] = {"version": "mlx-lm 1", "error": "ValueError: no such shape"}
-    assert command.main([str(checkpoint), "--engine", "mlx"]) == 1
-    (line,) = [line for line in (checkpoint / "README.md").read_text().splitlines() if line.startswith("- mlx")]
-    assert line.startswith("- mlx: mlx-lm 1 (20") and line.endswith(") fails: ValueError: no such shape")
+def test_a_token_that_is_as_likely_passes():
+    """It is held against the one that transformers chose, whatever a third one gets."""
+    new, log_probs_TV = list(range(1, NEW_TOKENS + 1)), torch.full((NEW_TOKENS + 2, 30), -9.0)
+    log_probs_TV[range(1, NEW_TOKENS + 1), new] = -1.0
+    log_probs_TV[8, 28], log_probs_TV[8, 29] = -1.001, -1.5
+    for chosen, failure in ((28, ""), (29, "it chooses a token that transformers has 0.5 nats behind another")):
+        run = {"log_probs": [-9.0], "new": [*new[:7], chosen, *new[8:]]}
+        found = check.compared("1", [([0, 0, *new], log_probs_TV)], [run])
+        assert (found.equal, found.failure) == (7, failure)
 
 
-def test_bad_input(run, checkpoint, tmp_path, capsys):
-    run["vllm"] = {"missing": "vllm"}
+def test_what_an_engine_says_of_a_checkpoint_is_a_result(answers, checkpoint, capsys):
+    answers["mlx"] = {"version": "mlx-lm 1", "error": "ValueError: no such shape"}
+    assert command.main([str(checkpoint[0]), "--engine", "mlx"]) == 1
+    assert capsys.readouterr().out == "mlx: mlx-lm 1: fails: ValueError: no such shape\n"
+
+
+def test_code_runs_only_if_it_is_ours(answers, checkpoint, tmp_path):
+    write(open_checkpoint(save_tiny(tmp_path / "dense", max_position_embeddings=512)), ANY_SHAPE, tmp_path / "pruned")
+    answers["vllm"] = {"version": "vllm 1", "error": "told"}
+
+    def trusted():
+        check.check(tmp_path / "pruned", {"vllm": "python"})
+        return answers["asked"]["vllm"]["options"]["trust_remote_code"]
+
+    assert trusted()
+    with (tmp_path / "pruned" / "modeling_pruned.py").open("a") as stream:
+        stream.write("# more\n")
+    assert not trusted()
+    (tmp_path / "pruned" / "modeling_pruned.py").unlink()
+    assert trusted()  # there is none
+
+
+def test_bad_input(checkpoint, tmp_path, capsys):
+    folder, mlx = str(checkpoint[0]), ["--engine", "mlx"]
     for arguments, told in (
-        ([str(checkpoint), "--engine", "vllm"], f"has no vllm: {sys.executable} -m pip install vllm"),
-        ([str(tmp_path / "nowhere"), "--engine", "vllm"], "no readable config.json"),
-        ([str(checkpoint), "--engine", "tgi"], "invalid choice"),
+        ([folder, *mlx], f"{sys.executable}: it lacks mlx; name the Python of an environment"),
+        ([folder, *mlx, "--python", "./python"], "./python: No such file or directory; name the Python"),
+        ([str(tmp_path / "nowhere"), *mlx], "no such folder"),
+        ([folder, *mlx, "--exported", str(tmp_path / "nothing.gguf")], "nothing.gguf: no such file or folder"),
+        ([folder, "--engine", "tgi"], "invalid choice"),
     ):
         with pytest.raises(SystemExit) as ended:
             command.main(arguments)
         assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_a_line_replaces_that_of_its_engine():
-    config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
-    card = f"# A model\n\n{loads_in(config)}\n\n## More\n\n- mlx: is not meant\n"
-    passed, failed = Check("mlx", "mlx 1", "5", "now", 0.0, 2, 2), Check("mlx", "mlx 1", "5", "now", failure="bad")
-    once = with_line(with_line(card, failed), passed)
-    assert once.count("- mlx:") == 2 and once.endswith("is not meant\n") and "bad" not in once
-    assert f"- mlx: {passed.line()}" in once.splitlines() and "- vllm: yes" in once.splitlines()
-    assert with_line("# Theirs", passed).splitlines()[-2:] == ["", f"- mlx: {passed.line()}"]
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """A function: have the engine openvino do something when it is imported."""
+    for name in ("openvino", "optimum/intel", "torch"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+    def does(code):
+        (tmp_path / "site" / "openvino" / "__init__.py").write_text(f"import os\n__version__ = '1-x'\n{code}\n")
+        return str(python)
+
+    return does
 
 
-def test_a_stage_records_what_was_found(run, tmp_path):
-    save_tiny(tmp_path / "model")
-    run["openvino"] = {"version": "openvino 1", "runs": [ONE]}
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ValueError('no  such shape')", {"version": "openvino", "error": "ValueError: no such shape"}),
+        ("raise ImportError('libcuda')", "openvino could not run: ImportError: libcuda"),
+        ("raise RuntimeError('CUDA out of memory')", "could not run: RuntimeError: CUDA out of memory"),
+        ("raise KeyboardInterrupt", "could not run: KeyboardInterrupt"),
+        ("os.write(2, b'killed'); os._exit(3)", "could not run: its process ended with 3; killed"),
+        ("import time; time.sleep(100)", "could not run: not done within"),
+        (
+            "assert 'RANK' not in os.environ and 'TMPDIR' in os.environ",
+            {"version": "openvino 1", "error": "KeyError: 'model'"},
+        ),
+    ],
+)
+def test_what_is_learned_of_an_engine(engine, code, told, tmp_path, monkeypatch):
+    """The real script, in a process of its own."""
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setattr(process, "HOURS", 30 / 3600 if "sleep" not in code else 1 / 3600)
+    python = engine(code)
+    process.require_engine("openvino", python)
+    if isinstance(told, dict):
+        assert process.ask("openvino", python, tmp_path, {}) == told
+    else:
+        with pytest.raises(UserError, match=told):
+            process.ask("openvino", python, tmp_path, {})
+
+
+def test_a_stage_records_what_was_found(answers, checkpoint, tmp_path):
+    folder, runs = checkpoint
     store = Store(tmp_path)
-    stage = stage_of("check", "m", {"engine": "openvino"}, {"model": Input("model", str(tmp_path / "model"))})
+    inputs = {"model": Input("model", str(folder))}
+    stage = stage_of("check", "m", {"engines": ["openvino", "mlx"]}, inputs)
+    answers |= {"openvino": {"version": "1", "runs": runs}, "mlx": {"version": "2", "error": "no"}}
     run_in_threads(store, stage, Ranks(1))
-    found = Check(**store.handle(stage.id).manifest()["metrics"])
-    assert (found.engine, found.equal, found.failure) == ("openvino", 2, "")
-
-
-def test_transformers_answers_and_an_engine_of_another_python_is_missed(tmp_path, monkeypatch):
-    """The real script, in processes of their own; ranks' variables don't reach them."""
-    monkeypatch.setenv("WORLD_SIZE", "7")
-    save_tiny(tmp_path, num_hidden_layers=1)
-    answer = check._run("transformers", sys.executable, str(tmp_path), ["ab", "cde"], {})
-    assert [len(run["log_probs"]) + 1 for run in answer["runs"]] == [len(run["ids"]) for run in answer["runs"]]
-    assert all(len(run["new"]) == len(run["margins"]) == check.NEW_TOKENS for run in answer["runs"])
-    assert check._run("mlx", sys.executable, "", [], {}) == {"missing": "mlx_lm"}
-    assert "ended with 1" in check._run("transformers", "/bin/false", "", [], {})["error"]
-    with pytest.raises(UserError, match="no Python to run mlx"):
-        check._run("mlx", str(tmp_path / "python"), "", [], {})
+    found = store.handle(stage.id).manifest()["metrics"]["engines"]
+    assert found == {"openvino": asdict(Check("1", pytest.approx(0), 60)), "mlx": asdict(Check("2", failure="no"))}

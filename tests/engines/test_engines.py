@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-from contextlib import suppress
 
 import pytest
 import torch
@@ -93,5 +92,3 @@ def test_an_engine_computes_what_the_table_says_it_loads(made, engine, name, mon
     checkpoint = made(name)
     code = check.main([str(checkpoint), "--engine", engine, "--python", python_of(engine)])
     assert (code == 0) == fit(engine, read_json(checkpoint / "config.json")).loads
-    with suppress(FileNotFoundError):
-        assert f"- {engine}: " in (checkpoint / "README.md").read_text()

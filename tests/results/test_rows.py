@@ -150,15 +150,15 @@ def test_a_row_stands_without_its_speed(store):
     assert flat_row(row)["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0
 
 
-def test_a_row_has_what_checks_found_and_stands_without_them(store):
+def test_a_row_has_what_a_check_found_and_stands_without_it(store):
     commit(store, EVALUATE, **SCORES)
-    checked = stage_of("check", "m 0.2 in vllm", {}, {"model": PRUNE.as_input()})
-    plan = Plan({**PLAN.stages, checked.id: checked}, (PLAN.cells[0], replace(PLAN.cells[1], checks=(checked.id,))))
+    checked = stage_of("check", "m 0.2", {}, {"model": PRUNE.as_input()})
+    plan = Plan({**PLAN.stages, checked.id: checked}, (PLAN.cells[0], replace(PLAN.cells[1], check=checked.id)))
     failed(store, checked, "input", "no vllm")
     dense, row = collect_rows(plan, store, DENSE)
     assert (row["status"], row["engines"], row["cause"]) == ("done", {}, "no check: check failed (input): no vllm")
-    found = {"engine": "vllm", "difference": 2e-5, "equal": 60, "tokens": 60, "failure": ""}
-    commit(store, checked, **found)
+    found = {"version": "vllm 1", "difference": 2e-5, "equal": 60, "tokens": 60, "failure": ""}
+    commit(store, checked, engines={"vllm": found})
     _, row = collect_rows(plan, store, DENSE)
     assert (row["engines"], row["cause"], dense["engines"]) == ({"vllm": found}, None, {})
     assert flat_row(row)["engines/vllm/difference"] == 2e-5

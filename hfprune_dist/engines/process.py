@@ -1,0 +1,59 @@
+"""An engine in a process of its own, run by the Python of an environment that has it, which needs nothing of ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfprune_dist.config.method import EngineName
+from hfprune_dist.errors import UserError
+from hfprune_dist.export import require_gguf
+from hfprune_dist.store.atomic_files import read_json, write_json
+
+SCRIPT = str(Path(__file__).with_name("in_engine.py"))
+HOURS = 4  # after which an engine hangs
+# What ranks of a stage, of which this may be one, are told, and no engine should take for its own.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
+
+
+def require_engine(engine: EngineName, python: str) -> None:
+    """Refuse a Python that isn't there, or has no such engine, and llama.cpp without what writes its files."""
+    if engine == "llama.cpp":
+        require_gguf()
+    try:
+        if not _run([python, SCRIPT, engine], stderr=subprocess.DEVNULL):
+            return
+        why = f"it lacks {engine}"
+    except OSError as error:
+        why = str(error.strerror)
+    way = f"name the Python of an environment that has {engine} (--python; in a sweep runtime.engine_pythons)"
+    raise UserError(f"{python}: {why}; {way}; tests/run.sh has the packages")
+
+
+def ask(engine: EngineName, python: str, folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine answers to a request, both as in ``in_engine``, whose files are in the folder.
+
+    Raises:
+        UserError: if it can't run, which says nothing of the model.
+    """
+    asked, answered, log = (folder / name for name in ("request.json", "answer.json", "log"))
+    write_json(asked, request)
+    command = [python, SCRIPT, engine, str(asked), str(answered)]
+    try:
+        with log.open("w") as stream:
+            code = _run(command, {"TMPDIR": str(folder)}, stdout=stream, stderr=stream, timeout=HOURS * 3600)
+        answer: dict[str, Any] = read_json(answered) or {"unable": f"its process ended with {code}"}
+    except subprocess.TimeoutExpired:
+        answer = {"unable": f"not done within {HOURS} hours"}
+    if "unable" in answer:
+        said = " / ".join(log.read_text(errors="replace").split("\n")[-3:])
+        raise UserError(f"{engine} could not run: {answer['unable']}; {said}")
+    return answer
+
+
+def _run(command: list[str], given: dict[str, str] | None = None, **options: Any) -> int:
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS} | (given or {})
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False, **options).returncode
