@@ -39,12 +39,14 @@ class Recipe(TextSource):
     alone), merged afterwards. full: all of them. parts: those named in ``parts``. none: no training. With full and
     parts, each rank has the whole model, ranks share the optimizer, and mixtures of experts are refused."""
     parts: list[Part] = Field(default=["lm_head", "last_3_layers"], min_length=1)
-    """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers."""
+    """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers (all that
+    pruning has left, if these are fewer)."""
     text: Literal["instructions", "documents", "calibration"] = "instructions"
     """What is read. instructions: pairs and chats; a record with a field ``messages`` is a chat: a list of objects with
     ``role`` and ``content``, of any number of turns, formatted by the tokenizer's chat template, with loss on the
     assistant's turns only; all other records are pairs of an instruction and its response in Alpaca's template, which
-    also takes a field ``input``, if there is one. documents: any text, in ``text_field``. calibration: the windows that
+    also takes a field ``input``, if there is one. documents: any text, in ``text_field`` of a path or a dataset that
+    must be given. calibration: the windows that
     the model was pruned with; the keys of a text are without effect then, and so is sequence_length."""
     objective: Literal["labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "labels"
     """What is learnt. labels: the next token of the text; of instructions, of responses only. distill: the dense
@@ -65,7 +67,8 @@ class Recipe(TextSource):
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the rows, if neither tokens nor max_steps is set."""
     tokens: TokenCount | None = None
-    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; overrides epochs."""
+    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; at least those of one step;
+    overrides epochs."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs and tokens."""
     batch_size: Positive | None = None
@@ -95,7 +98,8 @@ class Recipe(TextSource):
     patience: Positive | None = None
     """Training ends early after so many of these evaluations in a row without a lower KL; null: never."""
     dtype: Dtype = "bfloat16"
-    """Compute dtype; what is trained and the optimizer's states are always float32."""
+    """Compute dtype, to which weights are rounded when training begins; the optimizer's weights and states are float32
+    from there on."""
 
     @model_validator(mode="after")
     def _has_two_fields(self) -> Recipe:
@@ -123,7 +127,6 @@ class Recipe(TextSource):
         idle |= set() if self.method == "parts" else {"parts"}
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
-        idle |= set() if self.evaluate_every else {"patience"}
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}
         given = {name: value for name, value in settings.items() if name not in idle and value is not None}
@@ -140,9 +143,16 @@ class Training(Recipe):
     dropout: Dropout = 0.05
 
     @model_validator(mode="after")
-    def _has_an_end(self) -> Training:
+    def _is_whole(self) -> Training:
+        texts = Recipe.model_fields
+        if self.text == "documents" and all(
+            getattr(self, key) == texts[key].default for key in ("path", "dataset", "text_field")
+        ):
+            raise ValueError(f"documents need a path or a dataset; {self.dataset}, the default, holds instructions")
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts evaluations on the way: set evaluate_every, or leave patience out")
         return self
 
     @property
@@ -205,8 +215,16 @@ class RecoveryConfig(Recipe):
                 raise ValueError(f"recipes.{name}: {told}" if name else told) from None
             if name == "own" or (name == "none" and training is not None):
                 raise ValueError(f"recipes.{name}: tables call rows of another kind so; choose another name")
-            found["none" if training is None else name or training.row_name] = training
+            row = "none" if training is None else name or training.row_name
+            if row in found:
+                raise ValueError(f"recipes.{name}: another recipe has method none already; leave one of them out")
+            found[row] = training
         return found
+
+
+def layers_of(part: str) -> int:
+    """The number of layers that a part of a model stands for."""
+    return int(part.split("_")[1]) if part.startswith("last_") else 0
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

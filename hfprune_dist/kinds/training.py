@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.training import Training
+from hfprune_dist.config.training import Training, layers_of
 from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.structures import UnitKind, kinds_among
 
@@ -58,21 +58,16 @@ class LoraPruneParameters(RecoverParameters):
 
 
 def training_need(
-    settings: Training, model: Sizes, rows: int, tokens: int, *, has_teacher: bool = False, masks: bool = False
+    settings: Training, model: Sizes, rows: int, row_tokens: int, *, has_teacher: bool = False, masks: bool = False
 ) -> Need:
     """The memory of a training.
 
     Args:
-        rows: of ``tokens`` tokens each, at a time.
+        rows: of ``row_tokens`` tokens each, at a time.
         has_teacher: whether the dense model runs beside the one that is trained.
         masks: whether the inputs of output projections are multiplied by masks (LoRAPrune), beside which they are kept.
     """
-    tokens, itemsize, hidden, neurons = (
-        rows * tokens,
-        ITEMSIZE[settings.dtype],
-        model.hidden,
-        model.neurons,
-    )
+    tokens, itemsize, hidden, neurons = rows * row_tokens, ITEMSIZE[settings.dtype], model.hidden, model.neurons
     of_mlp = 0 if model.routed else neurons  # which LoRA adapts
     sides = 4 * hidden + model.attention + 3 * (hidden + of_mlp) * (of_mlp > 0)
     # In float32: weight, gradient, two moments and what a step computes; in the compute dtype: weight and gradient.
@@ -107,8 +102,6 @@ def trained_in_place(settings: Training, model: Sizes) -> int:
         return model.parameters
     table, of_parts = model.vocabulary * model.hidden, 0
     for part in settings.parts:
-        layers = int(part.split("_")[1]) if part.startswith("last_") else 0
-        of_parts += (
-            layers * model.layer if layers else table if part != "norms" else 4 * model.num_layers * model.hidden
-        )
+        of_norms = 4 * model.num_layers * model.hidden
+        of_parts += layers_of(part) * model.layer or (of_norms if part == "norms" else table)
     return min(of_parts, model.parameters)

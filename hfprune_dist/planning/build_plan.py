@@ -16,7 +16,7 @@ from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
-from hfprune_dist.config.training import Training
+from hfprune_dist.config.training import Training, layers_of
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.check import CheckParameters
@@ -55,11 +55,12 @@ def build_plan(
             generations beyond a model's positions, or trainings that don't suit a model or a method.
     """
     in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
-    for key, value in {"method": "lora", "objective": "labels", "text": "instructions"}.items() if in_recovery else ():
-        if getattr(config.recovery, key) != value:
+    needed = {"method": "lora", "objective": "labels", "text": "instructions", "evaluate_every": None}
+    for key, value in needed.items() if in_recovery else ():
+        if (given := getattr(config.recovery, key)) != value:
             raise UserError(
                 f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), "
-                f"and recovery.{key} is {getattr(config.recovery, key)}; set it to {value}, or leave the method out"
+                f"and recovery.{key} is {given}; set it to {value or 'null'}, or leave the method out"
             )
     planner = _Planner(config, methods, hashes, device)
     for model in models:  # before any text is read
@@ -143,12 +144,9 @@ class _Planner:
         """Refuse ratios and methods that the model doesn't take, and generations longer than its positions."""
         for name, method in self._methods_for(model).items():
             check_ratios(model.checkpoint, self._config.ratios, method, place_of(model.name, name))
-        in_place = [name for name, training in self._trainings.items() if training and training.method != "lora"]
-        if in_place and model.checkpoint.family.experts:
-            raise UserError(
-                f"recovery {in_place[0]}: model {model.name!r} is a mixture of experts, which LoRA alone trains; "
-                "set method: lora"
-            )
+        for name, training in self._trainings.items():
+            if training is not None and (why := self._unfit(training, model.checkpoint)):
+                raise UserError(f"recovery {name}: {why} (model {model.name!r})")
         efficiency, positions = self._config.efficiency, model.checkpoint.max_positions
         longest = max(efficiency.prompt_tokens) + efficiency.new_tokens
         if efficiency.enabled and positions is not None and longest > positions:
@@ -156,6 +154,25 @@ class _Planner:
                 f"efficiency: the longest of prompt_tokens and new_tokens are {longest} together, more than the "
                 f"{positions} positions of model {model.name!r} (max_position_embeddings); choose fewer"
             )
+
+    def _unfit(self, training: Training, checkpoint: Checkpoint) -> str:
+        """Why a training can't be done, and what to do; empty if it can."""
+        parts = training.parts if training.method == "parts" else []
+        if training.method != "lora" and checkpoint.family.experts:
+            return "mixtures of experts are trained by LoRA alone; set method: lora"
+        if "norms" in parts and f"{checkpoint.family.norm}.weight" not in checkpoint.tensors:
+            return "parts: norms have no weights here; choose among lm_head, embeddings and last_N_layers"
+        if too_deep := [part for part in parts if layers_of(part) > checkpoint.num_layers]:
+            return (
+                f"parts: {too_deep[0]} of {checkpoint.num_layers}; choose at most last_{checkpoint.num_layers}_layers"
+            )
+        text = self._config.calibration if training.text == "calibration" else training
+        if training.tokens and not training.max_steps and training.tokens < training.batch_size * text.sequence_length:
+            return (
+                f"tokens {training.tokens} are fewer than those of a step, batch_size {training.batch_size} times "
+                f"sequence_length {text.sequence_length}; lower batch_size, or raise tokens"
+            )
+        return ""
 
     def _methods_for(self, model: ModelSource) -> dict[str, Method]:
         """The methods that apply to a model, as they suit it: all but adaptive ones that can do nothing there; if that

@@ -426,8 +426,8 @@ def parts_to_train(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter
     for part in settings.parts if settings.method == "parts" else ():
         if part == "norms":
             modules += [module for module in body.modules() if type(module).__name__.endswith("Norm")]
-        elif part.startswith("last_"):
-            modules += family.layers_of(model)[-int(part.split("_")[1]) :]
+        elif count := config.layers_of(part):
+            modules += family.layers_of(model)[-count:]
         else:
             modules.append(head if part == "lm_head" else model.get_submodule(family.embedding))
     wanted = {parameter for module in modules for parameter in module.parameters()}

@@ -53,8 +53,11 @@ def test_recipes_read_back_as_they_were_and_take_their_own_texts_alone(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"recipes": {"a": {"text": "documents"}}}, "recipes.a: documents of a data set have no end"),
-        ({"text": "documents"}, "recovery: documents of a data set have no end: set tokens"),
+        ({"recipes": {"a": {"text": "documents", "dataset": "b/c"}}}, "recipes.a: documents of a data set have no end"),
+        ({"text": "documents", "dataset": "a/b"}, "recovery: documents of a data set have no end: set tokens"),
+        ({"text": "documents", "tokens": "1M"}, "recovery: documents need a path or a dataset; MBZUAI"),
+        ({"recipes": {"a": {"patience": 2}}}, "recipes.a: patience counts evaluations on the way: set evaluate_every"),
+        ({"recipes": {"a": {"method": "none"}, "b": {"method": "none"}}}, "recipes.b: another recipe has method none"),
         ({"recipes": {"none": {}}}, "choose another name"),
         ({"recipes": {"a": {"objektive": "labels"}}}, "unknown key 'recovery.recipes.a.objektive'"),
         ({"tokens": "3 million"}, "recovery.tokens"),

@@ -273,5 +273,5 @@ def test_a_7b_model_learns_from_itself_on_eight_gpus_with_all_weights():
     need = training_need(settings, model, 4, 1024, has_teacher=True)
     assert place(need, Gpus(8, 80 * GIB), "auto").fits and not place(need, Gpus(1, 4 * 40 * GIB), "auto").fits
     assert place(need, Gpus(8, 80 * GIB), "zero3").whole
-    with_lora = partial(training_need, Training(), model, tokens=1024)
+    with_lora = partial(training_need, Training(), model, row_tokens=1024)
     assert passes(with_lora, "auto", 16, Gpus(8, 80 * GIB), "auto").at_once >= 4

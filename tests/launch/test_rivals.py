@@ -117,11 +117,14 @@ def test_loraprune_is_a_row_whose_recovery_is_its_own(recovered):
     assert "calibrated on" not in card
 
 
-def test_loraprune_alone_needs_no_calibration_and_recovery_none_is_refused(config, tmp_path):
+def test_loraprune_alone_needs_no_calibration_and_what_it_can_not_do_is_refused(config, tmp_path):
     alone = ["--config", config, "--out", tmp_path / "out", "--models", "alpha", "--methods", "loraprune"]
     code, shown, said = in_process(sweep_command.main, *alone, "--ratios", "0.2", "--dry-run")
     assert code == 0, said
     kinds = [line.split()[0] for line in shown.splitlines() if line.endswith("not made yet")]
     assert "loraprune" in kinds and not {"importance", "prune"} & set(kinds)
-    code, _, said = in_process(sweep_command.main, *alone, "--ratios", "0.2", "--set", "recovery.method=none")
-    assert code == 2 and "--methods loraprune: units go while LoRA recovers the model" in " ".join(said.split())
+    for setting, instead in {"method=none": "lora", "evaluate_every=1000": "null"}.items():
+        code, _, said = in_process(sweep_command.main, *alone, "--ratios", "0.2", "--set", f"recovery.{setting}")
+        told = " ".join(said.split())
+        assert code == 2 and "--methods loraprune: units go while LoRA recovers the model" in told
+        assert f"recovery.{setting.replace('=', ' is ')}; set it to {instead}" in told

@@ -318,7 +318,7 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
         "lora": {},
         "again": {"text": "calibration", "objective": "distill", "epochs": 3.0},
         "more": {"text": "calibration", "objective": 0.5, "method": "full"},
-        "beside": {"objective": "distill", "method": "parts", "evaluate_every": "30k"},
+        "beside": {"objective": "distill", "method": "parts", "parts": ["norms"], "evaluate_every": "30k"},
     }
     plan = plan_of(world, models=["a"], ratios=[0.2], recovery__recipes=recipes)
     rows = {(cell.ratio, cell.recovery): cell for cell in plan.cells}
@@ -343,6 +343,28 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
     assert last.params.recovery.tokens is None and trained[0.2, "beside"].params.recovery.evaluate_every == 30_000
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"method": "parts"}, "parts: parts: last_3_layers of 2; choose at most last_2_layers"),
+        ({"tokens": "30k"}, "lora: tokens 30000 are fewer than .*, batch_size 128 times sequence_length 1024; lower"),
+        (
+            {"tokens": 9, "text": "calibration", "batch_size": 1},
+            "lora: .*, batch_size 1 times sequence_length 1024; lower",
+        ),
+    ],
+)
+def test_trainings_that_no_model_or_not_this_one_can_have(world, settings, told):
+    with pytest.raises(UserError, match=rf"recovery {told}.* \(model 'a'\)"):
+        plan_of(world, models=["a"], **{f"recovery__{key}": value for key, value in settings.items()})
+
+
+def test_norms_without_weights_are_not_for_training(world, tmp_path):
+    folder = save_model(tmp_path / "olmo", "olmo")
+    with pytest.raises(UserError, match="parts: norms have no weights here; choose among lm_head"):
+        plan_of(world, models=[str(folder)], methods=["hfprune"], recovery__method="parts", recovery__parts=["norms"])
+
+
 def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_from_it(world, monkeypatch):
     monkeypatch.setattr("hfprune_dist.planning.build_plan.STORED_BYTES", 10)
     plan = plan_of(world, models=["a"], recovery__text="calibration", recovery__objective="distill")
@@ -354,7 +376,7 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
     [
         {"recovery__revision": "abc"},
         {"recovery__text_field": "response"},
-        {"recovery__epochs": 7.0, "recovery__tokens": "30k"},
+        {"recovery__epochs": 7.0, "recovery__tokens": "300k"},
         {"recovery__rank": 4, "recovery__method": "full"},
         {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
         {"prune__effort": "quick", "methods": ["hfprune"]},
