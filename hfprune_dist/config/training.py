@@ -75,15 +75,16 @@ class Recipe(TextSource):
     """Rows per optimizer step, over all ranks together; null: 128 with objective labels, 16 otherwise."""
     micro_batch_size: PositiveOrAuto = "auto"
     """Rows per forward pass of one rank. auto: on a CPU 1; on GPUs as many as keep them busy and fit the memory that is
-    free when training begins. The manifest has the number. If a step's rows are no multiple of it times the number of
-    ranks, some ranks are idle for a part of it. With dropout, another number draws others."""
+    free when training begins. The manifest has the number, and training that is resumed keeps it. If a step's rows are
+    no multiple of it times the number of ranks, some ranks are idle for a part of it. With dropout, another number
+    draws others."""
     learning_rate: LearningRate | None = None
     """Peak learning rate; it decays to zero along a cosine. null: 4e-4 for lora on labels, 1e-3 for lora that distills,
     1e-4 for full and parts."""
     warmup_steps: NonNegative | None = None
     """Optimizer steps of linear warm-up, at most a quarter of all steps; null: 0 with objective labels, 4 otherwise."""
     weight_decay: WeightDecay | None = None
-    """AdamW weight decay; null: 0 for lora, 0.05 for full and parts."""
+    """AdamW weight decay of matrices (norms and biases have none); null: 0 for lora, 0.05 for full and parts."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm, of all of them together."""
     rank: Positive = 32

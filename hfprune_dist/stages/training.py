@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,7 +41,7 @@ from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import DenseStates
-from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters, rows_at_once
+from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
@@ -71,8 +70,6 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,
         masked_to=masked_to,
     )
-    context.decided["micro_batch_size"] = rows_at_once(task, context.runtime.sharding, context.world)
-    task = replace(task, decided=context.decided["micro_batch_size"])
     title = re.sub("[^A-Za-z0-9._]+", "-", f"{context.stage.label} {context.stage.kind}")[:LONGEST_TITLE]
     root = context.store.root
     run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
@@ -81,7 +78,8 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
     losses = [line["loss"] for line in trained.losses]
     seen = rows_trained(schedule.rows, settings.batch_size, trained.step)
     cost = training_cost(checkpoint, seen, task.tokens, in_place=not in_adapters(task), teacher=teacher)
-    metrics = {**counts, **cost, "steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
+    summary = {"steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
+    metrics = {**counts, **cost, **trained.notes, **summary}
     kept = None
     if masked_to is not None:
         kept = UnitMasks(checkpoint.structures, masked_to, trained.tensors).kept()

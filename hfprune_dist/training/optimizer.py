@@ -41,12 +41,16 @@ class Optimizer:
         self._gradient.zero_()
         self._weights = nn.Parameter(weights)
         self._weights.grad = self._gradient[own]
-        self._adamw = torch.optim.AdamW([self._weights], weight_decay=settings.weight_decay)
+        self._weight_decay = settings.weight_decay
+        self._adamw = torch.optim.AdamW([self._weights], weight_decay=0.0)
+        self._norm = torch.zeros((), device=device)
         if start.step:
             moments = {moment: start.vector(moment, own).to(device) for moment in MOMENTS}
             self._adamw.state[self._weights] = {"step": torch.tensor(float(start.step)), **moments}
-        for name, sum_of_gradients in self.gradients().items():
+        self._hooks = [
             parameters[name].register_post_accumulate_grad_hook(_adding_to(sum_of_gradients))
+            for name, sum_of_gradients in self.gradients().items()
+        ]
         self._show()
 
     def weights(self) -> dict[str, Tensor]:
@@ -60,21 +64,24 @@ class Optimizer:
     def sum_over_ranks(self) -> None:
         """Add up the ranks' gradients; collective."""
         self._world.all_reduce(self._gradient)
+        self._norm = self._gradient.norm()
 
     def kept_share(self) -> Tensor:
         """The share of each gradient that is left once all of them are clipped, a scalar on the device."""
-        share: Tensor = self._max_grad_norm / (self._gradient.norm() + 1e-6)
+        share: Tensor = self._max_grad_norm / (self._norm + 1e-6)
         return share.clamp(max=1.0)
 
     def step(self, learning_rate: float) -> float:
         """Clip, do a step, and return the gradients' norm before clipping; collective."""
-        norm = self._gradient.norm()
         self._gradient *= self.kept_share()
+        for parameter, _, here in self._overlaps(self._share(self._rank)):
+            if self._weight_decay and parameter.ndim > 1:  # neither norms nor biases
+                self._weights.data[here] *= 1 - learning_rate * self._weight_decay
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
         self._gradient.zero_()
         self._show()
-        return float(norm)
+        return float(self._norm)
 
     def shapes(self) -> dict[str, list[int]]:
         """Shapes of the parameters, in the vector's order."""
@@ -90,6 +97,8 @@ class Optimizer:
     def release(self) -> None:
         """Free the memory; it can't be used any more."""
         self._adamw.state.clear()
+        for hook in self._hooks:
+            hook.remove()  # or the parameters, which DeepSpeed holds on to, would keep the gradients
         for vector in (self._weights, self._gradient):
             vector.data = vector.data.new_empty(0)
         self._weights.grad = None

@@ -36,6 +36,7 @@ class Snapshot:
         shapes: name of each parameter that is trained -> its shape, in the vector's order. LoRA's have the names that
             they have in a ``PeftModel``.
         shares: the files with the vector's parts, in order.
+        notes: what the manifest says of the training, and what later attempts keep to.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Snapshot:
     losses: list[LossLine] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     shares: list[Path] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def vector(self, name: str, part: slice) -> Tensor:
         """A part of the vector (``WEIGHTS``) or of a moment, float32 on the CPU."""
@@ -81,8 +83,8 @@ class Snapshot:
         shares = sum(world.all_gather(state is not None))
 
         def write() -> None:
-            numbers = {"step": self.step, "losses": self.losses, "shapes": self.shapes, "shares": shares}
-            texts = {name: json.dumps(value, allow_nan=False) for name, value in numbers.items()}
+            told = {name: getattr(self, name) for name in ("step", "losses", "shapes", "notes")} | {"shares": shares}
+            texts = {name: json.dumps(value, allow_nan=False) for name, value in told.items()}
             save_tensors(self.tensors, file, texts)
             kept = [_share_file(file, self.step, number) for number in range(shares)]
             for other in {*file.parent.glob(f"{file.stem}-*-*.safetensors")}.difference(kept):

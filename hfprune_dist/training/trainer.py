@@ -27,8 +27,8 @@ from transformers.utils import is_liger_kernel_available, logging
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_targets
-from hfprune_dist.config import training as config
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
+from hfprune_dist.config.training import STEPS_PER_WARMUP_STEP, Training, layers_of, rows_trained
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
@@ -52,6 +52,8 @@ from hfprune_dist.training.teacher_states import DENSE, DenseStates
 from hfprune_dist.training.trackers import Trackers
 
 HELD_OUT_KL = "held_out_kl"
+# Of a snapshot's notes: rows per forward pass of one rank, and whether Liger's kernels computed.
+ROWS_AT_ONCE, FUSED = "micro_batch_size", "fused_kernels"
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class FineTuning:
         is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
         teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
         held_out: text for evaluations on the way.
-        decided: rows per forward pass of one rank, if these are decided by memory.
+        decided: rows per forward pass of one rank, if this is decided.
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
     """
 
     checkpoint: Checkpoint
-    settings: config.Training
+    settings: Training
     seed: int
     rows: RowReader
     schedule: Schedule
@@ -93,7 +95,7 @@ class FineTuning:
 
     def tokens_at(self, step: int) -> int:
         """Tokens of the rows of the first ``step`` steps."""
-        return config.rows_trained(self.schedule.rows, self.schedule.batch_size, step) * self.tokens
+        return rows_trained(self.schedule.rows, self.schedule.batch_size, step) * self.tokens
 
     def evaluates_at(self, step: int) -> bool:
         """Whether there is an evaluation after the first ``step`` steps."""
@@ -111,7 +113,7 @@ class FineTuning:
     def learning_rate(self, step: int) -> float:
         """That of an optimizer step, counted from 0: linear warm-up, then a cosine to zero."""
         peak = self.settings.learning_rate
-        warmup = min(self.settings.warmup_steps, self.total_steps // config.STEPS_PER_WARMUP_STEP)
+        warmup = min(self.settings.warmup_steps, self.total_steps // STEPS_PER_WARMUP_STEP)
         if step < warmup:
             return peak * step / warmup
         return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
@@ -141,26 +143,29 @@ def fine_tune(
     start = Snapshot.last(file, world)
     if start.step == task.total_steps or task.has_converged(start.losses):
         return start
+    task = replace(task, decided=start.notes.get(ROWS_AT_ONCE) or rows_at_once(task, runtime.sharding, world))
     placement = place_training(task, runtime.sharding, world)
-    training, losses = Training(task, start, world, placement), list(start.losses)
+    trainer, losses = Trainer(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
         while True:
-            values, step = training.step(len(losses)), len(losses) + 1
+            values, step = trainer.step(len(losses)), len(losses) + 1
             if values is None:
-                training.release()
                 placement = smaller(placement, task, runtime.sharding, world)
+                trainer.release()
+                del trainer  # before there is another, which gc.freeze hides from Python's collector with all else
+                gc.collect()
                 start = Snapshot.last(file, world)
-                training, losses = Training(task, start, world, placement), list(start.losses)
+                trainer, losses = Trainer(task, start, world, placement), list(start.losses)
                 continue
+            values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
+            if task.evaluates_at(step):
+                values |= {"tokens": task.tokens_at(step), **trainer.evaluate()}
             for key, value in values.items():
                 if not math.isfinite(value):
                     raise UserError(
-                        f"recovery: {key} is {value} at step {step}; lower recovery.learning_rate, or raise "
-                        "recovery.warmup_steps; at step 1, check the checkpoint's weights"
+                        f"recovery: training diverged, {key} is {value} at step {step}; lower recovery.learning_rate, "
+                        "or raise recovery.warmup_steps; at step 1, check the checkpoint's weights"
                     )
-            values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
-            if task.evaluates_at(step):
-                values |= {"tokens": task.tokens_at(step), **training.evaluate()}
             losses.append({"step": step, **values})
             trackers.report(values, step)
             progress.update("recovery", step, task.total_steps)
@@ -168,7 +173,7 @@ def fine_tune(
                 print(f"recovery: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
             interrupted, ended = interruption.agreed(world), step == task.total_steps or task.has_converged(losses)
             if step % runtime.save_every_steps == 0 or ended or interrupted:
-                training.save(file, step, losses)
+                trainer.save(file, step, losses)
             if interrupted:
                 raise Interrupted
             if ended:
@@ -181,12 +186,15 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
         return replace(placement, checkpointing=True)
     if in_adapters(task) and world.size > 1 and sharding == "auto":
         return replace(placement, whole=False)
+    lower = f"{'calibration' if task.is_plain_text else 'recovery'}.sequence_length"
+    if task.at_once > 1:
+        lower = f"recovery.micro_batch_size, here {task.at_once}"
     raise torch.OutOfMemoryError(
-        "out of memory, although layers run again in backward; lower recovery.micro_batch_size, or take more GPUs"
+        f"out of memory, although layers run again in backward; lower {lower}, or take more GPUs"
     )
 
 
-class Training:
+class Trainer:
     """A model in training, on one rank.
 
     Args:
@@ -209,8 +217,9 @@ class Training:
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
             self._is_whole = beside == "replicate"
-        for frozen in filter(None, (self._frozen, self._teacher)):
-            use_fused_kernels(frozen.module, world.device)
+        models = [frozen.module for frozen in (self._frozen, self._teacher) if frozen is not None]
+        fused = [use_fused_kernels(each, world.device) for each in models]
+        self._notes = {ROWS_AT_ONCE: rows, FUSED: any(fused) or start.notes.get(FUSED, False)}
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
@@ -342,7 +351,7 @@ class Training:
         for first in range(0, len(states.windows_ST), world.size):  # ranks with fewer windows repeat the last
             index = min(first + world.rank, len(states.windows_ST) - 1)
             hidden_TC = self._frozen.final_hidden(states.windows_ST[index])
-            dense_TC = states.hidden(index).to(world.device, self._dtype)
+            dense_TC = send(states.hidden(index).to(self._dtype), world.device)
             with self._head() as (weight_VC, bias_V):
                 dense = Outputs(dense_TC, *(self._dense_head or (weight_VC, bias_V)), self._after)
                 model = Outputs(hidden_TC, weight_VC, bias_V, self._after)
@@ -357,17 +366,17 @@ class Training:
         """Free the memory, for another placement; it can't be used any more."""
         self._frozen.release()
         self._optimizer.release()
+        self._dense_head = None
         if self._teacher is not None:
             self._teacher.release()
         gc.unfreeze()
-        gc.collect()
         if self._world.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def save(self, file: Path, step: int, losses: list[LossLine]) -> None:
         """Write a snapshot; collective."""
         masks = {} if self._masks is None else self._masks.state()
-        snapshot = Snapshot(step, masks, losses, self._optimizer.shapes())
+        snapshot = Snapshot(step, masks, losses, self._optimizer.shapes(), notes=self._notes)
         snapshot.save(file, self._optimizer.state(), self._world)
 
 
@@ -401,12 +410,16 @@ def rows_at_once(task: FineTuning, sharding: Sharding, world: World) -> int:
     return passes_here(partial(need_of, task), task.settings.micro_batch_size, most, sharding, world).at_once
 
 
-def use_fused_kernels(model: nn.Module, device: torch.device) -> None:
+def use_fused_kernels(model: nn.Module, device: torch.device) -> bool:
     """Let Liger's kernels compute a model's norms, rotations and gates, on a GPU, where the package is installed and
     knows the architecture. Its losses are left out, since they replace the forward that returns logits.
+
+    Returns:
+        whether they compute anything.
     """
     if device.type == "cuda" and is_liger_kernel_available():
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    return any(str(module.forward.__module__).startswith("liger_kernel") for module in model.modules())
 
 
 def in_adapters(task: FineTuning) -> bool:
@@ -426,7 +439,7 @@ def parts_to_train(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter
     for part in settings.parts if settings.method == "parts" else ():
         if part == "norms":
             modules += [module for module in body.modules() if type(module).__name__.endswith("Norm")]
-        elif count := config.layers_of(part):
+        elif count := layers_of(part):
             modules += family.layers_of(model)[-count:]
         else:
             modules.append(head if part == "lm_head" else model.get_submodule(family.embedding))

@@ -51,7 +51,7 @@ from hfprune_dist.structures.kept import Shape
 from hfprune_dist.structures.score_names import SCORES
 from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import write_dense_states
-from hfprune_dist.training.trainer import Training
+from hfprune_dist.training.trainer import Trainer
 
 WORLD, DTYPE = SoloWorld(device=GPU), torch.bfloat16
 FEW, MANY = 2, 4  # layers
@@ -153,7 +153,7 @@ def task_of(checkpoint, goal):
 def trained(folder, layers, gpu, goal):
     """An optimizer step of one micro-batch."""
     place = Placement(whole=True, checkpointing=False, fits=True)
-    training = Training(task_of(checkpoint_in(folder / "model", layers=layers), goal), Snapshot(), WORLD, place)
+    training = Trainer(task_of(checkpoint_in(folder / "model", layers=layers), goal), Snapshot(), WORLD, place)
     with counting(gpu):
         training.step(0)
 
@@ -416,7 +416,7 @@ def rehearse(folder, breaks, world):
                 model.final_hidden(window_T)
         found["fidelity"] = gpu.waits.copy()
         for goal in goals if not breaks else ():
-            training = Training(task_of(checkpoint, goal), Snapshot(), world, Placement(False, False, True))
+            training = Trainer(task_of(checkpoint, goal), Snapshot(), world, Placement(False, False, True))
             training.step(0)
             training.step(1)
             with counting(gpu):

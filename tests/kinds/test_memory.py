@@ -45,7 +45,7 @@ from hfprune_dist.scoring.shard_scorer import summed_matrices
 from hfprune_dist.store.stage import Stage
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.training.snapshot import Snapshot
-from hfprune_dist.training.trainer import Training as Trainer
+from hfprune_dist.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "vocab_size": 264}
 

@@ -1,15 +1,19 @@
-"""FLAP's biases against the definition."""
+"""FLAP's biases against the definition, and in recovery."""
 
 import pytest
 import shapes
 import torch
+from made_stages import stage_of
 from masking import read_kept
 from ranks import metrics_of, run_here
 from shapes import windows_of
+from tiny import write_pairs
+from trained import weights_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
+from hfprune_dist.store.stage import Input
 
 BOTH = ["neurons", "kv_groups"]
 LAYERS = 3
@@ -78,3 +82,23 @@ def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     assert metrics["parameters"] == checkpoint.parameters == sum(weight.numel() for weight in remote.parameters())
     dense_size = open_checkpoint(tmp_path / "model").parameters
     assert metrics["ratio_reached"] == pytest.approx(1 - checkpoint.parameters / dense_size, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_recovery_keeps_the_biases_or_trains_them(tmp_path, method):
+    store, pruned = prepare(tmp_path, "llama")
+    run_here(store, pruned)
+    write_pairs(tmp_path / "pairs.jsonl")
+    recovery = {"method": method, "sequence_length": 256, "batch_size": 4, "max_steps": 2, "dtype": "float32"}
+    inputs = {"model": pruned.as_input(), "text": Input("pairs", str(tmp_path / "pairs.jsonl"))}
+    stage = stage_of("recover", "tiny", {"recovery": recovery}, inputs)
+    metrics, folder = run_here(store, stage), store.handle(stage.id).artifact
+    before, after = weights_of(store.handle(pruned.id).artifact), weights_of(folder)
+    biases = {f"model.layers.{layer}.{name}.bias" for layer in range(LAYERS) for name in OUTPUTS.values()}
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert biases <= before.keys() == after.keys() and moved
+    assert biases <= moved if method == "full" else not biases & moved
+    assert metrics["micro_batch_size"] == 1 and metrics["fused_kernels"] is False
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert torch.equal(logits(remote), logits(load_causal_lm(folder, torch.float32)))
+    assert all(torch.equal(remote.state_dict()[name], after[name]) for name in biases)

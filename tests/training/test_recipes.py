@@ -1,5 +1,6 @@
 """Every recipe against a plain loop, on any number of ranks, interrupted and not."""
 
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.store.heartbeat import Progress
@@ -23,7 +25,7 @@ from hfprune_dist.training.trainer import add_lora, fine_tune, parts_to_train
 RECIPES = {
     "lora, labels": {"method": "lora"},
     "lora, distill": {"method": "lora", "objective": "distill"},
-    "full, labels": {"method": "full", "weight_decay": 0.05},
+    "full, labels": {"method": "full", "weight_decay": 5.0},
     "full, distill": {"method": "full", "objective": "distill"},
     "full, both": {"method": "full", "objective": 0.25},
     "parts, labels": {"method": "parts", "parts": ["lm_head", "last_1_layers"]},
@@ -67,7 +69,9 @@ def plain_losses(task, teacher):
     model.requires_grad_(False)
     trained = (add_lora if settings.method == "lora" else parts_to_train)(model, task)
     dense = load_causal_lm(teacher.path, torch.float32)
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=settings.weight_decay)
+    groups = [{"params": [it for it in trained.values() if (it.ndim == 1) == flat]} for flat in (False, True)]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = settings.weight_decay, 0.0  # none of norms and biases
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     losses = []
     for step in range(task.total_steps):
         ids_ST = torch.stack([task.rows(row)["input_ids"] for row in task.schedule.rows_of(step)])
@@ -79,7 +83,8 @@ def plain_losses(task, teacher):
         loss = share * divergence + (1 - share) * cross_entropy(logits_NV, targets_N)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), settings.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = task.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = task.learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -181,12 +186,26 @@ def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_pa
         assert found[7] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_an_interrupted_step_is_saved(tmp_path, checkpoints):
+def test_evaluations_that_diverge_are_told(tmp_path, checkpoints):
+    task = replace(task_of(checkpoints, "full, labels", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
+    task.held_out.hidden = lambda index: torch.full((16, 32), torch.nan)
+    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
+    with pytest.raises(
+        UserError, match=r"training diverged, held_out_kl is nan at step 1; lower recovery.learning_rate"
+    ):
+        fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
+
+
+def test_an_interrupted_step_is_saved(tmp_path, checkpoints, monkeypatch):
+    """What memory has decided holds for later attempts."""
     task, file = task_of(checkpoints, "full, labels"), tmp_path / "snapshot"
+    monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 4)
     with pytest.raises(Interrupted):
         fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
     expected = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), tmp_path / "n", tmp_path)
+    monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 1)
     resumed = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), file, tmp_path / "run")
+    assert resumed.notes == {"micro_batch_size": 4, "fused_kernels": False}
     assert resumed.losses == expected.losses
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in resumed.weights.items())
 
@@ -195,7 +214,7 @@ def test_an_interrupted_step_is_saved(tmp_path, checkpoints):
 @pytest.mark.parametrize("name", ["lora, labels", "full, labels"])
 def test_training_that_lacks_memory_goes_on_with_less(tmp_path, checkpoints, name, monkeypatch):
     """One rank lacks it in the second step, and again with checkpoints; weights of LoRA's model are sharded then."""
-    task, loss, init = task_of(checkpoints, name), trainer.Training._loss, trainer.Training.__init__
+    task, loss, init = task_of(checkpoints, name), trainer.Trainer._loss, trainer.Trainer.__init__
     expected, _ = train(tmp_path / "one", 1, task)
     calls, placements = [], tmp_path / "placements"
 
@@ -212,18 +231,61 @@ def test_training_that_lacks_memory_goes_on_with_less(tmp_path, checkpoints, nam
             raise torch.OutOfMemoryError("no memory is left")
         return loss(self, *given)
 
-    monkeypatch.setattr(trainer.Training, "_loss", lack)
-    monkeypatch.setattr(trainer.Training, "__init__", note)
+    monkeypatch.setattr(trainer.Trainer, "_loss", lack)
+    monkeypatch.setattr(trainer.Trainer, "__init__", note)
     found, _ = train(tmp_path / "two", 2, task)
     assert found.losses[-1]["loss"] == pytest.approx(expected.losses[-1]["loss"], rel=1e-4)
     steps = ["True False 0", "True True 1", *(["False True 1"] if name == "lora, labels" else [])]
     assert placements.read_text().splitlines() == steps
 
 
+def live_bytes():
+    gc.collect()
+    storages = [it.untyped_storage() for it in gc.get_objects() if isinstance(it, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("name", ["lora, labels", "full, distill"])
+def test_what_lacked_memory_is_gone_before_less_is_tried(tmp_path, checkpoints, name, monkeypatch):
+    task, live = task_of(checkpoints, name, micro_batch_size=4), []
+
+    class Short(trainer.Trainer):
+        def __init__(self, task, start, world, placement):
+            live.append(live_bytes())
+            super().__init__(task, start, world, placement)
+            self.left = 9 if placement.checkpointing else 3
+
+        def _loss(self, *given):
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError
+            return super()._loss(*given)
+
+    monkeypatch.setattr(trainer, "Trainer", Short)
+    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
+    trained = fine_tune(task, SoloWorld(), RuntimeConfig(save_every_steps=1), *noting)
+    # A state of random numbers has 5,056 bytes; LoRA's gradients, the smallest of what was there, have 15,000.
+    assert trained.step == task.total_steps and len(live) == 2 and live[1] - live[0] < 8192, live
+
+
+def test_what_is_told_when_nothing_takes_less_memory(checkpoints):
+    told = {}
+    for rows in (1, 4):
+        task, tightest = task_of(checkpoints, "full, labels", micro_batch_size=rows), Placement(True, True, fits=False)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            trainer.smaller(tightest, task, "auto", SoloWorld())
+        told[rows] = str(error.value)
+    assert "lower recovery.sequence_length, or" in told[1] and "lower recovery.micro_batch_size, here 4, or" in told[4]
+
+
 def test_fused_kernels_are_for_gpus_and_leave_the_loss_alone(monkeypatch):
-    applied = []
+    model, applied = torch.nn.Linear(1, 1), []
+
+    def apply(model, settings):
+        applied.append(settings)
+        model.forward = type("Kernel", (), {"__module__": "liger_kernel.transformers.rms_norm"})()
+
     monkeypatch.setattr(trainer, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(trainer, "apply_liger_kernel", lambda *given: applied.append(given))
-    for device in ("cpu", "cuda"):
-        trainer.use_fused_kernels("a model", torch.device(device))
-    assert applied == [("a model", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
+    monkeypatch.setattr(trainer, "apply_liger_kernel", apply)
+    used = [trainer.use_fused_kernels(model, torch.device(device)) for device in ("cpu", "cuda")]
+    assert used == [False, True] and applied == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
