@@ -145,11 +145,9 @@ class Training(Recipe):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Training:
-        texts = Recipe.model_fields
-        if self.text == "documents" and all(
-            getattr(self, key) == texts[key].default for key in ("path", "dataset", "text_field")
-        ):
-            raise ValueError(f"documents need a path or a dataset; {self.dataset}, the default, holds instructions")
+        pairs = Recipe.model_fields["dataset"].default
+        if self.text == "documents" and (self.dataset, self.text_field) == (pairs, "text"):
+            raise ValueError(f"documents need a path or a dataset; {pairs}, the default, holds instructions")
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
         if self.patience and not self.evaluate_every:

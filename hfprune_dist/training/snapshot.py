@@ -36,7 +36,8 @@ class Snapshot:
         shapes: name of each parameter that is trained -> its shape, in the vector's order. LoRA's have the names that
             they have in a ``PeftModel``.
         shares: the files with the vector's parts, in order.
-        notes: what the manifest says of the training, and what later attempts keep to.
+        notes: for the manifest: rows per forward pass of one rank (``micro_batch_size``), which later attempts keep,
+            and whether Liger's kernels computed (``fused_kernels``).
     """
 
     step: int = 0

@@ -52,8 +52,6 @@ from hfprune_dist.training.teacher_states import DENSE, DenseStates
 from hfprune_dist.training.trackers import Trackers
 
 HELD_OUT_KL = "held_out_kl"
-# Of a snapshot's notes: rows per forward pass of one rank, and whether Liger's kernels computed.
-ROWS_AT_ONCE, FUSED = "micro_batch_size", "fused_kernels"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class FineTuning:
         is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
         teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
         held_out: text for evaluations on the way.
-        decided: rows per forward pass of one rank, if this is decided.
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
     """
 
@@ -80,18 +77,12 @@ class FineTuning:
     is_plain_text: bool = False
     teacher: Checkpoint | None = None
     held_out: DenseStates | None = None
-    decided: int | None = None
     masked_to: Shape | None = None
 
     @cached_property
     def tokens(self) -> int:
         """Tokens of a row."""
         return len(self.rows(0)["input_ids"])
-
-    @property
-    def at_once(self) -> int:
-        """Rows per forward pass of one rank."""
-        return self.decided or self.settings.least_at_once
 
     def tokens_at(self, step: int) -> int:
         """Tokens of the rows of the first ``step`` steps."""
@@ -143,7 +134,8 @@ def fine_tune(
     start = Snapshot.last(file, world)
     if start.step == task.total_steps or task.has_converged(start.losses):
         return start
-    task = replace(task, decided=start.notes.get(ROWS_AT_ONCE) or rows_at_once(task, runtime.sharding, world))
+    at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
+    task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
     placement = place_training(task, runtime.sharding, world)
     trainer, losses = Trainer(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
@@ -187,8 +179,8 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
     if in_adapters(task) and world.size > 1 and sharding == "auto":
         return replace(placement, whole=False)
     lower = f"{'calibration' if task.is_plain_text else 'recovery'}.sequence_length"
-    if task.at_once > 1:
-        lower = f"recovery.micro_batch_size, here {task.at_once}"
+    if (at_once := task.settings.least_at_once) > 1:
+        lower = f"recovery.micro_batch_size, here {at_once}"
     raise torch.OutOfMemoryError(
         f"out of memory, although layers run again in backward; lower {lower}, or take more GPUs"
     )
@@ -207,7 +199,7 @@ class Trainer:
         self._task, self._world = task, world
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
-        rows, share = task.at_once, task.settings.teacher_share
+        rows, share = task.settings.least_at_once, task.settings.teacher_share
         self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=share > 0)
         model: Any = self._frozen.module
         if not placement.whole:
@@ -219,7 +211,7 @@ class Trainer:
             self._is_whole = beside == "replicate"
         models = [frozen.module for frozen in (self._frozen, self._teacher) if frozen is not None]
         fused = [use_fused_kernels(each, world.device) for each in models]
-        self._notes = {ROWS_AT_ONCE: rows, FUSED: any(fused) or start.notes.get(FUSED, False)}
+        self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
@@ -271,7 +263,7 @@ class Trainer:
         """The micro-batches of an optimizer step on this rank, equally many on each; free places have a row without
         loss.
         """
-        task, at_once = self._task, self._task.at_once
+        task, at_once = self._task, self._task.settings.least_at_once
         numbers, of_all = task.schedule.rows_of(step), at_once * self._world.size
         for turn in range(-(-task.schedule.largest_step // of_all)):
             first = turn * of_all + self._world.rank * at_once
@@ -395,7 +387,7 @@ class _MicroBatch:
 
 def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
     """Decide together how to place a training in the free memory."""
-    return placement_here(need_of(task, task.at_once), sharding, world)
+    return placement_here(need_of(task, task.settings.least_at_once), sharding, world)
 
 
 def need_of(task: FineTuning, rows: int) -> Need:
@@ -412,10 +404,8 @@ def rows_at_once(task: FineTuning, sharding: Sharding, world: World) -> int:
 
 def use_fused_kernels(model: nn.Module, device: torch.device) -> bool:
     """Let Liger's kernels compute a model's norms, rotations and gates, on a GPU, where the package is installed and
-    knows the architecture. Its losses are left out, since they replace the forward that returns logits.
-
-    Returns:
-        whether they compute anything.
+    knows the architecture; return whether they do. Its losses are left out, since they replace the forward that
+    returns logits.
     """
     if device.type == "cuda" and is_liger_kernel_available():
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
