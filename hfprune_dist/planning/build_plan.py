@@ -55,7 +55,7 @@ def build_plan(
             generations beyond a model's positions, or trainings that don't suit a model or a method.
     """
     in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
-    needed = {"method": "lora", "objective": "labels", "text": "instructions", "evaluate_every": None}
+    needed = {"method": "lora", "objective": "labels", "text": "instructions", "evaluate_every": None, "patience": None}
     for key, value in needed.items() if in_recovery else ():
         if (given := getattr(config.recovery, key)) != value:
             raise UserError(
