@@ -23,7 +23,7 @@ from hfprune_launch.sweep_folder import require_folder
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
 from hfprune_dist.export import require_gguf
-from hfprune_dist.store.atomic_files import fsync_path
+from hfprune_dist.store.atomic_files import publish
 
 
 @command
@@ -63,10 +63,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
             from hfprune_dist.export.decilm import write_decilm
 
             told = write_decilm(source, draft)
-        for path in (*draft.rglob("*"), draft):
-            fsync_path(path)
-        draft.replace(out)
-        fsync_path(out.parent)
+        publish(draft, out)
     finally:
         shutil.rmtree(new)
     return f"{out}: {source.parameters:,} parameters; {told}"

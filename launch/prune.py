@@ -43,7 +43,7 @@ from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.card import CARD, NEEDS_CODE, RECIPE, Card
 from hfprune_dist.results.checkpoints import CHECKPOINTS, made_checkpoint
 from hfprune_dist.results.metrics import METRICS
-from hfprune_dist.store.atomic_files import fsync_path, write_text
+from hfprune_dist.store.atomic_files import publish, write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
 METHOD = "surgeon-plain"
@@ -184,10 +184,7 @@ def _write(sweep: Sweep, cell: Cell, out: Path) -> str:
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(sweep.out / row["checkpoint"], new)
     write_text(new / CARD, Card(out.name, cell, rows, sweep.plan, sweep.store, sweep.dense[cell.model]).text())
-    for path in (*new.rglob("*"), new):
-        fsync_path(path)
-    new.replace(out)
-    fsync_path(out.parent)
+    publish(new, out)
     parameters, share, kl = (METRICS[key].shown(row) for key in ("parameters", "share_kept", "kl"))
     measured = f"KL {kl} nats per token on {row['windows']} held-out windows"
     return f"{out}: {parameters} parameters, {share} % of the dense model's; {measured}"

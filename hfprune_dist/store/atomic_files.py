@@ -153,15 +153,18 @@ def fsync_folders(folder: Path, root: Path) -> None:
             break
 
 
-def publish(draft: Path, file: Path) -> None:
-    """Give a finished draft its final name, durably: a file of that name is complete even if the node dies.
+def publish(draft: Path, place: Path) -> None:
+    """Give a finished draft, a file or folder, its final name, durably: what has it is whole even if the node dies.
 
-    Its mode becomes the usual one; safetensors makes files private, which others of a group couldn't resume from.
+    The mode of files becomes the usual one; safetensors makes them private, so others of a group couldn't read them.
     """
-    draft.chmod(usual_mode())
-    fsync_path(draft)
-    draft.replace(file)
-    fsync_path(file.parent)
+    mode = usual_mode()
+    for path in (*draft.rglob("*"), draft):
+        if path.is_file():
+            path.chmod(mode)
+        fsync_path(path)
+    draft.replace(place)
+    fsync_path(place.parent)
 
 
 @contextlib.contextmanager

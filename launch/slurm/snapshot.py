@@ -11,7 +11,7 @@ from typing import Any
 from hfprune_launch.project import Project
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import fsync_path, write_json
+from hfprune_dist.store.atomic_files import publish, write_json
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
 
@@ -33,10 +33,8 @@ def take_snapshot(project: Project, folder: Path, code: Mapping[str, Any]) -> Pa
             if _is_intact(existing, digest):
                 return existing
         write_json(draft / "provenance.json", dict(code))
-        for path in [*draft.rglob("*"), draft]:
-            fsync_path(path)
-        snapshot = draft.rename(folder / f"{digest}{draft.name.removeprefix('.draft')}")
-        fsync_path(folder)
+        snapshot = folder / f"{digest}{draft.name.removeprefix('.draft')}"
+        publish(draft, snapshot)
         return snapshot
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -37,16 +37,17 @@ def test_what_can_not_be_written_leaves_the_file_as_it_was(tmp_path, value):
     assert read_json(file) == {"b": "é", "a": 1}
 
 
-def test_a_published_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, monkeypatch):
-    file, draft, flushed = tmp_path / "weights", tmp_path / ".draft", []
+@pytest.mark.parametrize("inside", [(), ("model.bin",)])
+def test_what_is_published_is_on_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, monkeypatch, inside):
+    place, draft, flushed = tmp_path / "weights", tmp_path / ".draft", []
     monkeypatch.setattr(atomic_files, "fsync_path", lambda path: flushed.append((path, draft.exists())))
-    file.write_text("old")
-    draft.touch(mode=0o600)
+    draft.mkdir() if inside else place.write_text("old")
+    draft.joinpath(*inside).touch(mode=0o600)
     before = os.umask(0o027)
-    publish(draft, file)
+    publish(draft, place)
     assert os.umask(before) == 0o027
-    assert flushed == [(draft, True), (tmp_path, False)] and file.read_text() == ""
-    assert file.stat().st_mode & 0o777 == 0o640
+    assert flushed == [*((draft / name, True) for name in inside), (draft, True), (tmp_path, False)]
+    assert place.joinpath(*inside).read_text() == "" and place.joinpath(*inside).stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("reader", ["read_text", "iterdir"])
