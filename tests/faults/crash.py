@@ -228,7 +228,7 @@ class State:
 def states_of(recording: Recording) -> list[State]:
     """Return every state that a crash may leave, once.
 
-    If several files are at risk, all are lost.
+    If several files are at risk, all are lost; or only one, if the content at risk or its name is new.
     """
     seen: set[str] = set()
     found = []
@@ -241,6 +241,7 @@ def states_of(recording: Recording) -> list[State]:
 
 
 def _all_states(recording: Recording) -> Iterator[State]:
+    risks: set[frozenset] = set()
     marks = 0
     for at, moment in enumerate(recording.moments):
         for version in moment.versions:
@@ -248,21 +249,25 @@ def _all_states(recording: Recording) -> Iterator[State]:
             # Older names can be told apart by this moment only if it is one of their files, or of the world outside.
             is_told = moment.file in names.values() if moment.file is not None else len(moment.marks) > marks
             if is_told or version == moment.versions[-1]:
-                yield from _with_losses(at, moment, version, names)
+                yield from _with_losses(at, moment, version, names, risks)
         marks = len(moment.marks)
 
 
-def _with_losses(at: int, moment: Moment, version: int, names: Names) -> Iterator[State]:
+def _with_losses(at: int, moment: Moment, version: int, names: Names, risks: set[frozenset]) -> Iterator[State]:
     latest, safe = moment.latest, moment.safe
     paths = {file: name for name, file in names.items() if file != FOLDER}
     contents = {file: latest[file] for file in paths}
     marks = list(moment.marks)
     yield State(at, version, "nothing lost", names, contents, marks)
     at_risk = [file for file in sorted(paths) if safe[file] != latest[file][0]]
-    for loss in ("gone", "half", "zeros") if at_risk else ():
-        lost = {file: (_lose(safe[file], latest[file][0], loss), latest[file][1]) for file in at_risk}
-        told = f"{loss}: {', '.join(paths[file] for file in at_risk)}"
-        yield State(at, version, told, names, contents | lost, marks)
+    risk = frozenset((paths[file], safe[file], latest[file][0]) for file in at_risk)
+    alone = [[file] for file in at_risk] if risk not in risks and len(at_risk) > 1 else []
+    risks.add(risk)
+    for files in [at_risk, *alone] if at_risk else []:
+        for loss in ("gone", "half", "zeros"):
+            lost = {file: (_lose(safe[file], latest[file][0], loss), latest[file][1]) for file in files}
+            told = f"{loss}: {', '.join(paths[file] for file in files)}"
+            yield State(at, version, told, names, contents | lost, marks)
 
 
 # Many states share a file's content and its remains.

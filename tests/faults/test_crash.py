@@ -54,6 +54,12 @@ def test_what_was_flushed_before_its_rename_is_old_or_new(tmp_path, recorded):
     assert {state.get("draft") for state in states} == {None, "", "new ", "new \0\0\0\0", "new text"}
 
 
+def test_of_several_files_at_risk_each_may_be_lost_alone(recorded):
+    states = recorded(lambda folder: [(folder / name).write_text("text") for name in ("a", "b")])
+    for lost in ({"a": ""}, {"b": ""}, {"a": "", "b": ""}):
+        assert {"a": "text", "b": "text", **lost} in states
+
+
 def test_names_reach_the_disk_in_their_order_and_stay_once_a_folder_was_flushed(tmp_path):
     recorder = Recorder(tmp_path)
     recorder.arm()
