@@ -144,8 +144,8 @@ def require_folder(out: Path) -> None:
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {nearest} is not a folder that can be written to; choose another folder")
-    if any("\udc80" <= letter <= "\udcff" for letter in str(out.absolute())):  # it is written to files of text
-        raise UserError(f"{str(out.absolute())!r}: its name is not UTF-8; choose another folder")
+    if not str(out.absolute()).isprintable():  # nor can what is not UTF-8 be written to files of text
+        raise UserError(f"{str(out.absolute())!r}: its name can't be printed; choose another folder")
 
 
 def require_apart(out: Path, plan: Plan) -> None:

@@ -59,6 +59,7 @@ MEMORY = "it ran out of memory; give the stage more nodes or memory"
 STATES = {
     **dict.fromkeys(("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED"), (Cause.KILLED, "its node failed")),
     "PREEMPTED": (Cause.INTERRUPTED, "it was preempted"),
+    "DEADLINE": (Cause.INPUT, "it met the deadline that the profile's sbatch sets; set a later one"),
     "BadConstraints": (Cause.INPUT, "no node suits; check the profile"),
     "OUT_OF_MEMORY": (Cause.OUT_OF_MEMORY, MEMORY),
 }

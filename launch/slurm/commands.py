@@ -195,8 +195,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             check=False,
             timeout=COMMAND_TIMEOUT_S,
         )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s")
+    except subprocess.TimeoutExpired as error:
+        said = (error.stderr or b"").decode(errors="replace")  # why it takes long, if it says so
+        ended = f"{command[0]}: timed out after {COMMAND_TIMEOUT_S:.0f} s"
+        return subprocess.CompletedProcess(command, 1, "", f"{said}{ended}")
     except OSError as error:  # e.g. a node on which the user may start no more processes at this moment
         return subprocess.CompletedProcess(command, -1, "", f"{command[0]}: {error.strerror or error}")
 

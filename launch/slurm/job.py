@@ -71,7 +71,9 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
     """
     local_size = slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    address = slurm["SLURM_LAUNCH_NODE_IPADDR"]
+    address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
+    if not address:
+        raise NodeError("SLURM_LAUNCH_NODE_IPADDR is not set: the ranks can't find each other")
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
@@ -162,6 +164,8 @@ class Start:
 
     def __init__(self, handle: StageHandle, number: int) -> None:
         attempts = {attempt.intent.number: attempt for attempt in Ledger(handle.store).attempts_at(handle.id)}
+        if number not in attempts:
+            raise UserError(f"{handle.id}: no record of attempt {number}; jobs are submitted by a sweep")
         self.attempt = attempts[number]
         self.claim: Claim | None = None
         self._handle = handle

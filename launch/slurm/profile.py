@@ -18,7 +18,6 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import kind_of
 
 StageName = Literal[*KINDS]  # type: ignore[valid-type]
-OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 # Units of Slurm's --mem; megabytes if none is given.
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Options of sbatch that a sweep sets, some of them from other keys, or that would keep sbatch from saying a job's id at
@@ -69,14 +68,26 @@ class Resources(Section):
     fails ends the job. Neither CUDA nor a Python is needed."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     """Environment variables of all ranks."""
-    sbatch: dict[OptionName, str | int | bool | None] = Field(default_factory=dict)
+    sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
     """More sbatch options, without the dashes: {reservation: week4, exclusive: true}; false or null leaves one out."""
     srun_args: list[str] = Field(default_factory=list)
     """Further arguments of srun."""
 
+    @field_validator("partition", "account", "qos", "constraint", "exclude", "sbatch")
+    @classmethod
+    def _in_one_line(cls, given: Any) -> Any:
+        """Refuse what would end its line of the batch script, and backslashes, which sbatch removes even in quotes."""
+        for text in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(text, str) and not (text.isprintable() and "\\" not in text):
+                raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
+        return given
+
     @field_validator("sbatch")
     @classmethod
     def _of_others(cls, sbatch: dict[str, Any]) -> dict[str, Any]:
+        for name in sbatch:
+            if not re.fullmatch("[a-z][a-z0-9-]+", name):
+                raise ValueError(f"{name!r}: give an option's long name, with dashes only between words: mem-per-cpu")
         if taken := sorted(sbatch.keys() & OWN_OPTIONS):
             raise ValueError(f"{taken[0]} is not to be given there; a key, the sweep, or SLURM_CLUSTERS sets it")
         return {name: value for name, value in sbatch.items() if value is not False and value is not None}

@@ -3,6 +3,7 @@ import re
 
 import pytest
 from fake_slurm import HEADER, Controller, Job
+from hfprune_launch.slurm import commands
 from hfprune_launch.slurm.commands import (
     DELAYS_S,
     NotNowError,
@@ -74,7 +75,7 @@ def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
     assert slept[2:] == list(DELAYS_S)
 
 
-def test_commands_do_not_see_what_a_user_set_for_them(slurm, tmp_path, monkeypatch):
+def test_commands_do_not_see_what_a_user_set_for_them_and_are_heard(slurm, script, tmp_path, monkeypatch):
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
     dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SBATCH_QOS", "SCANCEL_STATE", "SLURM_JOB_ID", "SRUN_NTASKS"]
     assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
@@ -83,3 +84,7 @@ def test_commands_do_not_see_what_a_user_set_for_them(slurm, tmp_path, monkeypat
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
     assert [*slurm.jobs()] == [""]
+    (tmp_path / "squeue").rename(tmp_path / "sbatch").write_text("#!/bin/bash\necho Job queue full >&2\nexec sleep 9")
+    monkeypatch.setattr(commands, "COMMAND_TIMEOUT_S", 1.0)
+    with pytest.raises(NotNowError, match="queue full; sbatch: timed out after 1 s; the rest is submitted"):
+        slurm.submit(script)  # what a command said before it took too long counts

@@ -57,6 +57,9 @@ def test_environment_and_sbatch_are_merged_key_by_key_and_lists_replaced(tmp_pat
         ("memory: 200B", ["memory", "pattern"]),  # nor would sbatch take it
         ("time_minutes: 5\nsignal_seconds: 6000", ["signal_seconds 6000 is more than time_minutes 5"]),
         ("gpus_per_node: 8\ntasks_per_node: 16", ["tasks_per_node 16 is more than gpus_per_node 8"]),
+        ('account: "x\\nrm -rf ~"', ["account: 'x\\nrm -rf ~' has a character that a line"]),
+        ("stages: {prune: {sbatch: {comment: 'a\\'}}}", ["stages.prune", "sbatch: 'a\\\\' has a character"]),
+        ("sbatch: {mem_per_cpu: 3}", ["'mem_per_cpu': give an option's long name", "only between words: mem-per-cpu"]),
         ("stages: {recover: {sbatch: {mem: 3}}}", ["stages.recover", "mem is not to be given there; a key"]),
     ],
 )

@@ -178,7 +178,7 @@ def test_values_of_a_profile_are_for_its_owner_alone(run, tmp_path):
 
 
 def test_a_path_that_jobs_can_not_have_is_refused_before_anything_is_written(config, tmp_path, capsys):
-    out = tmp_path / "two\nlines" / "out"
+    out = tmp_path / "50%" / "out"
     with pytest.raises(SystemExit, match="2"):
         sweep.main(["--config", str(config), "--out", str(out), "--profile", "local-cluster"])
     said = capsys.readouterr().err
