@@ -77,22 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep, dry_run = read_sweep(arguments.out), arguments.dry_run
     store = sweep.store
     _refuse_while_needed(store)
-    found = [*_unused(sweep), *(_intermediates(sweep) if arguments.intermediates else ())]
+    found = list(_leftovers(sweep, arguments.intermediates))
     sizes = [sum(leftover.file_sizes()) for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
     for leftover in found if not dry_run else ():
         (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
-    staying = [] if dry_run else [str(leftover.path) for leftover in found if leftover.file_sizes()]
+    staying = [] if dry_run else list(_leftovers(sweep, arguments.intermediates))
+    freed = sum(sizes) - sum(sum(leftover.file_sizes()) for leftover in staying)
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
     console = make_console()
     for leftover, size in zip(found, sizes, strict=True):
         say(console, f"{size:>15,} bytes  {leftover.path}: {leftover.reason}")
-    say(console, f"{sum(sizes):>15,} bytes {'would be removed' if dry_run else 'removed'}")
+    say(console, f"{freed:>15,} bytes {'would be removed' if dry_run else 'removed'}")
     for remark in remarks:
         say(console, f"note: {remark}")
     if staying:
-        raise UserError(f"{', '.join(staying)}: part of it can't be removed; is it another user's, or in use?")
+        paths = ", ".join(str(leftover.path) for leftover in staying)
+        raise UserError(f"{paths}: part of it can't be removed; is it another user's, or in use?")
     return 0
 
 
@@ -106,9 +108,9 @@ def _refuse_while_needed(store: Store) -> None:
         raise UserError(f"{store.root}: {', '.join(found)} runs, or may run; let it end, or cancel it")
 
 
-def _unused(sweep: Sweep) -> Iterator[Leftover]:
+def _leftovers(sweep: Sweep, intermediates: bool) -> Iterator[Leftover]:
     """Yield everything that the stages of a sweep don't need: other artifacts and their progress, drafts, artifacts
-    that failed verification, and shared files.
+    that failed verification, and shared files; with ``intermediates``, also what rows have been trained from.
 
     To be called only while no stage runs: the drafts of running stages would be included.
     """
@@ -127,6 +129,8 @@ def _unused(sweep: Sweep) -> Iterator[Leftover]:
     for name, what in SHARED.items():
         if (store.root / name).is_dir():
             yield Leftover(store.root / name, what)
+    if intermediates:
+        yield from _intermediates(sweep)
 
 
 def _handles(store: Store, folder: Path) -> list[StageHandle]:

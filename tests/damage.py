@@ -31,3 +31,12 @@ def nothing_reaches_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _handle: None)
         yield
+
+
+@contextmanager
+def in_use(name: str) -> Iterator[None]:
+    """Leave files of this name where they are: another user's, or open ones on NFS, which stay under other names."""
+    remove = os.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", lambda path, **how: Path(path).name == name or remove(path, **how))
+        yield

@@ -51,7 +51,7 @@ class DrawnSweep:
         """Record a failed attempt at each stage, with its log."""
         (self.out / "logs").mkdir()
         for stage in self._stages.values():
-            attempt = Ledger(Store(self.out / "store")).begin(stage, ranks=1)
+            attempt = Ledger(Store(self.out / "store")).begin(stage)
             attempt.close(End("input", message, BEGIN + 9))
             local_log(self.out / "logs", attempt.intent).touch()
 

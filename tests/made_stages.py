@@ -67,7 +67,7 @@ def being_made(store: Store, stage: Stage, **record: Any) -> Iterator[Path]:
 
 def failed(store: Store, stage: Stage, cause: str, message: str, rank: int = 0) -> End:
     """Record why a rank of the last attempt at a stage failed, or of a first one."""
-    attempts = Ledger(store).attempts_at(stage.id) or [Ledger(store).begin(stage, ranks=1)]
+    attempts = Ledger(store).attempts_at(stage.id) or [Ledger(store).begin(stage)]
     end = End(cause, message, time.time(), rank)
     report_failure(attempts[-1].folder, end)
     return end

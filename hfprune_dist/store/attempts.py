@@ -66,7 +66,6 @@ class Intent:
     stage_id: str
     number: int
     created: float
-    ranks: int
     job_name: str = ""
     leader: str = ""
     time_minutes: int = 0
@@ -244,7 +243,6 @@ class Ledger:
     def begin(
         self,
         stage: Stage,
-        ranks: int,
         *,
         time_minutes: int = 0,
         leader: Attempt | None = None,
@@ -264,7 +262,7 @@ class Ledger:
             name, first = leader.intent.job_name, str(leader.folder.relative_to(self._root))
         elif time_minutes:
             name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self.mark}-{uuid.uuid4().hex[:8]}"
-        intent = Intent(stage.id, number, time.time(), ranks, name, first, time_minutes, tuple(needs))
+        intent = Intent(stage.id, number, time.time(), name, first, time_minutes, tuple(needs))
         attempt = Attempt(folder / str(number), intent)
         attempt.folder.mkdir(parents=True)
         write_json(attempt.folder / INTENT, asdict(intent))

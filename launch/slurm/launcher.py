@@ -31,7 +31,6 @@ from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, default_threads, write_submission
 from hfprune_launch.stage.run import Provenance, write_stage_file
 
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
@@ -269,8 +268,7 @@ class Launcher:
         attempts: list[Attempt] = []
         for stage in chain:
             leader = attempts[0] if attempts else None
-            ranks, limit = 1 if KINDS[stage.kind].on_one_rank else resources.ranks, resources.time_minutes
-            attempt = self.ledger.begin(stage, ranks, time_minutes=limit, leader=leader, needs=needs)
+            attempt = self.ledger.begin(stage, time_minutes=resources.time_minutes, leader=leader, needs=needs)
             write_stage_file(self.store.handle(stage.id), stage, new.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = Request(

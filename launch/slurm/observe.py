@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE, Attempt, Ledger
@@ -95,12 +96,19 @@ def served_by(plan: Plan) -> dict[str, frozenset[str]]:
 
 
 def stages_of_live_jobs(store: Store) -> list[str]:
-    """Return the ids of stages whose jobs may wait or run."""
+    """Return the ids of stages whose jobs wait or run, or may be about to; raise UserError if Slurm can't say so."""
     ledger = Ledger(store)
     attempts = [each for each in ledger.open_jobs() if not store.handle(each.intent.stage_id).is_committed()]
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
-    with suppress(SlurmUnavailableError):
+    try:
         if attempts:
             observer.look(attempts)
-    ended = {name for name, job in observer.jobs.items() if not job.is_live}
-    return [attempt.intent.stage_id for attempt in attempts if attempt.intent.job_name not in ended]
+    except SlurmUnavailableError as error:
+        folders = ", ".join(str(attempt.folder) for attempt in attempts)
+        raise UserError(
+            f"Slurm does not say whether jobs wait or run ({error}); run this where it does or, if they are gone for "
+            f"good, remove {folders}"
+        ) from None
+    jobs = [(each, observer.jobs.get(each.intent.job_name)) for each in attempts]
+    # One that has no id, and that Slurm does not list, was never submitted, unless its launcher still holds the claim.
+    return [each.intent.stage_id for each, job in jobs if (job.is_live if job is not None else each.job_id)]

@@ -66,15 +66,18 @@ def stage_statuses(plan: Plan, store: Store, jobs: Mapping[str, JobInfo] | None)
 def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None) -> StageStatus:
     handle, attempts = ledger.store.handle(stage.id), ledger.jobs_of(stage.id)
     attempt = attempts[-1] if attempts and attempts[-1].end is None else None
+    runs = attempt.runs() if attempt is not None else []
     job = jobs.get(attempt.intent.job_name) if attempt is not None and jobs else None
     state, detail = _state(stage, ledger, job)
     if attempt is not None and job is None and state in ("missing", "waiting", "died"):
         state, detail = "submitted", ""
     elif job is not None and job.is_live and state != "done":
-        is_next = job.state == "RUNNING" and attempt is not None and not attempt.runs()  # of those that its job runs
+        is_next = job.state == "RUNNING" and attempt is not None and not runs  # of those that its job runs
         state = "queued" if job.is_waiting or is_next else job.state.lower()
         detail = job.reason if job.is_waiting else ""
     beat = handle.heartbeat() if state == "running" else None
+    if runs and beat is not None and (runs[-1].ended or beat.updated < runs[-1].started):
+        beat = None  # an earlier start's
     return StageStatus(
         stage=stage,
         state=state,

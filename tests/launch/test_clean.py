@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from damage import in_use
 from fake_slurm import Controller, Job
 from hfprune_launch import clean, report, sweep
 from made_stages import being_made, stage_of
@@ -109,6 +110,15 @@ def to_run(plan):
     return [line.split()[0] for line in plan.splitlines() if re.search(r"\b[0-9a-f]{20}  run", line)]
 
 
+def test_what_can_not_be_removed_does_not_count_as_removed(out):
+    before = files(out / "store")
+    with in_use("model.safetensors"):
+        code, shown, said = in_process(clean.main, out)
+    freed = sum(map(len, before.values())) - sum(map(len, files(out / "store").values()))
+    assert code == 2 and f" {freed:,} bytes removed" in shown and "part of it can't be removed" in said
+    assert " 2,000 bytes removed" in run(out)
+
+
 def test_drafts_progress_and_what_was_set_aside_go(out):
     store = out / "store"
     run(out)
@@ -126,10 +136,10 @@ def test_drafts_progress_and_what_was_set_aside_go(out):
     assert (store / "work" / "prune" / needed).is_dir(), "of a row that is there"
 
 
-def refused(out, before):
+def refused(out, before, told=f"{OTHER.id} runs, or may run"):
     for options in ([], ["--dry-run"]):
         code, _, said = in_process(clean.main, out, *options)
-        assert code == 2 and f"{OTHER.id} runs, or may run" in said
+        assert code == 2 and told in said
     assert files(out) == before
 
 
@@ -143,12 +153,13 @@ def test_nothing_goes_while_a_stage_runs(out):
 
 def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, monkeypatch):
     fake = Controller().install(monkeypatch)
-    attempt = Ledger(Store(out / "store")).begin(OTHER, ranks=1, time_minutes=1)
+    attempt = Ledger(Store(out / "store")).begin(OTHER, time_minutes=1)
+    assert run(out, "--dry-run"), "it was never submitted: Slurm does not list its name"
     attempt.record_job("101")
     before = files(out)
     fake.jobs["101"] = Job(attempt.intent.job_name, "PENDING")
     refused(out, before)
-    fake.fail_next("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    refused(out, before)
+    fake.fail_next("squeue", "error", "error")
+    refused(out, before, f"run this where it does or, if they are gone for good, remove {attempt.folder}")
     fake.jobs["101"] = Job(attempt.intent.job_name, "CANCELLED")
     assert run(out)

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from damage import in_use
 from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
@@ -90,6 +91,15 @@ def test_what_can_not_be_read_now_is_not_set_aside(store, monkeypatch, reader):
         patch.setattr(Path, reader, refuse)
         with pytest.raises(OSError, match="Input/output"):
             store.handle(STAGE.id).set_aside(Claim(store.handle(STAGE.id).work, "token"))
+    assert store.handle(STAGE.id).verify().state == "done"
+
+
+def test_what_is_emptied_may_be_in_use(store):
+    make(store)
+    with in_use("model.bin"):
+        store.handle(STAGE.id).empty()
+    assert {path.name for path in store.handle(STAGE.id).artifact.iterdir()} == {MANIFEST, "model.bin"}
+    make(store)
     assert store.handle(STAGE.id).verify().state == "done"
 
 

@@ -1,6 +1,11 @@
 """The ledger of attempts, of which some records may be damaged or strange; why they failed."""
 
+import errno
 import itertools
+import os
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from made_stages import being_made, stage_of
@@ -11,7 +16,7 @@ from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, report_fai
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
-JOB = {"ranks": 1, "time_minutes": 30}
+JOB = {"time_minutes": 30}
 LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:49152"
 
 
@@ -60,6 +65,16 @@ def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
     assert ledger.begin(STAGE, **JOB).intent.number == 7
 
 
+@pytest.mark.parametrize(("owner", "function"), [(Path, "read_text"), (os, "listdir")])
+def test_what_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch, owner, function):
+    """A disk or network error says nothing about what has been submitted."""
+    attempt.record_run(Run("7", 0, "n1", 1.0))
+    monkeypatch.setattr(owner, function, Mock(side_effect=PermissionError(errno.EACCES, "expired")))
+    for read in (attempt.runs, ledger.open_jobs, partial(ledger.last_end, STAGE.id)):
+        with pytest.raises(PermissionError, match="expired"):
+            read()
+
+
 def test_starts_are_in_order_whatever_the_clocks_of_their_nodes(attempt):
     attempt.record_run(Run("8", 0, "n4", 600.0, 601.0, "duplicate"))
     attempt.record_run(Run("7", 0, "n1", 900.0, 1000.0, "interrupted"))
@@ -80,7 +95,7 @@ def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_arti
 
 def test_each_attempt_but_the_last_has_an_end_recorded_or_not(ledger):
     for number in (1, 2, 3):
-        attempt = ledger.begin(STAGE, ranks=2)
+        attempt = ledger.begin(STAGE)
         if number == 1:
             attempt.close(End("input", "no such file", 1.0))
     assert [end and end.cause for _, end in ledger.ends(STAGE.id)] == ["input", "cut off", None]

@@ -18,7 +18,7 @@ from hfprune_dist.store.stage import Input
 
 NEED = stage_of("importance", "a", {}, {"model": Input("digest", "/somewhere")})
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": NEED.as_input()})
-JOB = {"ranks": 1, "time_minutes": 30, "needs": [NEED.id]}
+JOB = {"time_minutes": 30, "needs": [NEED.id]}
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ def test_by_the_log_where_nothing_else_says_it(ledger, attempt, line, expected):
     (attempt.folder / "7_0_log.err").write_text(f"{START} 0\noom_kill\n{START} 1\n{line}\n" + "more\n" * 5)
     end = ended(ledger, attempt)
     assert end.cause == expected and (line in end.message or "raise time_minutes" in end.message)
+
+
+@pytest.mark.parametrize(("state", "reason"), [("FAILED", "BadConstraints"), ("DEADLINE", "None")])
+def test_what_the_profile_asks_for_can_be_corrected(ledger, attempt, state, reason):
+    started(attempt)
+    assert ended(ledger, attempt, state, reason=reason).cause == "input"
 
 
 def test_a_time_limit_counts_against_a_stage_only_where_it_got_no_further(ledger, attempt):
@@ -146,7 +152,7 @@ def test_what_explains_most_comes_first(ledger, attempt):
 
 
 def test_a_stage_that_its_job_did_not_come_to_was_interrupted(ledger, attempt):
-    second = ledger.begin(NEED, 1, time_minutes=30, leader=attempt)
+    second = ledger.begin(NEED, time_minutes=30, leader=attempt)
     assert second.job_id == "7" and second.intent.job_name == attempt.intent.job_name
     for state in ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", None):
         assert explain_end(ledger, NEED, second, job(state, second) if state else None).cause == "interrupted"

@@ -11,6 +11,7 @@ from made_stages import stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
+from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
@@ -43,6 +44,8 @@ def test_ranks_meet_at_an_address_not_a_name():
 def test_a_node_without_a_route_to_the_first_rank_is_named():
     with pytest.raises(NodeError, match="has no route to the first rank"):
         rank_environment({**TASK, "SLURM_LAUNCH_NODE_IPADDR": "no.such.host.invalid"})
+    with pytest.raises(NodeError, match="SLURM_LAUNCH_NODE_IPADDR is not set"):
+        rank_environment({**TASK, "SLURM_LAUNCH_NODE_IPADDR": ""})
 
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -55,7 +58,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def attempt(store):
-    return Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
+    return Ledger(store).begin(STAGE, time_minutes=60)
 
 
 @pytest.fixture
@@ -115,6 +118,8 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
     assert start.ask() == "held" and 20 < clock[0] <= 40
     claim.release()
     assert start.ask() == "run"
+    with pytest.raises(UserError, match="no record of attempt 9"):
+        Start(store.handle(STAGE.id), 9)
 
 
 def test_starts_that_were_killed_say_nothing_of_how_far_a_job_gets(rank, store, attempt):

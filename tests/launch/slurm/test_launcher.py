@@ -24,7 +24,7 @@ from hfprune_dist.store.stage import Input
 SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
 PRUNES = [stage_of("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
 PLAN, ALONE = plan_of(SCORES, *PRUNES), plan_of(SCORES)
-JOB = {"ranks": 1, "time_minutes": 60}
+JOB = {"time_minutes": 60}
 HELD = "launch failed requeued held"
 LIMIT = "sbatch: error: AssocMaxSubmitJobLimit"
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller"

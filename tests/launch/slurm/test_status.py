@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from fake_slurm import Controller
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
@@ -73,25 +74,28 @@ def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
 
 def in_job(store, state, reason="None", name=None):
     """Return the status of the first stage, which has a job in this state."""
-    attempt = Ledger(store).open_job(STAGE.id) or Ledger(store).begin(STAGE, ranks=1, time_minutes=60)
+    attempt = Ledger(store).open_job(STAGE.id) or Ledger(store).begin(STAGE, time_minutes=60)
     name = name or attempt.intent.job_name
     return stage_statuses(PLAN, store, {name: JobInfo("5", state, reason, "n1", name)})[0]
 
 
 def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(store):
     hold(store, pid=DEAD)
-    status = in_job(store, "PENDING", "Priority")
+    status, now = in_job(store, "PENDING", "Priority"), time.time()
     assert (status.state, status.detail) == ("queued", "Priority")
     assert in_job(store, "RUNNING").state == "queued", "as long as others of its job run"
-    Ledger(store).open_job(STAGE.id).record_run(Run("5", 0, "n1", time.time()))
-    assert in_job(store, "RUNNING").state == "running"
+    (store.handle(STAGE.id).work / "progress.json").write_text(json.dumps(asdict(Heartbeat("calibration", 5, 9, now))))
+    for start, ended, progress in ((now - 9, None, "calibration 5/9"), (now - 9, now, ""), (now + 9, None, "")):
+        Ledger(store).open_job(STAGE.id).record_run(Run("5", 0, "n1", start, ended))
+        status = in_job(store, "RUNNING")
+        assert (status.state, status.progress) == ("running", progress), "that of an earlier start is not shown"
     status = in_job(store, "RUNNING", name="a job of another cluster")
     assert (status.state, status.nodes) == ("submitted", "")
 
 
 def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(store):
     """Nor dead, if a launcher died at it before. What has failed is shown as it is."""
-    Ledger(store).begin(STAGE, ranks=1, time_minutes=60).record_job("5")
+    Ledger(store).begin(STAGE, time_minutes=60).record_job("5")
     for jobs in (None, {}):
         assert [status.state for status in stage_statuses(PLAN, store, jobs)] == ["submitted", "waiting"]
     hold(store, pid=DEAD)
@@ -109,7 +113,7 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
         return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
     assert shown_log() == "no log (missing)"
-    attempt = Ledger(store).begin(STAGE, ranks=1, time_minutes=1)
+    attempt = Ledger(store).begin(STAGE, time_minutes=1)
     (attempt.folder / "7_0_log.out").write_text("in a job\n")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()
@@ -118,6 +122,18 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
     for at, shown in ((60, "here"), (-60, "in a job")):
         os.utime(local, (attempt.intent.created + at,) * 2)
         assert shown_log() == shown
+
+
+def test_who_follows_asks_anew_only_once_a_job_has_begun(store, tmp_path, monkeypatch):
+    attempt, fake, asked = Ledger(store).begin(STAGE, time_minutes=1), Controller().install(monkeypatch), []
+
+    def go_on(_):
+        asked.append(len(fake.calls("squeue")))
+        attempt.record_run(Run("101", 0, "n1", 1.0))
+
+    monkeypatch.setattr(cli, "sleep", go_on)
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert asked == [1, 2, 2]
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ run.main()
 
 def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
     store = Store(tmp_path)
-    attempt = Ledger(store).begin(STAGE, ranks=4)
+    attempt = Ledger(store).begin(STAGE)
     provenance = Provenance(RuntimeConfig(), {}, {})
     write_stage_file(store.handle(STAGE.id), STAGE, provenance, attempt.intent.number)
     environment = {**os.environ, "RANK": "3"}
