@@ -109,7 +109,7 @@ def write_trained(
     """
     lora = settings.method == "lora"
 
-    def write_losses() -> None:
+    def write_adapter_and_losses() -> None:
         if lora:
             targets = lora_targets(checkpoint.family, checkpoint.ranks)
             write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
@@ -121,7 +121,7 @@ def write_trained(
         if kept is not None:
             write_kept(draft, kept)
 
-    world.on_rank0(write_losses)
+    world.on_rank0(write_adapter_and_losses)
     files, adapter = checkpoint.weight_files, read_adapter(draft / ADAPTER_FOLDER) if lora else None
     for done, file in enumerate(files[world.rank :: world.size]):
         progress.update("merging", done * world.size, len(files))

@@ -209,16 +209,14 @@ class Trainer:
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
             self._is_whole = beside == "replicate"
-        models = [frozen.module for frozen in (self._frozen, self._teacher) if frozen is not None]
-        fused = [use_fused_kernels(each, world.device) for each in models]
+        fused = [use_fused_kernels(each.module, world.device) for each in (self._frozen, self._teacher) if each]
         self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
-        if not in_adapters(task) and any(part.requires_grad for part in head.parameters()):
-            copies = [None if part is None else part.detach().clone() for part in (head.weight, head.bias)]
-            assert copies[0] is not None
-            self._dense_head = copies[0], copies[1]
+        if head.weight.requires_grad:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._dense_head = head.weight.detach().clone(), bias
         self._optimizer = Optimizer(trained, task.settings, start, world)
         self._after = after_head(task.checkpoint)
         self._masks = None
