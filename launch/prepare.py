@@ -180,7 +180,9 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
             raise UserError(
                 f"runtime.report_to: {tracker} is not installed; `pip install {tracker}`, or leave it out of the list"
             )
-    for engine in config.engines if "check" in kinds else ():
+    engines = [*config.engines] if "check" in kinds else []
+    engines += [config.efficiency.engine] if config.efficiency.engine and "efficiency" in kinds else []
+    for engine in engines:
         require_engine(engine, config.runtime.python_of(engine))
     texts = list(_texts(config, kinds, looks_only))
     has_tasks = bool(evaluation.tasks) and "evaluate" in kinds

@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recover": {"seed": 0},
     "evaluate": EvaluationConfig(tasks=[], dtype="float32").model_dump(exclude={"include_path", "fidelity"}),
     "efficiency": {
+        "engine": None,
         "batch_sizes": [1],
         "prompt_tokens": [1],
         "new_tokens": 2,

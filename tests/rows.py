@@ -69,7 +69,8 @@ def efficiency(factor: float, tokens_per_s: float, seconds: float) -> dict[str, 
         for batch_size, speed in ((1, 1.0), (4, factor))
     ]
     costs = {"flops_per_token": 215_000_000, "cache_bytes_per_token": 46_080}
-    return {"device": "a processor", "threads": 2, "cores": 2, "model": costs, "dense": costs, "runs": runs}
+    where = {"engine": "transformers 5", "device": "a processor", "threads": 2, "cores": 2}
+    return {**where, "model": costs, "dense": costs, "runs": runs}
 
 
 def make_artifact(store: Store, stage: Stage) -> None:

@@ -89,6 +89,9 @@ class EfficiencyConfig(Section):
 
     enabled: bool = False
     """Measure the dense models and each shape that the sweep makes, before recovery, which doesn't change shapes."""
+    engine: Literal["vllm"] | None = None
+    """An engine that generates (``runtime.engine_pythons`` says where it is), with ``batch_sizes`` of requests at once;
+    null: plain transformers."""
     batch_sizes: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[1, 8], min_length=1)
     """Numbers of sequences that are generated together; tables show the results for the largest."""
     prompt_tokens: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[256], min_length=1)

@@ -88,7 +88,7 @@ def check(
                     continue
             request = {"model": str(loaded), "sequences": [ids for ids, _ in reference], "new_tokens": NEW_TOKENS}
             options = {} if exported else fit(engine, source.config).options
-            request["options"] = {"trust_remote_code": _trusts(loaded), **options}
+            request["options"] = {"trust_remote_code": trusts(loaded), **options}
             answer = ask(engine, python, Path(folder), request)
         failed = Check(answer["version"], failure=answer["error"]) if "error" in answer else None
         checks[engine] = failed or compared(answer["version"], reference, answer["runs"])
@@ -116,7 +116,7 @@ def _reference(checkpoint: Path) -> Reference:
     return [(ids, log_probs_after(ids)) for ids in sequences]
 
 
-def _trusts(loaded: Path) -> bool:
+def trusts(loaded: Path) -> bool:
     """Whether all code that a checkpoint brings along is ours, letter for letter; no other is run."""
     code = (read_object(loaded / "config.json") or {}).get("auto_map")
     ours = {file.name: file.read_bytes() for file in (MODELING_FILE, CONFIGURATION_FILE)}

@@ -1,9 +1,10 @@
-"""Run token sequences in an engine, in float32, by the Python of an environment that has it; needs nothing else.
+"""Run token sequences in an engine, by the Python of an environment that has it; needs nothing else.
 
 ``python in_engine.py ENGINE`` ends with 1 if this Python lacks it. ``python in_engine.py ENGINE REQUEST ANSWER``, two
 JSON files: REQUEST has the ``model``, ``options`` of its loader, and ``sequences`` of token ids, each a prompt and some
-``new_tokens``. ANSWER gets ``version``, and ``runs``, one a sequence: ``log_probs`` of the prompt but its first token,
-and the ``new`` ones that the engine chooses; or ``error``, what it says of the model; or ``unable``, why it can't run.
+``new_tokens``; or the arguments of ``_time_vllm``. ANSWER gets ``version``, and ``runs``, one a sequence: ``log_probs``
+of the prompt but its first token, and the ``new`` ones that the engine chooses, in float32; or what ``_time_vllm``
+returns; or ``error``, what it says of the model; or ``unable``, why it can't run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Sequences = Sequence[list[int]]
@@ -39,7 +41,10 @@ def main() -> None:
     try:
         version = importlib.import_module(modules[0]).__version__
         answer["version"] = f"{modules[0]} {version.partition('-')[0]}"  # without OpenVINO's commit
-        answer["runs"] = run(request["model"], request["sequences"], request["new_tokens"], **request["options"])
+        if "workloads" in request:
+            answer["runs"] = _time_vllm(**request)
+        else:
+            answer["runs"] = run(request["model"], request["sequences"], request["new_tokens"], **request["options"])
     except BaseException as error:  # of an engine, anything; some end the interpreter
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         of_the_machine = isinstance(error, (ImportError, MemoryError, KeyboardInterrupt))
@@ -72,6 +77,35 @@ def _vllm(model: str, sequences: Sequences, new_tokens: int, **options: Any) -> 
         pairs = zip(made.prompt_logprobs[1:], made.prompt_token_ids[1:])  # noqa: B905
         told = [found[token].logprob for found, token in pairs]
         runs.append({"log_probs": told, "new": list(made.outputs[0].token_ids)})
+    return runs
+
+
+def _time_vllm(
+    models: dict[str, dict[str, Any]], workloads: list[Sequences], new_tokens: int, repeats: int, threads: int
+) -> list[dict[str, list[list[float]]]]:
+    """Let models, given by options of the loader, generate in turn from all prompts of a workload, first untimed.
+
+    Returns:
+        of each workload: model -> of each generation, the seconds until the first new token, and from it to the last,
+        by the median over prompts.
+    """
+    import torch
+    from vllm import LLM, SamplingParams
+
+    torch.set_num_threads(threads)
+    # kv_cache_memory_bytes takes the place of a share of the memory, which only has to be free.
+    alike = {"seed": 0, "enable_prefix_caching": False, "disable_log_stats": False, "gpu_memory_utilization": 0.05}
+    engines: dict[str, Any] = {name: LLM(**alike, **options) for name, options in models.items()}
+    sampling, runs = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False), []
+    for sequences in workloads:
+        prompts: list[Any] = [{"prompt_token_ids": ids} for ids in sequences]
+        seconds: dict[str, list[list[float]]] = {name: [] for name in models}
+        for _ in range(repeats + 1):
+            for name, engine in engines.items():
+                found = [made.metrics for made in engine.generate(prompts, sampling, use_tqdm=False)]
+                others = median(one.last_token_ts - one.first_token_ts for one in found)
+                seconds[name].append([median(one.first_token_latency for one in found), others])
+        runs.append({name: times[1:] for name, times in seconds.items()})
     return runs
 
 

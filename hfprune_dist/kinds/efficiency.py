@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hfprune_dist.checkpoints.token_costs import token_costs
+from hfprune_dist.config.method import EngineName
 from hfprune_dist.config.schema import EfficiencyConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters
@@ -17,12 +18,14 @@ from hfprune_dist.store.provenance import package_versions
 class EfficiencyParameters(StageParameters):
     """Settings of a measurement of speed and memory: those of an ``EfficiencyConfig``, and the environment.
 
+    ``engine``: what generates, its version is among the results; null: transformers.
     ``device``: as the planner knows it, the processor or GPU of this machine or what is requested from a cluster.
-    ``packages``: versions of the libraries that do the computing.
+    ``packages``: versions of the libraries that do the computing in place of an engine.
     """
 
     batch_setting: ClassVar[str] = "efficiency.batch_sizes"
 
+    engine: EngineName | None
     batch_sizes: list[int]
     prompt_tokens: list[int]
     new_tokens: int
@@ -38,7 +41,7 @@ class EfficiencyParameters(StageParameters):
             prompt_tokens=sorted(efficiency.prompt_tokens),
             **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
             device=device,
-            packages=package_versions(("torch", "transformers")),
+            packages=package_versions(() if efficiency.engine else ("torch", "transformers")),
         )
 
     def need(self, planned: Planned) -> Need:

@@ -172,8 +172,12 @@ def _tasks_told(rows: Sequence[Row]) -> str:
 
 def _measured_on(rows: Sequence[Row]) -> str:
     measured = [row["efficiency"] for row in rows if row["efficiency"]]
-    how = (f"{workload(run['runs'][-1])}; {run['device']}, {counted(run['threads'], 'thread')}" for run in measured)
+    how = (f"{workload(run['runs'][-1])}; {run['engine']} on {run['device']}{_threads(run)}" for run in measured)
     return f" ({' / '.join(dict.fromkeys(how))})"
+
+
+def _threads(run: Mapping[str, Any]) -> str:
+    return f", {counted(run['threads'], 'thread')}" if "threads" in run else ""  # not on a GPU
 
 
 def workload(run: Mapping[str, Any]) -> str:

@@ -5,17 +5,24 @@ It always has a single rank, with both models in memory. The stage is short: a k
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.engines import fit
 from hfprune_dist.checkpoints.token_costs import token_costs
+from hfprune_dist.engines.check import trusts
+from hfprune_dist.engines.process import ask
+from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, time_generation, weight_bytes
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.models.loading import load_causal_lm
@@ -24,44 +31,95 @@ from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.machine import cpu_model, usable_cores
 
 RESULTS = "efficiency.json"
+BLOCK = 256  # tokens; engines' blocks are no larger
 DENSE, MODEL = "dense", "model"
 
-# By role of a model: the peak of its memory in bytes, weights included, and the times of each timed generation.
-Measured = dict[str, tuple[int, list[Seconds]]]
+# By role of a model: the peak of its memory in bytes, weights included, if it is measured, and the times of each timed
+# generation.
+Measured = dict[str, tuple[int | None, list[Seconds]]]
 
 
 def run(context: Context[EfficiencyParameters]) -> None:
     """Write ``efficiency.json``: what a token costs each model, and everything measured under each workload."""
     params, world, inputs = context.params, context.world, context.stage.inputs
-    models: dict[str, PreTrainedModel] = {}  # role -> model, on rank 0; the dense one alone if both are the same
-
-    def load() -> None:
-        for role in [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]:
-            model = load_causal_lm(context.input_path(role), getattr(torch, params.dtype))
-            models[role] = model.to(world.device).eval()
-
-    world.on_rank0(load)
     # The most demanding one last.
     workloads = [
         Workload(batch, tokens, params.new_tokens) for batch in params.batch_sizes for tokens in params.prompt_tokens
     ]
-    measured: list[Measured] = []
-    for done, workload in enumerate(workloads):
-        context.progress.update(str(workload), done, len(workloads))
-        measured.append(world.on_rank0(partial(_measure, models, workload, params.repeats)))
-        context.interruption.stop_if_agreed(world)
+    # The dense one alone if both are the same.
+    roles = [DENSE] if inputs[DENSE].identity == inputs[MODEL].identity else [DENSE, MODEL]
+    checkpoints = {role: open_checkpoint(context.input_path(role)) for role in roles}
+    measure = _in_transformers if params.engine is None else _in_engine
+    version, measured = measure(context, checkpoints, workloads)
     device: dict[str, Any] = {"device": cpu_model(), "threads": torch.get_num_threads(), "cores": usable_cores()}
     if world.device.type == "cuda":
         device = {"device": torch.cuda.get_device_name(world.device)}
     metrics = {
+        "engine": version,
         **device,
-        **{role: _costs(open_checkpoint(context.input_path(role)), params) for role in (DENSE, MODEL)},
+        **{role: _costs(checkpoints.get(role, checkpoints[DENSE]), params) for role in (DENSE, MODEL)},
         "runs": [_described(*pair) for pair in zip(workloads, measured, strict=True)],
     }
     seconds = [{role: [one._asdict() for one in times] for role, (_, times) in found.items()} for found in measured]
     draft = context.open_draft()
     world.on_rank0(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
     context.commit(draft, metrics)
+
+
+def _in_transformers(
+    context: Context[EfficiencyParameters], checkpoints: Mapping[str, Checkpoint], workloads: Sequence[Workload]
+) -> tuple[str, list[Measured]]:
+    """The version, and what was measured."""
+    params, world = context.params, context.world
+    models: dict[str, PreTrainedModel] = {}  # on rank 0
+
+    def load() -> None:
+        for role, checkpoint in checkpoints.items():
+            model = load_causal_lm(checkpoint.path, getattr(torch, params.dtype))
+            models[role] = model.to(world.device).eval()
+
+    world.on_rank0(load)
+    measured: list[Measured] = []
+    for done, workload in enumerate(workloads):
+        context.progress.update(str(workload), done, len(workloads))
+        measured.append(world.on_rank0(partial(_measure, models, workload, params.repeats)))
+        context.interruption.stop_if_agreed(world)
+    return f"transformers {transformers.__version__}", measured
+
+
+def _in_engine(
+    context: Context[EfficiencyParameters], checkpoints: Mapping[str, Checkpoint], workloads: Sequence[Workload]
+) -> tuple[str, list[Measured]]:
+    """The same in an engine, but for memory, of which it takes what it is given."""
+    params, dense, engine = context.params, checkpoints[DENSE], context.params.engine
+    assert engine is not None
+    rows, tokens = max(params.batch_sizes), max(params.prompt_tokens) + params.new_tokens
+    # Twice what is needed: blocks of the cache are rarely full, and an engine may pad heads.
+    cache = 2 * rows * (tokens + BLOCK) * _costs(dense, params)["cache_bytes_per_token"]
+    alike = {"dtype": params.dtype, "max_model_len": tokens, "max_num_seqs": rows, "kv_cache_memory_bytes": cache}
+    own = {
+        role: {"model": str(one.path), "trust_remote_code": trusts(one.path), **fit(engine, one.config).options}
+        for role, one in checkpoints.items()
+    }
+    request = {
+        "models": {role: alike | options for role, options in own.items()},
+        "workloads": [one.prompts(dense.config["vocab_size"], torch.device("cpu")).tolist() for one in workloads],
+        "new_tokens": params.new_tokens,
+        "repeats": params.repeats,
+        "threads": torch.get_num_threads(),
+    }
+
+    def answer() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=context.work) as folder:
+            return ask(engine, context.runtime.python_of(engine), Path(folder), request)
+
+    context.progress.update(engine, 0, 1)
+    found = context.world.on_rank0(answer)
+    if "error" in found:
+        raise UserError(f"{found['version']} doesn't run it: {found['error']}")
+    return found["version"], [
+        {role: (None, [Seconds(*pair) for pair in times]) for role, times in run.items()} for run in found["runs"]
+    ]
 
 
 def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int) -> Measured:

@@ -171,6 +171,7 @@ def test_a_measurement_is_of_its_device_and_workloads(world):
     once = measured()
     assert once == measured(efficiency__batch_sizes=[8, 1], recovery__rank=4)
     others = [measured("there"), measured(efficiency__new_tokens=9), measured(efficiency__dtype="float32")]
+    others.append(measured(efficiency__engine="vllm"))
     assert all(not once & other for other in others)
     with pytest.raises(UserError, match=r"520 together, more than the 512 positions of model 'a'"):
         measured(efficiency__prompt_tokens=[8, 500], efficiency__new_tokens=20)

@@ -146,7 +146,7 @@ def test_a_row_stands_without_its_speed(store):
     commit(store, measured, **efficiency(1.5, tokens_per_s=30.0, seconds=0.1))
     _, row = collect_rows(plan, store, DENSE)
     assert (row["decode_speed"], row["decode_tokens_per_s"], row["cause"]) == (1.5, 30.0, None)
-    assert row["efficiency"].keys() == {"device", "threads", "cores", "model", "runs"}
+    assert row["efficiency"].keys() == {"engine", "device", "threads", "cores", "model", "runs"}
     assert flat_row(row)["efficiency/batch 1, 32 in, 16 out/decode_speed"] == 1.0
 
 

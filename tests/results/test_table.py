@@ -64,7 +64,10 @@ def test_notes_tell_how_rows_were_measured():
     rows += [row_of(method="loraprune", recovery="own", tasks={"crows_pairs_english": {"pct_stereotype": 0.6}})]
     told = "\n".join(notes(rows, wide=True))
     assert "for crows_pairs lower is" in told and told.startswith("recovery own: ")
-    assert "(batch 4, 32 in, 16 out; a processor, 2 threads)" in told
+    assert "(batch 4, 32 in, 16 out; transformers 5 on a processor, 2 threads)" in told
+    on_a_gpu = {name: value for name, value in efficiency(1.2, 3.0, 0.1).items() if name not in ("threads", "cores")}
+    (told,) = [line for line in notes([rows[0] | {"efficiency": on_a_gpu}], wide=True) if line.startswith("speed: ")]
+    assert told.endswith("; transformers 5 on a processor)")
 
 
 def test_the_finding_is_the_closest_row_at_each_ratio_and_what_it_keeps_of_the_dense_model():

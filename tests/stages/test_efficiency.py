@@ -6,16 +6,22 @@ from statistics import median
 import made_stages
 import pytest
 import torch
-from ranks import metrics_of
+import transformers
+from engine_marks import python_of
+from ranks import metrics_of, run_here
 from tiny import save_tiny
 from worlds import Ranks, run_in_threads
 
+from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.errors import UserError
+from hfprune_dist.stages import efficiency
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import cpu_model, usable_cores
 from hfprune_dist.store.stage import Input
 
 PARAMS = {
+    "engine": None,
     "batch_sizes": [1, 3],
     "prompt_tokens": [4, 9],
     "new_tokens": 3,
@@ -45,7 +51,8 @@ def test_both_models_are_measured_under_every_workload_on_the_first_rank(source,
     metrics = metrics_of(store, stage)
     sizes = [(run["batch_size"], run["prompt_tokens"], run["new_tokens"]) for run in metrics["runs"]]
     assert sizes == [(1, 4, 3), (1, 9, 3), (3, 4, 3), (3, 9, 3)]
-    assert metrics["device"] == cpu_model() and metrics["threads"] == torch.get_num_threads()
+    assert metrics["engine"] == f"transformers {transformers.__version__}" and metrics["device"] == cpu_model()
+    assert metrics["threads"] == torch.get_num_threads()
     assert metrics["cores"] == usable_cores()
     gone = 2 * 3 * 31 * 32  # layers, projections, neurons, hidden size
     assert metrics["dense"]["parameters"] - metrics["model"]["parameters"] == gone
@@ -68,3 +75,66 @@ def test_the_dense_model_is_as_fast_as_itself(source, tmp_path):
     for run in metrics_of(store, stage)["runs"]:
         assert run["decode_speed"] == run["first_token_speed"] == {"median": 1.0, "min": 1.0, "max": 1.0}
         assert run["model"] == run["dense"]
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What a stand-in for an engine answers, and, in ``asked``, what it was asked."""
+    answers = {"version": "vllm 1", "asked": {}}
+
+    def ask(engine, _python, _folder, request):
+        answers["asked"] = {"engine": engine, **json.loads(json.dumps(request))}
+        return answers
+
+    monkeypatch.setattr(efficiency, "ask", ask)
+    return answers
+
+
+def test_in_an_engine_the_same_is_measured_but_memory(source, tmp_path, answers):
+    answers["runs"] = [
+        {"dense": [[0.5, 2.0], [0.6, 4.0], [0.7, 8.0]], "model": [[0.1, 1.0], [0.3, 1.0], [0.7, 8.0]]}
+    ] * 4
+    store, stage = Store(tmp_path), stage_of(source, engine="vllm", packages={})
+    run_in_threads(store, stage, Ranks(2))
+    metrics, asked = metrics_of(store, stage), answers["asked"]
+    assert metrics["engine"] == "vllm 1" and asked["engine"] == "vllm" and asked["repeats"] == asked["new_tokens"] == 3
+    assert metrics["dense"]["flops_per_token"] > metrics["model"]["flops_per_token"]
+    for run, prompts in zip(metrics["runs"], asked["workloads"], strict=True):
+        assert [len(prompt) for prompt in prompts] == [run["prompt_tokens"]] * run["batch_size"]
+        assert run["decode_speed"] == {"median": 2.0, "min": 1.0, "max": 4.0}
+        assert run["first_token_speed"]["median"] == 2.0
+        assert run["model"]["decode_tokens_per_s"]["median"] == 2 * run["batch_size"]
+        assert run["model"]["time_to_first_token_s"]["median"] == 0.3 and run["model"]["peak_memory_bytes"] is None
+    for role, name in (("dense", "dense"), ("model", "pruned")):
+        options = asked["models"][role]
+        assert (options["model"], options["max_model_len"], options["max_num_seqs"]) == (str(source / name), 12, 3)
+    assert len({options["kv_cache_memory_bytes"] for options in asked["models"].values()}) == 1
+
+
+def test_an_engine_that_does_not_run_a_model_fails_its_stage(source, tmp_path, answers):
+    answers["error"] = "ValueError: no such shape"
+    with pytest.raises(UserError, match="vllm 1 doesn't run it: ValueError: no such shape"):
+        run_in_threads(Store(tmp_path), stage_of(source, "dense", engine="vllm"), Ranks(1))
+    assert answers["asked"]["models"].keys() == {"dense"}, "which isn't measured twice"
+
+
+@pytest.mark.engine("vllm")
+def test_vllm_generates_with_both_models_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(RuntimeConfig, "python_of", lambda _, engine: python_of(engine))
+    for name, width in (("dense", 48), ("pruned", 17)):
+        save_tiny(tmp_path / name, hidden_size=128, intermediate_size=width)  # heads of 32, its smallest on CPUs
+    store, stage = Store(tmp_path), stage_of(tmp_path, engine="vllm", packages={})
+    metrics = run_here(store, stage)
+    assert metrics["engine"].startswith("vllm ") and metrics["threads"] == torch.get_num_threads()
+    details = json.loads((store.handle(stage.id).artifact / RESULTS).read_text())
+    for run, seconds in zip(metrics["runs"], details["seconds"], strict=True):
+        assert seconds.keys() == {"dense", "model"}
+        taken = [pair for times in seconds.values() for pair in times]
+        assert (
+            len(taken) == 2 * 3
+            and min(pair["first"] for pair in taken) > 0
+            and min(pair["others"] for pair in taken) > 0
+        )
+        pairs = zip(seconds["dense"], seconds["model"], strict=True)
+        assert run["decode_speed"]["median"] == median(one["others"] / other["others"] for one, other in pairs)
