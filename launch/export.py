@@ -46,8 +46,6 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
     """Write a checkpoint in another format; what is written is whole once it has its name. Say what it is."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: is there already; choose another place, or remove it")
-    if to == "gguf":
-        require_gguf()
     source = open_checkpoint(checkpoint)
     require_folder(out.parent)
     new = out.with_name(f".{out.name}.new")
@@ -56,6 +54,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
     try:
         draft = new / out.name
         if to == "gguf":
+            require_gguf()
             from hfprune_dist.export.gguf_file import write_gguf
 
             told = write_gguf(source, draft, dtype)

@@ -97,23 +97,21 @@ def check(
 
 def _reference(checkpoint: Path) -> Reference:
     import torch
+    from transformers import GenerationConfig
 
     from hfprune_dist.data.tokenizer import load_tokenizer
     from hfprune_dist.models.loading import load_causal_lm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = load_tokenizer(checkpoint), load_causal_lm(checkpoint, torch.float32).to(device).eval()
-
-    @torch.no_grad()
-    def log_probs_after(ids: list[int]) -> Any:
-        logits_BTV = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-        return logits_BTV[0].double().log_softmax(dim=-1).cpu()
-
-    sequences = [tokenizer(text).input_ids for text in PROMPTS]
-    for ids in sequences:
-        for _ in range(NEW_TOKENS):
-            ids.append(int(log_probs_after(ids)[-1].argmax()))
-    return [(ids, log_probs_after(ids)) for ids in sequences]
+    model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)  # beyond any end of text
+    reference = []
+    with torch.inference_mode():
+        for text in PROMPTS:
+            ids_BT = model.generate(torch.tensor([tokenizer(text).input_ids], device=device))
+            log_probs_BTV = model(input_ids=ids_BT, use_cache=False).logits.double().log_softmax(dim=-1)
+            reference.append((ids_BT[0].tolist(), log_probs_BTV[0].cpu()))
+    return reference
 
 
 def trusts(loaded: Path) -> bool:

@@ -1,6 +1,4 @@
-"""Configuration of NVIDIA's DeciLM (nemotron-nas), a Llama whose layers differ in width, for vLLM, which has the model
-but not this class. It travels inside checkpoints that were exported as such.
-"""
+"""NVIDIA's DeciLM (nemotron-nas), a Llama whose layers differ in width, for vLLM, which has the model, not this."""
 
 from typing import Any
 

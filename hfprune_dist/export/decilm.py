@@ -31,8 +31,7 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
     if checkpoint.config.get(OUTPUT_BIASES):
         raise UserError(f"{checkpoint.path}: DeciLM has no place for {OUTPUT_BIASES}; {AS_IT_IS}")
     if not groups.is_uniform:
-        why = "layers differ in heads, which DeciLM can't have; --to gguf holds them"
-        raise UserError(f"{checkpoint.path}: {why}; {AS_IT_IS}")
+        raise UserError(f"{checkpoint.path}: layers that differ in heads need --to gguf; {AS_IT_IS}")
     target.mkdir()
     shutil.copyfile(CONFIGURATION_FILE, target / CONFIGURATION_FILE.name)
     for name in {*checkpoint.travelling_files, *checkpoint.weight_files, INDEX_FILE} - {MODELING_FILE.name}:
@@ -46,11 +45,9 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
     attention = {"no_op": False, "n_heads_in_group": sizes["num_attention_heads"] // sizes["num_key_value_heads"]}
     widths = checkpoint.units.counts
     rounded = all(width % _MULTIPLE == 0 for width in widths)
-    blocks = []
-    for width in widths:
-        multiple = {"ffn_mult": round(1.5 * (width - _MULTIPLE // 2) / sizes["hidden_size"], 6)}
-        size = multiple if rounded else {"intermediate_size": width}
-        blocks.append({"attention": attention, "ffn": {"no_op": False, **size}})
+    multiples = [round(1.5 * (width - _MULTIPLE // 2) / sizes["hidden_size"], 6) for width in widths]
+    name, values = ("ffn_mult", multiples) if rounded else ("intermediate_size", widths)
+    blocks = [{"attention": attention, "ffn": {"no_op": False, name: value}} for value in values]
     stated = {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

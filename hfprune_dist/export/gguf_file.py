@@ -6,7 +6,6 @@ computes a Llama, with arrays of sizes in place of numbers.
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,14 +69,17 @@ def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, checkpoint, config)
     add_tokenizer(writer, checkpoint.path, int(checkpoint.config["vocab_size"]))
-    renamed = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], checkpoint.num_layers).get_name
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], checkpoint.num_layers)
+    renamed = partial(names.get_name, try_suffixes=(".weight", ".bias"))
     kind, tensors = Kind[chosen.upper()], list[_Tensor]()
+    head_dim = checkpoint.family.completed(checkpoint.config)["head_dim"] if architecture in _INTERLEAVED else None
     with naming(file), open_weights(checkpoint) as read:
-        for name in checkpoint.tensors:
+        for name, info in checkpoint.tensors.items():
             if name != checkpoint.family.head_tensor or not checkpoint.config["tie_word_embeddings"]:
-                rotates = architecture in _INTERLEAVED and (".q_proj." in name or ".k_proj." in name)
-                named = renamed(name, (".weight", ".bias"))
-                tensors.append(_tensor(checkpoint, name, named, kind, rotates, partial(read, name)))
+                fits = info.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+                stored = Kind.F32 if len(info.shape) == 1 else kind if fits else Kind.F16
+                rotated = head_dim if ".q_proj." in name or ".k_proj." in name else None
+                tensors.append(_Tensor(renamed(name), info.shape, stored, partial(read, name), rotated))
         if config.rope_parameters["rope_type"] == "llama3":
             scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
             usual = config.rope_parameters["rope_theta"] ** -(torch.arange(len(scaled)).double() / len(scaled))
@@ -90,11 +92,8 @@ def write_gguf(checkpoint: Checkpoint, file: Path, dtype: str | None = None) -> 
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        try:
-            for tensor in tensors:
-                writer.write_tensor_data(tensor.stored())
-        except OSError as error:  # numpy's of a full disk has no number
-            raise OSError(error.errno or errno.ENOSPC, str(error)) from error
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.stored())
         writer.close()
     halves = sum(tensor.kind == Kind.F16 for tensor in tensors) if chosen == "q8_0" else 0
     told = f"; {halves} matrices, whose rows aren't multiples of 32 (prune.multiple_of), as f16" if halves else ""
@@ -136,13 +135,3 @@ def _add_sizes(writer: gguf.GGUFWriter, checkpoint: Checkpoint, config: Any) -> 
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(sizes["vocab_size"])
-
-
-def _tensor(checkpoint: Checkpoint, name: str, renamed: str, kind: Kind, rotates: bool, read: Any) -> _Tensor:
-    """A tensor of the checkpoint in the file."""
-    shape, head_dim = checkpoint.tensors[name].shape, checkpoint.family.completed(checkpoint.config)["head_dim"]
-    if len(shape) == 1:
-        kind = Kind.F32
-    elif shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        kind = Kind.F16
-    return _Tensor(renamed, shape, kind, read, head_dim if rotates else None)
