@@ -26,7 +26,7 @@ class Optimizer:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], settings: Training, start: Snapshot, world: World
     ) -> None:
-        self._parameters, self._max_grad_norm, self._world = parameters, settings.max_grad_norm, world
+        self._parameters, self._settings, self._world = parameters, settings, world
         self._shares, self._rank = (1, 0) if settings.method == "lora" else (world.size, world.rank)
         device = next(iter(parameters.values())).device
         self._numbers = sum(parameter.numel() for parameter in parameters.values())
@@ -41,8 +41,7 @@ class Optimizer:
         self._gradient.zero_()
         self._weights = nn.Parameter(weights)
         self._weights.grad = self._gradient[own]
-        self._weight_decay = settings.weight_decay
-        self._adamw = torch.optim.AdamW([self._weights], weight_decay=0.0)
+        self._adamw = torch.optim.AdamW([self._weights], weight_decay=0.0)  # which would be of the whole vector
         self._norm = torch.zeros((), device=device)
         if start.step:
             moments = {moment: start.vector(moment, own).to(device) for moment in MOMENTS}
@@ -68,15 +67,15 @@ class Optimizer:
 
     def kept_share(self) -> Tensor:
         """The share of each gradient that is left once all of them are clipped, a scalar on the device."""
-        share: Tensor = self._max_grad_norm / (self._norm + 1e-6)
+        share: Tensor = self._settings.max_grad_norm / (self._norm + 1e-6)
         return share.clamp(max=1.0)
 
     def step(self, learning_rate: float) -> float:
         """Clip, do a step, and return the gradients' norm before clipping; collective."""
         self._gradient *= self.kept_share()
         for parameter, _, here in self._overlaps(self._share(self._rank)):
-            if self._weight_decay and parameter.ndim > 1:  # neither norms nor biases
-                self._weights.data[here] *= 1 - learning_rate * self._weight_decay
+            if self._settings.weight_decay and parameter.ndim > 1:  # neither norms nor biases
+                self._weights.data[here] *= 1 - learning_rate * self._settings.weight_decay
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
         self._gradient.zero_()
