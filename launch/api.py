@@ -76,7 +76,7 @@ class Session:
         prepared = prepare(self._request, download=True)
         made: dict[tuple[str, float, str], str] = {}
         for cell in prepared.sweep.plan.cells:
-            if cell.ratio is not None and cell.method is not None:
+            if cell.ratio is not None and cell.method is not None and not cell.rounds:
                 cut = next(stage_id for stage_id in cell.producers if kind_of(stage_id) in CUTTING)
                 made[cell.model, cell.ratio, cell.method] = cut
         make(only(prepared, made.values()))

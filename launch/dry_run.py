@@ -58,6 +58,8 @@ def _show_shapes(console: Console, prepared: Prepared) -> None:
             shapes[cell.label] = {"note": "unknown until the model is downloaded"}
         elif cell.ratio is None or cell.method is None:
             shapes[cell.label] = sizes_of(model.checkpoint)
+        elif cell.rounds:
+            shapes[cell.label] = {"note": f"{cell.ratio:g} of the dense model, from what {cell.rounds[-1]:g} leaves"}
         else:
             method, where = prepared.methods[cell.method], place_of(cell.model, cell.method)
             shapes[cell.label] = planned_sizes(model.checkpoint, cell.ratio, method, where)

@@ -183,7 +183,9 @@ def _written_and_read(content: Mapping[str, Any], folder: Path) -> dict[str, Any
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Write ``kept.json``, in the dense model's numbering: ``layers`` and, for each kind, the units kept in each."""
+    """Write ``kept.json``, in the numbering of the model that was cut: ``layers`` and, for each kind, the units kept in
+    each.
+    """
     units = {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
     write_json(folder / KEPT, {"layers": list(kept.layers), **units})
 

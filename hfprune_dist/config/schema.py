@@ -155,6 +155,10 @@ class SweepConfig(Section):
     (org/name, org/name@revision); a folder of that name takes precedence over the hub. A sweep needs at least one."""
     ratios: list[Ratio] = Field(default=[0.2, 0.3])
     """Removed parameters / all parameters of the model, for each pruned row; with none, only the dense model's rows."""
+    rounds: list[Ratio] = Field(default=[])
+    """Two or more ascending ratios, e.g. [0.3, 0.5]: each method and recipe of recovery gets one more row, at the last
+    of them, whose model is pruned to the first, trained, scored and pruned to the next, trained again, and so on. What
+    is pruned to the first is shared with the row at that ratio."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints plain transformers loads."""
@@ -178,6 +182,13 @@ class SweepConfig(Section):
         """Whether calibration windows begin with the tokenizer's BOS token."""
         own = self.calibration.add_bos_token
         return self.evaluation.add_bos_token if own is None else own
+
+    @field_validator("rounds")
+    @classmethod
+    def _ascend(cls, rounds: list[float]) -> list[float]:
+        if len(rounds) == 1 or rounds != sorted(set(rounds)):
+            raise ValueError(f"{rounds} must be two or more ascending ratios, or []")
+        return rounds
 
     @field_validator("models", "ratios", "methods")
     @classmethod

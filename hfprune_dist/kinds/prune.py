@@ -1,6 +1,7 @@
 """Prune: cuts a model by its scores, refits what stays, and writes the checkpoint.
 
-Inputs: ``model``, the dense model, and ``importance``, its scores and the windows that they were made on.
+Inputs: ``model``; ``importance``, its scores and the windows that they were made on; and ``dense``, the dense model, if
+``model`` is what an earlier round of pruning and training has left of it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ NORM_TOKENS = 2**15
 class PruneParameters(StageParameters):
     """Settings of one cut: those of a ``Method`` that it depends on.
 
-    ``ratio``: removed parameters / all of the dense model's. ``dtype`` and ``micro_batch_size`` (windows per rank's
-    forward pass) are None if no model runs. ``tensor_parallel`` divides ``multiple_of`` and numbers of KV groups.
+    ``ratio``: removed parameters, those of earlier rounds included / all of the dense model's. ``dtype`` and
+    ``micro_batch_size`` (windows per rank's forward pass) are None if no model runs. ``tensor_parallel`` divides
+    ``multiple_of`` and numbers of KV groups.
     """
 
     ratio: float

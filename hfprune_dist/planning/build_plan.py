@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.kinds.training import LoraPruneParameters, RecoverParameters
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.methods import can_do, refuse_criteria, suited
+from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_rounds, suited
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds, label_of
 from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
@@ -62,6 +63,8 @@ def build_plan(
                 f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), "
                 f"and recovery.{key} is {given}; set it to {value or 'null'}, or leave the method out"
             )
+    if config.rounds:
+        refuse_rounds(methods, config.recovery)
     planner = _Planner(config, methods, hashes, device)
     for model in models:  # before any text is read
         planner.check(model)
@@ -100,13 +103,26 @@ def _scores(importance: Stage, criteria: Iterable[str], structures: Sequence[Uni
 
 @dataclass(frozen=True)
 class _Variant:
-    """A checkpoint: the dense model, or what a chain of stages, in order, makes of it; the last one writes it."""
+    """A checkpoint: the dense model, or what a chain of stages, in order, makes of it; the last one writes it.
+
+    Fields with the names of a ``Cell``'s are those of its row; ``recovery`` is a recipe's name alone.
+    """
 
     model: str
     dense: Input
     ratio: float | None = None
     method: str | None = None
+    recovery: str = NONE
+    rounds: tuple[float, ...] = ()
     chain: tuple[Stage, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return label_of(self.model, self.ratio, self.method, in_rounds(self.recovery, self.rounds))
+
+    def next_round(self, ratio: float) -> _Variant:
+        """The same to begin with, to be pruned to a larger ratio."""
+        return replace(self, ratio=ratio, rounds=self.rounds if self.ratio is None else (*self.rounds, self.ratio))
 
     @property
     def checkpoint(self) -> Input:
@@ -115,7 +131,7 @@ class _Variant:
     @property
     def cut(self) -> Input:
         """The checkpoint that has the same shape, before anything was trained."""
-        return next((stage.as_input() for stage in self.chain if stage.kind in CUTTING), self.dense)
+        return next((stage.as_input() for stage in reversed(self.chain) if stage.kind in CUTTING), self.dense)
 
 
 # The most that a dense model's hidden states may take on disk; it runs beside the model that is trained otherwise.
@@ -143,7 +159,8 @@ class _Planner:
     def check(self, model: ModelSource) -> None:
         """Refuse ratios and methods that the model doesn't take, and generations longer than its positions."""
         for name, method in self._methods_for(model).items():
-            check_ratios(model.checkpoint, self._config.ratios, method, place_of(model.name, name))
+            ratios = [*self._config.ratios, *self._config.rounds]
+            check_ratios(model.checkpoint, ratios, method, place_of(model.name, name))
         for name, training in self._trainings.items():
             if training is not None and (why := self._unfit(training, model.checkpoint)):
                 raise UserError(f"recovery {name}: {why} (model {model.name!r})")
@@ -183,21 +200,27 @@ class _Planner:
         return {name: suited(method, checkpoint) for name, method in (left or self._methods).items()}
 
     def rows(self, model: ModelSource) -> list[Cell]:
-        """The rows of a model: the dense one, and for each ratio those of the methods."""
-        methods = self._methods_for(model) if self._config.ratios else {}
+        """The rows of a model: the dense one, for each ratio those of the methods, and those that go by rounds."""
+        rounds = self._config.rounds
+        methods = self._methods_for(model) if self._config.ratios or rounds else {}
         dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
         importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
         cells = self._finish(_Variant(model.name, dense), model.checkpoint, importance)
+        numbered = {name: with_numbers(method, model.checkpoint) for name, method in methods.items()}
         for ratio in self._config.ratios:
-            for name, method in methods.items():
-                variant, numbered = _Variant(model.name, dense, ratio, name), with_numbers(method, model.checkpoint)
+            for name, method in numbered.items():
+                variant = _Variant(model.name, dense, ratio, name)
                 if method.prunes_in == "recovery":
-                    cells.append(self._pruned_in_recovery(variant, numbered, ratio))
+                    cells.append(self._pruned_in_recovery(variant, method, ratio))
                 else:
-                    assert importance is not None
-                    cells += self._finish(
-                        self._pruned(variant, numbered, ratio, importance), model.checkpoint, importance
-                    )
+                    cells += self._finish(self._pruned(variant, method, importance), model.checkpoint, importance)
+        recipes = [(name, training) for name, training in self._trainings.items() if training is not None]
+        for (name, method), (recipe, training) in product(numbered.items(), recipes if rounds else ()):
+            variant = _Variant(model.name, dense, method=name)
+            for ratio in rounds:
+                pruned = self._pruned(variant.next_round(ratio), method, importance)
+                variant = self._trained(pruned, recipe, training, model.checkpoint, importance)
+            cells.append(self._row(variant))
         return cells
 
     def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
@@ -219,25 +242,31 @@ class _Planner:
             inputs = inputs | self._text(share.role, share.text)
         return self._stage("importance", label, ImportanceParameters.from_config(self._config, **scoring), inputs)
 
-    def _pruned(self, variant: _Variant, method: Method, ratio: float, importance: Stage) -> _Variant:
-        """The dense model that a method with numbers prunes: student and cut."""
-        chain, dense, label = [importance], variant.dense, self._label(variant)
-        structures = kinds_among(method.structures)
+    def _pruned(self, variant: _Variant, method: Method, importance: Stage | None) -> _Variant:
+        """What a method with numbers prunes to the variant's ratio: the dense model, by its pass and perhaps that over
+        a student, or what an earlier round has trained, by a pass of its own.
+        """
+        assert importance is not None and variant.ratio is not None
+        structures, inputs = kinds_among(method.structures), {"model": variant.checkpoint}
+        scoring: dict[str, Any] = {"criteria": sorted(method.scored_before), "structures": structures}
+        chain = [*variant.chain, importance]
+        if variant.rounds:
+            chain[-1] = self._importance(variant.label, inputs, **scoring)
         if method.student_chosen_by is not None:
-            inputs = {"model": dense, "student": _scores(importance, _first_criteria(method))}
-            scoring = {"criteria": sorted(method.scored_before), "structures": structures}
-            student = StudentParameters.at_ratio(ratio)
-            chain.append(self._importance(f"{label} student", inputs, student=student, **scoring))
-        inputs = {"model": dense, "importance": _scores(chain[-1], method.scored_before, structures)}
-        cut = self._stage("prune", label, PruneParameters.from_method(self._config, method, ratio), inputs)
-        return replace(variant, chain=(*chain, cut))
+            of_first = {"student": _scores(importance, _first_criteria(method))}
+            student = StudentParameters.at_ratio(variant.ratio)
+            chain.append(self._importance(f"{variant.label} student", inputs | of_first, student=student, **scoring))
+        inputs |= {"importance": _scores(chain[-1], method.scored_before, structures)}
+        inputs |= {"dense": variant.dense} if variant.rounds else {}
+        params = PruneParameters.from_method(self._config, method, variant.ratio)
+        return replace(variant, chain=(*chain, self._stage("prune", variant.label, params, inputs)))
 
     def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
         """The training that prunes and recovers at the same time, and its evaluation."""
         inputs = {"model": variant.dense, **self._text("text", self._config.recovery)}
         params = LoraPruneParameters.from_method(self._config, method, ratio)
-        trained = self._stage("loraprune", self._label(variant), params, inputs)
-        return self._row(replace(variant, chain=(trained,)), OWN)
+        trained = self._stage("loraprune", variant.label, params, inputs)
+        return self._row(replace(variant, recovery=OWN, chain=(trained,)))
 
     def _finish(self, variant: _Variant, dense: Checkpoint, importance: Stage | None) -> list[Cell]:
         """Training by each recipe, and evaluation, of one checkpoint; the dense model is also evaluated as it is, and
@@ -247,14 +276,21 @@ class _Planner:
         cells = []
         for name, training in trainings.items():
             if training is None:
-                cells.append(self._row(variant, NONE))
+                cells.append(self._row(variant))
             elif variant.ratio is not None or training.teacher_share < 1:
-                inputs, before = self._inputs_of(training, variant, dense, importance)
-                params = RecoverParameters(recovery=training, seed=self._config.seed)
-                trained = self._stage("recover", self._label(variant, name), params, inputs)
-                chain = *variant.chain, *(stage for stage in before if stage not in variant.chain), trained
-                cells.append(self._row(replace(variant, chain=chain), name))
+                cells.append(self._row(self._trained(variant, name, training, dense, importance)))
         return cells
+
+    def _trained(
+        self, variant: _Variant, name: str, training: Training, dense: Checkpoint, importance: Stage | None
+    ) -> _Variant:
+        """A checkpoint after training by a recipe."""
+        inputs, before = self._inputs_of(training, variant, dense, importance)
+        variant = replace(variant, recovery=name)
+        params = RecoverParameters(recovery=training, seed=self._config.seed)
+        trained = self._stage("recover", variant.label, params, inputs)
+        chain = *variant.chain, *(stage for stage in before if stage not in variant.chain), trained
+        return replace(variant, chain=chain)
 
     def _inputs_of(
         self, training: Training, variant: _Variant, dense: Checkpoint, importance: Stage | None
@@ -282,12 +318,9 @@ class _Planner:
         reference = self._stage("reference", f"{importance.label} calibration", params, given)
         return inputs | {"reference": reference.as_input()}, [importance, reference]
 
-    def _label(self, variant: _Variant, recovery: str = NONE) -> str:
-        return label_of(variant.model, variant.ratio, variant.method, recovery)
-
-    def _row(self, variant: _Variant, recovery: str) -> Cell:
+    def _row(self, variant: _Variant) -> Cell:
         """The row of a checkpoint, with the stages that measure it."""
-        label = self._label(variant, recovery)
+        label = variant.label
         inputs = {"model": variant.checkpoint, "dense": variant.dense}
         inputs |= self._references_of_held_out(variant) | self._own_tasks
         evaluate = self._stage("evaluate", label, EvaluateParameters.from_config(self._config.evaluation), inputs)
@@ -295,7 +328,7 @@ class _Planner:
         if self._config.efficiency.enabled:  # of the shape, which training doesn't change
             params = EfficiencyParameters.from_config(self._config.efficiency, self._device)
             inputs = {"model": variant.cut, "dense": variant.dense}
-            measured = self._stage("efficiency", self._label(variant), params, inputs).id
+            measured = self._stage("efficiency", replace(variant, recovery=NONE).label, params, inputs).id
         check = None
         if self._config.engines and variant.ratio is not None:  # the dense model is known to them
             inputs, engines = {"model": variant.checkpoint}, CheckParameters(engines=self._config.engines)
@@ -306,11 +339,12 @@ class _Planner:
             ratio=variant.ratio,
             method=variant.method,
             criterion=None if variant.method is None else self._methods[variant.method].criterion,
-            recovery=recovery,
+            recovery=in_rounds(variant.recovery, variant.rounds),
             producers=tuple(stage.id for stage in variant.chain),
             evaluate=evaluate.id,
             efficiency=measured,
             check=check,
+            rounds=variant.rounds,
         )
 
     def _references_of_held_out(self, variant: _Variant) -> dict[str, Input]:

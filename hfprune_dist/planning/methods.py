@@ -16,6 +16,7 @@ from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Allocation, Method, Refit
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.training import RecoveryConfig
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.methods import CRITERIA, SCORED_WHILE_PRUNED
@@ -178,6 +179,24 @@ def refuse_method(method: Method, where: str) -> None:
             for told in _broken(rule.takes, method):
                 given = ", ".join(f"{name}: {_shown(getattr(method, name))}" for name in rule.given)
                 raise UserError(f"{where}: with {given}, {told}; {rule.because}")
+
+
+def refuse_rounds(methods: Mapping[str, Method], recovery: RecoveryConfig) -> None:
+    """Refuse rounds between which nothing is trained, or with a method that can't prune what is left of a model.
+
+    Raises:
+        UserError: naming the first one, and why.
+    """
+    if not any(recovery.trainings().values()):
+        raise UserError("rounds: nothing is trained between them; set recovery.method, or leave rounds out")
+    for name, method in methods.items():
+        reasons = {
+            "it prunes while it trains": method.prunes_in == "recovery",
+            "matrices of low rank can't be pruned again": method.allocation == "low_rank",
+            "its student lacks a share of the dense model": method.student_chosen_by is not None,
+        }
+        for why in (reason for reason, holds in reasons.items() if holds):
+            raise UserError(f"rounds: method {name!r} can't go by rounds: {why}; leave the method or rounds out")
 
 
 def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:

@@ -13,6 +13,8 @@ from hfprune_dist.store.stage import Input, Stage
 
 # Values of a row's recovery: there is none, or the method's own training takes its place.
 NONE, OWN = "none", "own"
+# Stands between a recipe and the ratios of earlier rounds.
+VIA = "via"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Cell:
 
     ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
     stages that make the checkpoint, in order; ``efficiency`` and ``check`` are None if not asked for.
-    ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains.
+    ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains; with
+    ``rounds``, the ratios at which the model was pruned and trained before, they follow the name (``in_rounds``).
     """
 
     label: str
@@ -34,6 +37,7 @@ class Cell:
     evaluate: str
     efficiency: str | None = None
     check: str | None = None
+    rounds: tuple[float, ...] = ()
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -89,7 +93,8 @@ class Plan:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
         stages = [Stage.from_json(stage) for stage in record["stages"]]
-        cells = [Cell(**{**cell, "producers": tuple(cell["producers"])}) for cell in record["cells"]]
+        rows = [{**cell, **{name: tuple(cell[name]) for name in ("producers", "rounds")}} for cell in record["cells"]]
+        cells = [Cell(**row) for row in rows]
         return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record["asked"]))
 
 
@@ -97,6 +102,12 @@ def label_of(model: str, ratio: float | None, method: str | None, recovery: str)
     """The label of a row."""
     pruned = f"{model} dense" if ratio is None else f"{model} {ratio:g} {method}"
     return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"
+
+
+def in_rounds(recovery: str, rounds: Iterable[float]) -> str:
+    """The recovery of a row whose model was pruned and trained at other ratios before."""
+    before = ", ".join(f"{ratio:g}" for ratio in rounds)
+    return f"{recovery} {VIA} {before}" if before else recovery
 
 
 def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:

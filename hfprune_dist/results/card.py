@@ -19,7 +19,7 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.engines.check import Check
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
@@ -27,7 +27,7 @@ from hfprune_dist.results.rows import DONE, ENGINES, DenseModel, Row, collect_ro
 from hfprune_dist.results.table import columns, notes
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_object
-from hfprune_dist.store.stage import Input
+from hfprune_dist.store.stage import CUTTING, Input, kind_of
 
 if TYPE_CHECKING:  # takes a while to import; commands should answer at once
     from huggingface_hub import EvalResult
@@ -131,11 +131,12 @@ class Card:
         config = {key: value for key, value in self.config.items() if key != "runtime"} | {
             "models": [cell.model],
             "aliases": {cell.model: alias},
-            "ratios": [] if cell.ratio is None else [cell.ratio],
+            "ratios": [] if cell.ratio is None or cell.rounds else [cell.ratio],
+            "rounds": [*cell.rounds, cell.ratio] if cell.rounds else [],
             "methods": [named.get(str(cell.method), self.config["methods"][0])],
         }
         if recipes := config["recovery"].get("recipes"):
-            own = {name: recipe for name, recipe in recipes.items() if name == cell.recovery}
+            own = {name: each for name, each in recipes.items() if in_rounds(name, cell.rounds) == cell.recovery}
             without = {"method": NONE} if cell.recovery == NONE else {}
             config["recovery"] = {**config["recovery"], "recipes": own or None, **without}
         names: dict[str, str] = {}
@@ -179,6 +180,9 @@ class Card:
         way = ways.get(trainings[-1]["method"], "") if trainings else ""
         after = "" if cell.recovery == NONE else f"{trained} fine-tuned {way}to recover"
         ratio = self.row["ratio_reached"] or cell.ratio
+        if cell.rounds:
+            before = " and ".join(f"{100 * ratio:g}%" for ratio in cell.rounds)
+            after = f", in rounds: it was pruned to {before} first, and fine-tuned {way}to recover after each round"
         return (
             f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
         )
@@ -241,6 +245,9 @@ class Card:
             base = f"the base model, {self.base.shown()}"
             if self.cell.recovery == OWN:
                 base += ", before units were cut"
+            elif self.cell.rounds:
+                cut = next(made for made in reversed(self.cell.producers) if kind_of(made) in CUTTING)
+                base = f"the pruned model before it, which the recipe below leaves in its sweep's `store/{cut}`"
             elif self.cell.ratio is not None:
                 base = "the pruned model before it, which the recipe below makes with `--set recovery.method=none`"
             text += "\n\nWhat the fine-tuning added is part of these weights. `adapter/` holds it as an adapter too, "

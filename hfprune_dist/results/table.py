@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.config.texts import OTHER_TEXTS
-from hfprune_dist.planning.plan import NONE, OWN
+from hfprune_dist.planning.plan import NONE, OWN, VIA
 from hfprune_dist.results.formats import counted, number, percent, with_error
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
@@ -148,7 +148,9 @@ def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
         told = [f"{metric.header}: {metric.brief}" for metric in shown if metric.brief]
         return ["; ".join([*told, *checked, "±: standard error"])]
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
-    lines = ["recovery own: units go while LoRA trains"] if any(row["recovery"] == OWN for row in rows) else []
+    recoveries = {word for row in rows for word in row["recovery"].split()}
+    lines = ["recovery own: units go while LoRA trains"] if OWN in recoveries else []
+    lines += [f"{VIA}: pruned to these ratios, and trained there, before"] if VIA in recoveries else []
     lines += [f"{metric.header}: {metric.told}{how.get(metric.key, '')}" for metric in shown if metric.meaning]
     lines += [*checked, "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity"]
     return lines

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.planning.shapes import shape_for
@@ -16,6 +16,8 @@ from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.stages.prune_refit import (
     Context,
     Replacements,
+    dense_model,
+    ratio_left,
     refitted,
     refitted_norms,
     require_norms,
@@ -30,17 +32,18 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint, params, world = open_checkpoint(context.input_path("model")), context.params, context.world
-    kinds = checkpoint.pruned_kinds(params.structures)
+    kinds, dense = checkpoint.pruned_kinds(params.structures), dense_model(context)
+    target = Target.from_settings(checkpoint, params, ratio_left(context, checkpoint), context.stage.label)
     if params.refits_norms:
         require_norms(checkpoint)
     if params.dtype is not None:
         context.check_layers(checkpoint, context.calibration_windows(), params.dtype)
     if params.allocation == "low_rank":
-        kept, replacements, metrics = _compressed(context, checkpoint)
+        kept, replacements, metrics = _compressed(context, target)
     else:
         stored = load_file(context.input_path("importance") / SCORES)
         scores = {units.kind: scores_of_layers(stored, params.criterion, units.kind) for units in kinds}
-        kept, metrics = world.broadcast(decide_shape(context, checkpoint, scores))
+        kept, metrics = world.broadcast(decide_shape(context, target, scores))
         replacements = refitted(context, checkpoint, kept)
     if params.refits_norms:
         norms, of_norms = refitted_norms(context, checkpoint, kept, replacements)
@@ -58,13 +61,12 @@ def run(context: Context) -> None:
 
     world.barrier()  # the rest describes all weight files
     world.on_rank0(write_rest)
-    context.commit(draft, shape_metrics(checkpoint, kept.shape, config) | metrics)
+    context.commit(draft, shape_metrics(checkpoint, kept.shape, config, dense) | metrics)
 
 
-def _compressed(context: Context, checkpoint: Checkpoint) -> tuple[Kept, Replacements, dict[str, Any]]:
+def _compressed(context: Context, target: Target) -> tuple[Kept, Replacements, dict[str, Any]]:
     """What stays, factors of low rank for attention's projections, and metrics: their ``attention_ranks``."""
-    params, windows_ST = context.params, context.calibration_windows()
-    shape = shape_for(Target.from_settings(checkpoint, params, params.ratio, context.stage.label))
+    checkpoint, windows_ST, shape = target.dense, context.calibration_windows(), shape_for(target)
     layers, stream = RefittedLayers(checkpoint, context.work / "low_rank"), stream_of(context, checkpoint, windows_ST)
     after_each = context.reporting("low rank", checkpoint.num_layers)
     kept = compress_layers(checkpoint, shape, stream, layers, after_each)

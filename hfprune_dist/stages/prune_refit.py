@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream, States
 from hfprune_dist.distributed.sums import windows_held_out
+from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
@@ -37,6 +38,25 @@ ITERATIONS = 4, 6
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.
 Replacements = Mapping[str, Callable[[], Tensor]]
+
+
+def dense_model(context: Context) -> Checkpoint | None:
+    """The dense model, if the model is what an earlier round has left of it."""
+    return open_checkpoint(context.input_path("dense")) if context.has_input("dense") else None
+
+
+def ratio_left(context: Context, checkpoint: Checkpoint) -> float:
+    """The share of the model's parameters that is to go, so that the ratio is the share of the dense model's that has
+    gone in all rounds.
+    """
+    dense = dense_model(context) or checkpoint
+    left = 1 - (1 - context.params.ratio) * dense.parameters / checkpoint.parameters
+    if left <= 0:
+        raise UserError(
+            f"rounds: {context.params.ratio:g} is too close to the ratio before it, with which "
+            f"{1 - checkpoint.parameters / dense.parameters:.4f} of {context.stage.label} went; choose a larger one"
+        )
+    return left
 
 
 def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
@@ -141,7 +161,8 @@ def stream_of(
         return LayerStream(checkpoint, windows_ST, dtype, micro_batch_size, world)
     setting = params.micro_batch_size
     assert setting is not None
-    at_once, stay = context.passes(partial(params.passes_over, checkpoint), setting, windows_ST)
+    left = params.model_copy(update={"ratio": ratio_left(context, checkpoint)})
+    at_once, stay = context.passes(partial(left.passes_over, checkpoint), setting, windows_ST)
     return LayerStream(checkpoint, windows_ST, dtype, size, world, merged=at_once // size, stay=stay)
 
 

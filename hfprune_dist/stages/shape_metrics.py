@@ -11,17 +11,22 @@ from hfprune_dist.structures import EXPERTS
 from hfprune_dist.structures.kept import Shape
 
 
-def shape_metrics(dense: Checkpoint, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
+def shape_metrics(
+    model: Checkpoint, shape: Shape, config: Mapping[str, Any], dense: Checkpoint | None = None
+) -> dict[str, Any]:
     """Reached ratio, parameters, and sizes; those of layers and of kinds other than neurons and experts if some went.
 
     Args:
+        model: of which the shape is left.
         config: the ``config.json`` of what is left, which says whether biases were added.
+        dense: what the model itself is left of; None: nothing went before.
     """
+    dense = dense or model
     sizes = {}
     if len(shape.layers) < dense.num_layers:
         sizes["num_hidden_layers"] = len(shape.layers)
-    for kind, units in dense.structures.items():
-        if kind in shape.units or kind in (dense.units.kind, EXPERTS):
+    for kind, units in model.structures.items():
+        if kind in shape.units or kind in (model.units.kind, EXPERTS):
             sizes |= units.sizes(shape.counts(units))
-    total, parameters = dense.parameters, dense.parameter_counts.after(shape) + parameters_of_biases(dense, config)
+    total, parameters = dense.parameters, model.parameter_counts.after(shape) + parameters_of_biases(model, config)
     return {"ratio_reached": (total - parameters) / total, "parameters": parameters, **sizes}

@@ -59,16 +59,15 @@ NEAR = 1.07
 
 
 def decide_shape(
-    context: Context, checkpoint: Checkpoint, scores: Mapping[str, Sequence[Tensor]]
+    context: Context, target: Target, scores: Mapping[str, Sequence[Tensor]]
 ) -> tuple[Kept, dict[str, Any]]:
-    """What stays, and metrics of the search if there was one.
+    """What stays of the target's model, and metrics of the search if there was one.
 
     Args:
         scores: kind -> scores of each layer's units.
     """
-    params = context.params
+    params, checkpoint = context.params, target.dense
     kinds = [Scored(units, scores[units.kind]) for units in checkpoint.pruned_kinds(params.structures)]
-    target = Target.from_settings(checkpoint, params, params.ratio, context.stage.label)
     metrics: dict[str, Any] = {}
     if params.allocation == "plain":
         found, metrics = _Search(context, checkpoint, kinds, target).plain_shape()

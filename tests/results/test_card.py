@@ -120,6 +120,7 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(card_of):
 def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
     """Elsewhere, with the files that it names beside it."""
     method, settings = "surgeon-uniform-block", {"evaluation__limit": 5, "recovery__max_steps": 3, "seed": 7}
+    settings["rounds"] = [0.1, 0.2]
     if own_method:
         method = str(tmp_path / "mine.yaml")
         Path(method).write_text("{criterion: entropy, refit: layerwise}")
