@@ -33,7 +33,8 @@ def run(context: Context) -> None:
     """Write a Hugging Face folder, and ``kept.json``: the units that stayed."""
     checkpoint, params, world = open_checkpoint(context.input_path("model")), context.params, context.world
     kinds, dense = checkpoint.pruned_kinds(params.structures), dense_model(context)
-    target = Target.from_settings(checkpoint, params, ratio_left(context, checkpoint), context.stage.label)
+    where = context.stage.label + (", as a share of what the round before left" if dense else "")
+    target = Target.from_settings(checkpoint, params, ratio_left(context, checkpoint), where)
     if params.refits_norms:
         require_norms(checkpoint)
     if params.dtype is not None:

@@ -17,7 +17,6 @@ from hfprune_dist.core.devices import send
 from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream, States
 from hfprune_dist.distributed.sums import windows_held_out
-from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
@@ -49,14 +48,8 @@ def ratio_left(context: Context, checkpoint: Checkpoint) -> float:
     """The share of the model's parameters that is to go, so that the ratio is the share of the dense model's that has
     gone in all rounds.
     """
-    dense = dense_model(context) or checkpoint
-    left = 1 - (1 - context.params.ratio) * dense.parameters / checkpoint.parameters
-    if left <= 0:
-        raise UserError(
-            f"rounds: {context.params.ratio:g} is too close to the ratio before it, with which "
-            f"{1 - checkpoint.parameters / dense.parameters:.4f} of {context.stage.label} went; choose a larger one"
-        )
-    return left
+    dense = dense_model(context)
+    return 1 - (1 - context.params.ratio) * dense.parameters / checkpoint.parameters if dense else context.params.ratio
 
 
 def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacements:
