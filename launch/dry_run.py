@@ -16,6 +16,8 @@ from rich.markup import escape
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, sizes_of
 from hfprune_dist.results.formats import counted
+from hfprune_dist.results.outlook import outlook_of_planned
+from hfprune_dist.store.stage import kind_of
 
 SIZES = ("experts", "width", "KV heads", "layers", "ratio")
 
@@ -82,9 +84,12 @@ def _remarks(prepared: Prepared) -> Iterator[str]:
 
 
 def _show_hours(prepared: Prepared) -> None:
-    """Show how long the missing stages may take, as far as stages like them have been run."""
+    """Show how long the missing stages may take, and where training leads, as far as stages like them have been run."""
     plan, hours_of = prepared.sweep.plan, measured_hours(prepared.sweep.plan, prepared.sweep.store)
     stages = Counter((stage.kind, hours_of(stage)) for stage in (plan.stages[stage_id] for stage_id in prepared.todo))
     told = [f"{kind} {n} x {NO_RUN if hours is None else f'{hours:.2g} h'}" for (kind, hours), n in stages.items()]
+    for stage in (plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "recover"):
+        if outlook := outlook_of_planned(stage, prepared.sweep.store):
+            prepared.request.tell(f"outlook: {stage.label}: {outlook}")
     if told:
         prepared.request.tell(f"\nby finished stages of the same kind and model: {', '.join(told)}")

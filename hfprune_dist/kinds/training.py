@@ -15,6 +15,11 @@ from hfprune_dist.config.training import Training, layers_of
 from hfprune_dist.kinds.memory import FLOAT32, HEAD_BYTES, ITEMSIZE, Need, Planned, Sizes, StageParameters
 from hfprune_dist.structures import UnitKind, kinds_among
 
+# The file in an artifact, and beside snapshots, with a line for each optimizer step.
+LOSSES = "loss.jsonl"
+# Keys of lines: KL on held-out text, and on the first line KL before that step.
+HELD_OUT_KL, UNTRAINED_KL = "held_out_kl", "untrained_kl"
+
 
 class RecoverParameters(StageParameters):
     """Settings of a training."""

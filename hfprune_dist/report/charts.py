@@ -4,7 +4,6 @@ write a function that returns a ``Chart`` and add it to ``charts``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,13 @@ from pathlib import Path
 from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
+from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
 from hfprune_dist.results.formats import count
 from hfprune_dist.results.metrics import METRICS, Score, headline
+from hfprune_dist.results.outlook import loss_lines
 from hfprune_dist.results.rows import Row
-from hfprune_dist.results.table import other_texts
+from hfprune_dist.results.table import other_texts, outlooks
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import CUTTING
 
@@ -69,12 +70,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A section of the page, with ``id`` as its anchor; ``about`` describes it in a sentence or two."""
+    """A section of the page, with ``id`` as its anchor; ``about`` describes it in a sentence or two, and ``found`` says
+    what follows from it.
+    """
 
     id: str
     title: str
     about: str
     panels: Sequence[Panel]
+    found: Sequence[str] = ()
 
 
 def charts(rows: Sequence[Row], plan: Plan, store: Store) -> list[Chart]:
@@ -188,9 +192,9 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
         place = trained.index((cell.method, cell.recovery)) if (cell.method, cell.recovery) in trained else 0
         for found, title, x, y in (
             (losses, f"{cell.model}: loss, {kind} {cell.recovery}".replace(f" {OWN}", ""), "step", "loss"),
-            (divergences, f"{cell.model}: {METRICS['kl'].header} on the way", "tokens", "held_out_kl"),
+            (divergences, f"{cell.model}: {METRICS['kl'].header} on the way", "tokens", HELD_OUT_KL),
         ):
-            if points := training_losses(artifact / "loss.jsonl", x, y):
+            if points := training_losses(artifact / LOSSES, x, y):
                 line = _of_cell(rows, cell, [(at, value, None) for at, value in points.items()])
                 name = line.name if cell.recovery == OWN else f"{line.name} + {cell.recovery}"
                 line = replace(line, name=name, are_marked=x == "tokens" or len(points) == 1)
@@ -200,18 +204,14 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
     about = (
         "Training loss by optimizer step, and divergence from the dense model on held-out text by tokens trained on."
     )
-    return Chart("losses", "Training", about, panels)
+    return Chart("losses", "Training", about, panels, outlooks(rows))
 
 
 def training_losses(file: Path, x: str = "step", y: str = "loss") -> Mapping[int, float]:
     """Step -> loss, or others of a line's values, thinned to about ``MOST_POINTS``; none if the file was removed to
     make room.
     """
-    try:
-        records = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return {}
-    losses = [(line[x], line[y]) for line in records if math.isfinite(line.get(y) or math.nan)]
+    losses = [(line[x], line[y]) for line in loss_lines(file) if math.isfinite(line.get(y) or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 

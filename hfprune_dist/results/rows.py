@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.metrics import OF_TEXT, average
+from hfprune_dist.results.outlook import Run
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.hashing import digest_of
@@ -23,8 +25,8 @@ from hfprune_dist.structures.units import plural_of
 Row = dict[str, Any]
 # Values of a row's status: it has its result; a stage behind it failed or was damaged; or it hasn't been made yet.
 DONE, FAILED, MISSING = "done", "failed", "missing"
-# Key of what a check in engines found, by engine.
-ENGINES = "engines"
+# Key of what a check in engines found, by engine; and of a sentence on what more training would give.
+ENGINES, OUTLOOK = "engines", "outlook"
 
 # Header -> fields of config.json, of which a model has at most one.
 SIZES = {
@@ -120,6 +122,7 @@ class _Rows:
             **_efficiency(manifests.get(cell.efficiency or "")),
             **self._costs(cell, manifests),
             ENGINES: checked["metrics"]["engines"] if (checked := manifests.get(cell.check or "")) else {},
+            OUTLOOK: self._outlook(cell),
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": self._measured_as(cell),
@@ -132,6 +135,12 @@ class _Rows:
         evaluation = self._plan.stages[cell.evaluate]
         inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
         return digest_of([evaluation.params.to_json(), inputs])[:12]
+
+    def _outlook(self, cell: Cell) -> str | None:
+        """What more of a row's last training would give; None if it measured nothing on the way."""
+        trained = [made for made in cell.producers if KINDS[kind_of(made)].trains]
+        run = Run.read(self._store.handle(trained[-1])) if trained and cell.ratio is not None else None
+        return None if run is None else run.outlook()
 
     def _checkpoint(self, cell: Cell) -> str | None:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:

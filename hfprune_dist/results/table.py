@@ -15,7 +15,7 @@ from hfprune_dist.planning.plan import NONE, OWN, VIA
 from hfprune_dist.results.formats import counted, number, percent, with_error
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
-from hfprune_dist.results.rows import BY_LAYER, DONE, ENGINES, SIZES, Row
+from hfprune_dist.results.rows import BY_LAYER, DONE, ENGINES, OUTLOOK, SIZES, Row
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures.units import plural_of
 
@@ -195,6 +195,11 @@ def causes(rows: Sequence[Row]) -> list[str]:
     return [*told, *not_comparable(rows)]
 
 
+def outlooks(rows: Sequence[Row]) -> list[str]:
+    """A line on each row whose training measured KL on the way."""
+    return [f"{row['label']}: {row[OUTLOOK]}" for row in rows if row[OUTLOOK]]
+
+
 def not_comparable(rows: Sequence[Row]) -> list[str]:
     """A line on rows whose scores can't be compared with their model's first row's: other weights, text or tasks."""
     first: dict[str, str] = {}
@@ -236,7 +241,8 @@ def _medians(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def report(rows: Sequence[Row]) -> str:
     """Markdown: what was found, a table of a few columns, and one of all columns, each with notes."""
     few, everything = (markdown(rows, columns(rows, wide)) for wide in (False, True))
-    above, below = (f"{escaped(found)}\n\n" for found in findings(rows)), _listed([*notes(rows), *causes(rows)])
+    above = (f"{escaped(found)}\n\n" for found in findings(rows))
+    below = _listed([*notes(rows), *outlooks(rows), *causes(rows)])
     return f"{''.join(above)}{few}\n{below}\n## All columns\n\n{everything}\n{_listed(notes(rows, wide=True))}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from functools import partial
@@ -31,21 +30,20 @@ from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.world import World
-from hfprune_dist.kinds.training import RecoverParameters
+from hfprune_dist.kinds.training import LOSSES, RecoverParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics
-from hfprune_dist.store.atomic_files import write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
-from hfprune_dist.training.snapshot import Snapshot
+from hfprune_dist.training.snapshot import Snapshot, write_losses
 from hfprune_dist.training.teacher_states import DenseStates
 from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
-ADAPTER_FOLDER, LOSSES = "adapter", "loss.jsonl"
+ADAPTER_FOLDER = "adapter"
 
 
 def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to: Shape | None = None) -> None:
@@ -113,7 +111,7 @@ def write_trained(
         if lora:
             targets = lora_targets(checkpoint.family, checkpoint.ranks)
             write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
-        write_text(draft / LOSSES, "".join(json.dumps(line, allow_nan=False) + "\n" for line in trained.losses))
+        write_losses(draft / LOSSES, trained.losses)
 
     def write_rest() -> None:
         config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)

@@ -39,7 +39,7 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Need, Placement, Sizes, most_at_once
-from hfprune_dist.kinds.training import training_need
+from hfprune_dist.kinds.training import HELD_OUT_KL, UNTRAINED_KL, training_need
 from hfprune_dist.models.loading import after_head, packed_rows
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
 from hfprune_dist.store.hashing import digest_of
@@ -50,8 +50,6 @@ from hfprune_dist.training.optimizer import Optimizer
 from hfprune_dist.training.snapshot import LossLine, Snapshot
 from hfprune_dist.training.teacher_states import DENSE, DenseStates
 from hfprune_dist.training.trackers import Trackers
-
-HELD_OUT_KL = "held_out_kl"
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,8 @@ def fine_tune(
     trainer, losses = Trainer(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
         while True:
+            evaluates = not losses and task.held_out is not None
+            untrained = {UNTRAINED_KL: trainer.evaluate()[HELD_OUT_KL]} if evaluates else {}
             values, step = trainer.step(len(losses)), len(losses) + 1
             if values is None:
                 placement = smaller(placement, task, runtime.sharding, world)
@@ -149,7 +149,7 @@ def fine_tune(
                 start = Snapshot.last(file, world)
                 trainer, losses = Trainer(task, start, world, placement), list(start.losses)
                 continue
-            values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values}
+            values = {"epoch": round(step / task.schedule.steps_per_epoch, 4), **values, **untrained}
             if task.evaluates_at(step):
                 values |= {"tokens": task.tokens_at(step), **trainer.evaluate()}
             for key, value in values.items():

@@ -1,0 +1,112 @@
+"""What more training would give, from curves of a known law, and where that is told."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hfprune_launch.dry_run import outlook_of_planned
+from made_stages import being_made, stage_of
+
+from hfprune_dist.planning.plan import Cell, Plan
+from hfprune_dist.report.page import page
+from hfprune_dist.results.outlook import Law, Run
+from hfprune_dist.results.rows import DenseModel, collect_rows
+from hfprune_dist.results.table import report
+from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.stage import Input
+
+LAWS = [(0.3, 2.0, 0.5), (0.0, 1.5, 0.2), (0.5, 3.0, 1.0), (0.1, 1.0, 0.08)]
+
+
+def curve(law, noise=0.0, points=10, seed=0):
+    """Tokens, every 30k -> KL, with relative noise."""
+    (floor, factor, exponent), tokens = law, 30_000 * np.arange(1, points + 1)
+    kls = (floor + factor * (tokens / 30_000) ** -exponent) * np.exp(
+        noise * np.random.default_rng(seed).standard_normal(points)
+    )
+    return dict(zip(tokens.tolist(), kls.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("known", LAWS)
+def test_a_known_law_is_found_and_predicts_ten_times_as_far(known):
+    floor, factor, exponent = known
+    law, true = Law.fitted(curve(known)), floor + factor * 100.0**-exponent
+    assert law.at(3_000_000)[0] == pytest.approx(true, rel=0.001)
+    assert law.tokens_to(floor + factor / 2) == pytest.approx(30_000 * 2 ** (1 / exponent), rel=0.01)
+    assert law.tokens_to(0.9 * floor) == float("inf")
+
+
+@pytest.mark.parametrize("known", LAWS)
+@pytest.mark.parametrize("noise", [0.005, 0.02])
+def test_errors_are_as_large_as_they_are_said_to_be(known, noise):
+    """Two of them hold nineteen predictions in twenty; and they are told smaller where there is less noise."""
+    floor, factor, exponent = known
+    true = floor + factor * 100.0**-exponent
+    told = [Law.fitted(curve(known, noise, seed=seed)).at(3_000_000) for seed in range(40)]
+    within = [abs(kl - true) < 2 * error for kl, error in told]
+    assert np.mean(within) > 0.85
+    assert np.median([error for _, error in told]) > 3 * Law.fitted(curve(known)).at(3_000_000)[1]
+
+
+def test_a_law_that_does_not_hold_has_a_large_error():
+    """It falls by a law, and then not any more."""
+    points = curve(LAWS[0])
+    broken = {tokens: max(kl, 1.3) for tokens, kl in points.items()}
+    (_, held), (_, failed) = (Law.fitted(each).at(3_000_000) for each in (points, broken))
+    assert failed > 10 * held
+
+
+def test_what_is_told_of_few_points_and_of_far_away():
+    run = Run(curve(LAWS[0]), untrained=5.0, hours=1e-6)
+    assert run.outlook() == (
+        "KL 0.500±0.000 after 3M tokens (3 device-hours); of what pruning lost, regained: half after 25k tokens (0.025 "
+        "device-hours), 90 % after 3M tokens (3 device-hours) (by 10 points up to 300k tokens)"
+    )
+    assert "90 % not within 30M tokens (30 device-hours)" in replace(run, untrained=2.5).outlook()
+    assert "device-hours" not in replace(run, hours=None).outlook()
+    assert run.outlook(600_000).startswith("KL 0.74") and "regained" not in run.outlook(600_000)
+    assert run.outlook(1e9) == "too far ahead: by 10 points up to 300k tokens, of 1B"
+    few = Run(curve(LAWS[0], points=3), untrained=5.0, hours=None)
+    assert few.outlook() == "too few points: by 3 points up to 90k tokens; 4 give an outlook"
+
+
+def lines_of(points):
+    lines = [
+        {"step": step, "loss": 1.0, "tokens": at, "held_out_kl": kl} for step, (at, kl) in enumerate(points.items(), 1)
+    ]
+    return "".join(json.dumps(line | ({"untrained_kl": 5.0} if line["step"] == 1 else {})) + "\n" for line in lines)
+
+
+def test_reports_tell_it_of_each_row_also_while_it_trains_and_a_dry_run_of_longer_ones(tmp_path):
+    store, model = Store(tmp_path / "store"), Input("digest", "/model")
+    prune = stage_of("prune", "m 0.2 hfprune", {}, {"model": model})
+    stages = {
+        name: stage_of("recover", f"m 0.2 hfprune + {name}", {"recovery": recipe}, {"model": prune.as_input()})
+        for name, recipe in {
+            "done": {"tokens": 300_000},
+            "running": {"rank": 4},
+            "longer": {"tokens": 3_000_000},
+        }.items()
+    }
+    record = {"world_size": 2, "wall_time_s": 1800.0, "metrics": {"training_tokens": 300_000}}
+    with being_made(store, stages["done"], **record) as draft:
+        (draft / "loss.jsonl").write_text(lines_of(curve(LAWS[0])))
+    running = store.handle(stages["running"].id)
+    running.work.mkdir(parents=True)
+    (running.work / "loss.jsonl").write_text(lines_of(curve(LAWS[0], points=3)))
+
+    evaluations = {name: stage_of("evaluate", name, {}, {"model": stages[name].as_input()}) for name in stages}
+    cells = [
+        Cell(stage.label, "m", 0.2, "hfprune", "entropy", name, (prune.id, stage.id), evaluations[name].id)
+        for name, stage in stages.items()
+    ]
+    planned = (prune, *stages.values(), *evaluations.values())
+    plan = Plan({stage.id: stage for stage in planned}, tuple(cells))
+    rows = collect_rows(plan, store, {"m": DenseModel(100, {})})
+    assert [bool(row["outlook"]) for row in rows] == [True, True, False]
+    for text in (report(rows), page(tmp_path, plan, rows, written=0.0)):
+        assert "m 0.2 hfprune + done: KL 0.500±0.00" in text and "after 3M tokens (10 device-hours)" in text
+        assert "m 0.2 hfprune + running: too few points: by 3 points" in text
+    assert outlook_of_planned(stages["longer"], store).startswith("KL 0.500±0.00")
+    assert outlook_of_planned(stages["running"], store) is None
