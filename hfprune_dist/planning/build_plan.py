@@ -121,7 +121,7 @@ class _Variant:
         return label_of(self.model, self.ratio, self.method, in_rounds(self.recovery, self.rounds))
 
     def next_round(self, ratio: float) -> _Variant:
-        """The same to begin with, to be pruned to a larger ratio."""
+        """The checkpoint that is to be pruned to a larger ratio."""
         return replace(self, ratio=ratio, rounds=self.rounds if self.ratio is None else (*self.rounds, self.ratio))
 
     @property
