@@ -190,9 +190,7 @@ def test_evaluations_that_diverge_are_told(tmp_path, checkpoints):
     task = replace(task_of(checkpoints, "full, labels", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
     task.held_out.hidden = lambda index: torch.full((16, 32), torch.nan)
     noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
-    with pytest.raises(
-        UserError, match=r"training diverged, \w+_kl is nan at step 1; lower recovery.learning_rate"
-    ):
+    with pytest.raises(UserError, match=r"training diverged, \w+_kl is nan at step 1; lower recovery.learning_rate"):
         fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
 
 
