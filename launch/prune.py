@@ -129,7 +129,7 @@ def prune(
     prepared = prepare(request, download=not dry_run)
     cell, *others = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
     if others:
-        raise UserError("recovery.recipes, rounds: one checkpoint takes one recipe, and no rounds; or run sweep.py")
+        raise UserError("recovery.recipes, rounds: here, one checkpoint takes one recipe and no rounds; run sweep.py")
     prepared = only(prepared, [cell.producers[-1], *filter(None, [cell.check]), cell.evaluate])
     require_apart(out, prepared.sweep.plan)
     if dry_run:

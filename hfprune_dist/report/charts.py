@@ -14,14 +14,14 @@ from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds
 from hfprune_dist.results.formats import count
 from hfprune_dist.results.metrics import METRICS, Score, headline
 from hfprune_dist.results.outlook import loss_lines
 from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import other_texts, outlooks
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.stage import CUTTING
+from hfprune_dist.store.stage import CUTTING, kind_of
 
 QUALITY = "quality"  # id of the chart that comes before the table
 # Of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their yellow and
@@ -94,18 +94,28 @@ def _color(rows: Sequence[Row], method: str | None) -> str:
 
 def _of_cell(rows: Sequence[Row], cell: Cell, points: Sequence[Point]) -> Line:
     """A line in its method's colour and with its ratio's dashes, which repeat."""
-    ratios = sorted({row["ratio"] for row in rows})
+    ratios = sorted({row["ratio"] for row in rows} | {cell.ratio or 0.0})
     dash = DASHES[ratios.index(cell.ratio or 0.0) % len(DASHES)]
     return Line(f"{cell.method or 'dense'} {cell.ratio or 0:g}", _color(rows, cell.method), dash, points)
 
 
 def _finished(plan: Plan, store: Store, *kinds: str) -> Iterator[tuple[Cell, str, Path]]:
     """Yield a row, kind and artifact of each finished stage of these kinds."""
-    first = {stage_id: cell for cell in reversed(plan.cells) for stage_id in cell.producers}
+    first = {stage_id: cell for cell in reversed(plan.cells) for stage_id in reversed(cell.producers)}
     for stage_id, cell in reversed(first.items()):
         handle, kind = store.handle(stage_id), plan.stages[stage_id].kind
         if kind in kinds and handle.manifest():
-            yield cell, kind, handle.artifact
+            yield _at_its_round(cell, stage_id), kind, handle.artifact
+
+
+def _at_its_round(cell: Cell, stage_id: str) -> Cell:
+    """A row as it is once it has gone as far as a stage that makes its checkpoint."""
+    before = cell.producers[: cell.producers.index(stage_id) + 1]
+    cuts = sum(kind_of(made) in CUTTING for made in before)
+    if not 0 < cuts <= len(cell.rounds):
+        return cell
+    recovery = in_rounds(cell.recovery.split()[0], cell.rounds[: cuts - 1])
+    return replace(cell, ratio=cell.rounds[cuts - 1], recovery=recovery, rounds=cell.rounds[: cuts - 1])
 
 
 # What rows measure.

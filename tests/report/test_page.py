@@ -9,12 +9,16 @@ from html import unescape
 from drawn_sweep import DrawnSweep
 from hypothesis import given
 from hypothesis import strategies as st
+from made_stages import being_made, stage_of
 
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.report import charts
 from hfprune_dist.results.metrics import headline
+from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger
+from hfprune_dist.store.stage import Input
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
 
@@ -129,3 +133,26 @@ def test_losses_are_thinned_to_their_end_and_those_that_are_not_finite_left_out(
     found, finite = charts.training_losses(file), [step for step, loss in enumerate(losses, 1) if loss == 0.5]
     assert len(found) <= charts.MOST_POINTS + 1 and set(found.values()) <= {0.5}
     assert [*found][:1] == finite[:1] and [*found][-1:] == finite[-1:]
+
+
+def test_rounds_are_drawn_at_their_own_ratios(tmp_path):
+    """What a round has left and learnt is that of no other row here."""
+    store, made, stages = Store(tmp_path / "store"), Input("digest", "/model"), []
+    for ratio in (0.3, 0.5):
+        stages.append(stage_of("prune", "", {"ratio": ratio}, {"model": made}))
+        stages.append(stage_of("recover", "", {}, {"model": stages[-1].as_input()}))
+        made = stages[-1].as_input()
+    for stage in stages:
+        with being_made(store, stage, world_size=1, wall_time_s=1.0) as draft:
+            (draft / "kept.json").write_text('{"layers": [0], "neurons": [[1, 2]]}')
+            (draft / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    evaluate, producers = stage_of("evaluate", "", {}, {"model": made}), tuple(stage.id for stage in stages)
+    cell = Cell("row", "m", 0.5, "hfprune", "entropy", "lora via 0.3", producers, evaluate.id, rounds=(0.3,))
+    plan = Plan({stage.id: stage for stage in (*stages, evaluate)}, (cell,))
+    rows = collect_rows(plan, store, {"m": DenseModel(100, {})})
+    drawn = {
+        chart.id: [line.name for panel in chart.panels for line in panel.lines]
+        for chart in charts.charts(rows, plan, store)
+    }
+    assert drawn["layers"] == ["hfprune 0.3", "hfprune 0.5"]
+    assert drawn["losses"] == ["hfprune 0.3 + lora", "hfprune 0.5 + lora via 0.3"]
