@@ -154,14 +154,11 @@ def fsync_folders(folder: Path, root: Path) -> None:
 
 
 def publish(draft: Path, place: Path) -> None:
-    """Give a finished draft, a file or folder, its final name, durably: what has it is whole even if the node dies.
-
-    The mode of files becomes the usual one; safetensors makes them private, so others of a group couldn't read them.
-    """
+    """Give a finished draft, a file or folder, its final name, durably: what has it is whole even if the node dies."""
     mode = usual_mode()
     for path in (*draft.rglob("*"), draft):
         if path.is_file():
-            path.chmod(mode)
+            path.chmod(mode)  # safetensors makes files private, which others of a group couldn't resume from
         fsync_path(path)
     draft.replace(place)
     fsync_path(place.parent)

@@ -75,6 +75,8 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None) ->
         is_next = job.state == "RUNNING" and attempt is not None and not runs  # of those that its job runs
         state = "queued" if job.is_waiting or is_next else job.state.lower()
         detail = job.reason if job.is_waiting else ""
+    elif job is not None and state == "missing" and not detail:
+        detail = f"job {job.job_id} ended ({job.state}); run the same command again"
     beat = handle.heartbeat() if state == "running" else None
     if runs and beat is not None and (runs[-1].ended or beat.updated < runs[-1].started):
         beat = None  # an earlier start's

@@ -109,9 +109,8 @@ class Recorder:
             self._look()
             self._originals[name](target, *arguments, **options)
             if name == "fsync":
-                self._flushed(
-                    Path(f"/proc/self/fd/{target if isinstance(target, int) else target.fileno()}").readlink()
-                )
+                handle = target if isinstance(target, int) else target.fileno()
+                self._flushed(Path(f"/proc/self/fd/{handle}").readlink())
             else:
                 self._look(at_once=True)
 
@@ -211,9 +210,8 @@ class State:
 
     def signature(self) -> str:
         digest = hashlib.sha256(repr(self.marks).encode())
-        places = {
-            file: place for place, file in enumerate(dict.fromkeys(self.names[name] for name in sorted(self.names)))
-        }
+        files = dict.fromkeys(self.names[name] for name in sorted(self.names))
+        places = {file: place for place, file in enumerate(files)}
         for name in sorted(self.names):
             file = self.names[name]
             digest.update(f"\n{name}\0{-1 if file == FOLDER else places[file]}\0".encode())
@@ -230,14 +228,10 @@ def states_of(recording: Recording) -> list[State]:
 
     If several files are at risk, all are lost; or only one, if the content at risk or its name is new.
     """
-    seen: set[str] = set()
-    found = []
+    found: dict[str, State] = {}
     for state in _all_states(recording):
-        signature = state.signature()
-        if signature not in seen:
-            seen.add(signature)
-            found.append(state)
-    return found
+        found.setdefault(state.signature(), state)
+    return list(found.values())
 
 
 def _all_states(recording: Recording) -> Iterator[State]:

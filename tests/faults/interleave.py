@@ -7,9 +7,8 @@ import threading
 from contextlib import contextmanager
 from unittest import mock
 
-OPERATIONS = [
-    (os, name) for name in ("stat", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "scandir", "listdir")
-]
+NAMES = ("stat", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "scandir", "listdir")
+OPERATIONS = [(os, name) for name in NAMES]
 OPERATIONS.append((io, "open"))
 
 

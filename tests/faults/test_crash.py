@@ -19,9 +19,8 @@ def recorded(tmp_path):
             action(tmp_path)
         finally:
             recorder.disarm()
-        return [
-            _texts(state, tmp_path / f"state-{number}") for number, state in enumerate(states_of(recorder.recording))
-        ]
+        states = enumerate(states_of(recorder.recording))
+        return [_texts(state, tmp_path / f"state-{number}") for number, state in states]
 
     return record
 

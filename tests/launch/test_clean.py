@@ -96,12 +96,8 @@ def test_intermediate_checkpoints_go_and_tables_stay(config, out):
     assert "stages to run" not in run(*chosen, "0.2", command=sweep)
     # A new row still has its scores; deleting a recovered checkpoint means that its pruned one is made again.
     assert to_run(run(*chosen, "0.1", "--dry-run", command=sweep)) == ["prune", "recover", "evaluate"]
-    (recovered,) = [
-        folder
-        for folder in (out / "store" / "recover").iterdir()
-        if "alpha 0.2" in (folder / "manifest.json").read_text()
-    ]
-    shutil.rmtree(recovered)
+    (recovered,) = [file for file in out.glob("store/recover/*/manifest.json") if "alpha 0.2" in file.read_text()]
+    shutil.rmtree(recovered.parent)
     plan = run(*chosen, "0.2", "--dry-run", command=sweep)
     assert to_run(plan) == ["prune", "recover"] and "its files were removed to make room" in plan
 

@@ -1,9 +1,7 @@
 """The ledger of attempts, of which some records may be damaged or strange; why they failed."""
 
-import errno
 import itertools
 import os
-from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -69,8 +67,8 @@ def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
 def test_what_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch, owner, function):
     """A disk or network error says nothing about what has been submitted."""
     attempt.record_run(Run("7", 0, "n1", 1.0))
-    monkeypatch.setattr(owner, function, Mock(side_effect=PermissionError(errno.EACCES, "expired")))
-    for read in (attempt.runs, ledger.open_jobs, partial(ledger.last_end, STAGE.id)):
+    monkeypatch.setattr(owner, function, Mock(side_effect=PermissionError("expired")))
+    for read in (attempt.runs, ledger.open_jobs, lambda: reread(ledger)):
         with pytest.raises(PermissionError, match="expired"):
             read()
 

@@ -127,11 +127,8 @@ def test_a_folder_that_was_made_again_is_another(tmp_path):
 
 def test_renewal_goes_on_after_errors_until_the_claim_is_released(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RENEW_S", 0.01)
-    claim, before, answers = (
-        try_claim(tmp_path),
-        threading.active_count(),
-        chain([OSError(errno.EIO, "")], repeat(None)),
-    )
+    claim, before = try_claim(tmp_path), threading.active_count()
+    answers = chain([OSError(errno.EIO, "")], repeat(None))
     with mock.patch.object(os, "utime", side_effect=answers) as renewal:
         keep_renewed(claim)
         assert eventually(lambda: renewal.call_count > 3)

@@ -3,8 +3,8 @@
 import errno
 import os
 import re
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_slurm import HEADER, Controller, FakeLauncher, Job, complete, plan_of
@@ -88,9 +88,7 @@ def test_a_job_runs_a_chain_up_to_the_stage_that_another_launcher_has(fake, stor
         fake.set_state(job_id, "CANCELLED", nodes="", reason="DependencyNeverSatisfied")
     fake.fail_next("sbatch", "", LIMIT)
     launcher = started(store, plan)
-    assert causes(store, PRUNES[0]) == causes(store, scores) == ["interrupted"], (
-        "none is left of the job that was refused"
-    )
+    assert causes(store, PRUNES[0]) == causes(store, scores) == ["interrupted"], "none is left of what was refused"
     launcher.step()
     first, second = (ledger.open_job(stage.id) for stage in (PRUNES[0], scores))
     assert first.intent.job_name == second.intent.job_name and first.job_id == second.job_id == "105"
@@ -188,9 +186,8 @@ def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store):
 
 
 def plans_of_two(*names):
-    return [
-        plan_of(*(stage_of("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in range(2))) for name in names
-    ]
+    pairs = [[stage_of("prune", f"{name} {n}", {"n": n, "plan": name}, {}) for n in (0, 1)] for name in names]
+    return [plan_of(*pair) for pair in pairs]
 
 
 def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch):
@@ -198,11 +195,8 @@ def test_launchers_that_start_together_take_different_slots(fake, store, monkeyp
     submit = SlurmCommands.submit
     monkeypatch.setattr(SlurmCommands, "submit", lambda *given: time.sleep(0.1) or submit(*given))
     launchers = [FakeLauncher(store, plan, max_running=1) for plan in plans_of_two("a", "b", "a")]
-    threads = [threading.Thread(target=launcher.step) for launcher in launchers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(FakeLauncher.step, launchers))
     waits = [waits_of(store, stage) for plan in plans_of_two("a", "b") for stage in plan.stages.values()]
     assert sorted(waits) == [[], ["afterany:101"], ["afterany:102"], ["afterany:103"]] and fake.submitted == 4
 

@@ -64,9 +64,8 @@ def run(tmp_path):
             assert ranks["PYTHONPATH"] == str(folder / "code")
         records = {str(file.relative_to(folder)): file.read_text().strip() for file in folder.glob("*/exit.*")}
         commands = (folder / "commands").read_text().replace(f"{folder}/", "").split("\n")[:-1] if ranks else []
-        return SimpleNamespace(
-            code=result.returncode, said=result.stderr, ranks=ranks, records=records, commands=commands
-        )
+        ended = {"code": result.returncode, "said": result.stderr, "records": records}
+        return SimpleNamespace(**ended, ranks=ranks, commands=commands)
 
     return start
 

@@ -96,6 +96,7 @@ def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(store):
 def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(store):
     """Nor dead, if a launcher died at it before. What has failed is shown as it is."""
     Ledger(store).begin(STAGE, time_minutes=60).record_job("5")
+    assert in_job(store, "FAILED").detail == "job 5 ended (FAILED); run the same command again"
     for jobs in (None, {}):
         assert [status.state for status in stage_statuses(PLAN, store, jobs)] == ["submitted", "waiting"]
     hold(store, pid=DEAD)
@@ -126,12 +127,8 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
 
 def test_who_follows_asks_anew_only_once_a_job_has_begun(store, tmp_path, monkeypatch):
     attempt, fake, asked = Ledger(store).begin(STAGE, time_minutes=1), Controller().install(monkeypatch), []
-
-    def go_on(_):
-        asked.append(len(fake.calls("squeue")))
-        attempt.record_run(Run("101", 0, "n1", 1.0))
-
-    monkeypatch.setattr(cli, "sleep", go_on)
+    run = Run("101", 0, "n1", 1.0)
+    monkeypatch.setattr(cli, "sleep", lambda _: asked.append(len(fake.calls("squeue"))) or attempt.record_run(run))
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert asked == [1, 2, 2]
 
