@@ -60,7 +60,7 @@ class SoloWorld(World):
     def on_rank0(self, work):
         return work()
 
-    def broadcast(self, value, source=0):
+    def broadcast(self, value):
         return value
 
     def all_gather(self, value):

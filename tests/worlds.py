@@ -158,9 +158,9 @@ class ThreadWorld(World):
         ranks: Ranks = object.__getattribute__(self, "_ranks")
         return ranks.meet(self.rank, kind, mine)
 
-    def broadcast(self, value: T, source: int = 0) -> T:
-        brought = self.together(f"broadcast from {source}", pickle.dumps(value) if self.rank == source else b"")
-        return value if self.rank == source else pickle.loads(brought[source])
+    def broadcast(self, value: T) -> T:
+        brought = self.together("broadcast", pickle.dumps(value) if self.is_first else b"")
+        return value if self.is_first else pickle.loads(brought[0])
 
     def all_gather(self, value: T) -> list[T]:
         return [pickle.loads(theirs) for theirs in self.together("all_gather", pickle.dumps(value))]

@@ -22,7 +22,7 @@ from hfprune_dist.checkpoints.weight_files import (
     refuse_pointer,
 )
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import EXPERTS, Structure, structure_of
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS, Structure
 from hfprune_dist.structures.kept import ParameterCounts, count_parameters
 from hfprune_dist.structures.low_rank import linear_modules
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
@@ -96,8 +96,9 @@ class Checkpoint:
 
     def pruned_kinds(self, structures: Iterable[Structure]) -> list[Units]:
         """The kinds of units that belong to some structures; those of MLPs first."""
-        wanted = {*structures}
-        return [units for kind, units in self.structures.items() if structure_of(kind) in wanted]
+        wanted: set[str] = {*structures}
+        wanted |= {EXPERT_NEURONS, SHARED_NEURONS} if NEURONS in wanted else set()
+        return [units for kind, units in self.structures.items() if kind in wanted]
 
     @cached_property
     def ranks(self) -> dict[str, tuple[int, ...]]:
@@ -168,11 +169,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's config and safetensors headers, and check that nothing is missing or cut short.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
-    """
+    """Read a checkpoint's config and safetensors headers; refuse one in which something is missing or cut short."""
     _check_folder(path)
     file = path / "config.json"
     whole = read_json_object(file)

@@ -106,11 +106,7 @@ def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cu
 
 
 def rounded(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:
-    """A weight after training in the dtype that it has in the files.
-
-    Raises:
-        UserError: if it is not finite, or too large.
-    """
+    """A weight after training in the dtype that it has in the files; refused if it is not finite, or too large."""
     stored = as_stored(checkpoint, name, trained, otherwise="lower the training's learning_rate")
     if not stored.isfinite().all():  # the loss of the last step, which was finite, is of the weights before it
         raise UserError(

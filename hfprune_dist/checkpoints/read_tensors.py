@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.stored_names import ModuleTensor
+from hfprune_dist.checkpoints.stored_names import Sources
 from hfprune_dist.core.criterion import ScoredLayer
 from hfprune_dist.errors import UserError
 from hfprune_dist.structures.units import Owned, Units
@@ -47,9 +47,9 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         return read(name)
 
 
-def read_module_tensor(read: Read, made: ModuleTensor) -> Tensor:
+def read_module_tensor(read: Read, sources: Sources) -> Tensor:
     """Read a tensor of a module, in the dtype of the files, on the CPU."""
-    matrices = [[read(name) for name in names] for names in made.sources]
+    matrices = [[read(name) for name in names] for names in sources]
     whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in matrices]
     return torch.stack(whole) if len(whole) > 1 else whole[0]
 
@@ -103,12 +103,12 @@ def _gradients(units: Units, read: Callable[[str], Tensor]) -> list[Callable[[],
     """Gradients of the weights that a layer's units own, divided into parts as the weights themselves."""
     *rows, columns = units.weights
     counted = zip(rows, units.row_parts, strict=True)
-    of_parts = [partial(_part_of, read, name, part, parts) for name, parts in counted for part in range(parts)]
+
+    def part_of(name: str, part: int, parts: int) -> Tensor:
+        return read(name).chunk(parts)[part]
+
+    of_parts = [partial(part_of, name, part, parts) for name, parts in counted for part in range(parts)]
     return [*of_parts, partial(read, columns)]
-
-
-def _part_of(read: Callable[[str], Tensor], name: str, part: int, parts: int) -> Tensor:
-    return read(name).chunk(parts)[part]
 
 
 def as_stored(checkpoint: Checkpoint, name: str, tensor: Tensor, *, like: str | None = None, otherwise: str) -> Tensor:

@@ -143,37 +143,28 @@ SAME = StoredNames()
 _JOINED, _WHOLE = (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight"), ".conv1d.weight"
 
 
-@dataclass(frozen=True)
-class ModuleTensor:
-    """A tensor of a module, and the names of the tensors that it is made from: for each expert, the matrices to
-    concatenate, which are then stacked along a new first dimension; or, without experts, those of one matrix.
-    """
-
-    shape: tuple[int, ...]
-    sources: tuple[tuple[str, ...], ...]
+# What a tensor of a module is made from, by names: for each expert, the matrices to concatenate, which are then stacked
+# along a new first dimension; or, without experts, those of one matrix.
+Sources = tuple[tuple[str, ...], ...]
 
 
-def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, ModuleTensor]:
-    """Name in modules -> tensor, for the whole model, or only for one layer if it is given."""
+def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str, Sources]:
+    """Name in modules -> what the tensor is made from, for the whole model, or only for one layer if it is given."""
     prefix, experts = f"{checkpoint.family.layers}.", checkpoint.family.experts
-    wanted = "" if layer is None else f"{prefix}{layer}."
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.startswith(wanted)}
-    found: dict[str, ModuleTensor] = {}
+    found: dict[str, Sources] = {}
     if experts is not None and experts.each:
         for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
             for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
-                sources = tuple(
+                found[f"{prefix}{sparse}.{experts.module}.{module}"] = tuple(
                     tuple(f"{prefix}{sparse}.{part.tensor}" for part in owned if part.expert == expert)
                     for expert in range(experts.count)
                 )
-                rows, columns = shapes[sources[0][0]]
-                shape = (experts.count, rows * len(sources[0]), columns)
-                found[f"{prefix}{sparse}.{experts.module}.{module}"] = ModuleTensor(shape, sources)
-    stacked = {name for made in found.values() for names in made.sources for name in names}
-    found |= {name: ModuleTensor(shape, ((name,),)) for name, shape in shapes.items() if name not in stacked}
+    stacked = {name for sources in found.values() for names in sources for name in names}
+    wanted = "" if layer is None else f"{prefix}{layer}."
+    found |= {name: ((name,),) for name in checkpoint.tensors if name.startswith(wanted) and name not in stacked}
     for first in [name for name in found if name.endswith(_JOINED[0])]:
         names = tuple(first.removesuffix(_JOINED[0]) + part for part in _JOINED)
-        parts = [found.pop(name).shape for name in names]
-        joined = (sum(shape[0] for shape in parts), *parts[0][1:])
-        found[first.removesuffix(_JOINED[0]) + _WHOLE] = ModuleTensor(joined, (names,))
+        for name in names:
+            del found[name]
+        found[first.removesuffix(_JOINED[0]) + _WHOLE] = (names,)
     return found

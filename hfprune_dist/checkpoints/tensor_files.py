@@ -36,11 +36,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts that ``save_tensors`` wrote.
-
-    Raises:
-        DamagedFileError: if that is not what the file holds now.
-    """
+    """The tensors and the texts that ``save_tensors`` wrote; a DamagedFileError if the file holds anything else now."""
     try:
         about = _about(file)
         tensors: dict[str, Tensor] = load_file(file)

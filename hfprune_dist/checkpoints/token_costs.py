@@ -41,10 +41,6 @@ class TokenCosts:
         """
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
-    def cache_bytes(self, itemsize: int) -> int:
-        """Bytes that the keys and values of one token take in the cache, with numbers of ``itemsize`` bytes."""
-        return self.cached_channels * itemsize
-
 
 def token_costs(checkpoint: Checkpoint) -> TokenCosts:
     """The costs for a checkpoint, by its tensors."""

@@ -87,7 +87,8 @@ def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut | No
                 if owned.unit is None:
                     found[name] = new, _cut_of(units, number, owned, kept_K)
                 elif owned.unit in places:
-                    found[name] = owned.numbered(new, places[owned.unit]), None
+                    begin, _, end = new.rpartition(f".{owned.unit}.")
+                    found[name] = f"{begin}.{places[owned.unit]}.{end}", None
     return found
 
 

@@ -44,11 +44,7 @@ for _class in (_Loader, _Dumper):
 
 
 def yaml_value(text: str) -> Any:
-    """The value of a text.
-
-    Raises:
-        NotYamlError: if it isn't valid.
-    """
+    """The value of a text; a NotYamlError if it isn't valid."""
     try:
         value = yaml.load(text, _Loader)
         json.dumps(value, default=str, ensure_ascii=False).encode()  # neither in itself nor beyond any file
@@ -58,14 +54,8 @@ def yaml_value(text: str) -> Any:
 
 
 def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; none if it is empty.
-
-    Args:
-        flag: the option that names the file, for messages.
-        expected: what the file should hold, for messages.
-
-    Raises:
-        UserError: if it can't be read, or holds something else.
+    """The keys and values of a YAML file; none if it is empty. A file that can't be read, or holds something else, is
+    refused in a message that names it by the option ``flag`` and tells what was ``expected``.
     """
     try:
         raw = yaml_value(file.read_text(encoding="utf-8"))
@@ -79,12 +69,7 @@ def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
     return raw or {}
 
 
-def to_yaml(value: Any, *, width: float = 80, flow: bool = False) -> str:
-    """YAML that reads back as ``value``, whose keys keep their order.
-
-    Args:
-        width: of a line, beyond which values are continued on the next one.
-        flow: whether sections and lists are written in brackets.
-    """
-    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=flow, sort_keys=False, width=width)
+def to_yaml(value: Any) -> str:
+    """YAML that reads back as ``value``, whose keys keep their order."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
     return text

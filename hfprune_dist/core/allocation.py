@@ -95,9 +95,8 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
         undone += 1
     stand_T = torch.ones(taken, dtype=torch.bool)
     stand_T[small_N[len(small_N) - undone :]] = False
-    standing = places_S[:taken][stand_T].unique(return_counts=True)
-    numbers = dict(zip(*(it.tolist() for it in standing), strict=True))
-    return [ladder.after(numbers.get(place, 0)) for place, ladder in enumerate(ladders)]
+    steps = places_S[:taken][stand_T].bincount(minlength=len(ladders)).tolist()
+    return [ladder.after(count) for ladder, count in zip(ladders, steps, strict=True)]
 
 
 def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
@@ -114,7 +113,7 @@ def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tenso
     centred = [scores_U - scores_U.mean() for scores_U in scores]
     if in_deviations:
         return centred
-    return [it / (float(it.std()) or 1.0) if len(it) > 1 else it for it in centred]
+    return [scores_U / (float(scores_U.std()) or 1.0) if len(scores_U) > 1 else scores_U for scores_U in centred]
 
 
 def _prices(ladder: Ladder, sizes_S: Tensor, finest: int) -> Tensor:

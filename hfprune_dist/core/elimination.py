@@ -34,9 +34,7 @@ RIDGE = 1e-2
 LEAST_SHARE = 0.1
 
 
-def elimination_scores(
-    gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor, block: int | None = None
-) -> Tensor:
+def elimination_scores(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor) -> Tensor:
     """Score every unit of a layer by the cost of its removal after all cheaper ones.
 
     Args:
@@ -44,7 +42,6 @@ def elimination_scores(
         curvature_CC: float64, the mean of g g^T over tokens.
         weight_CD: the output projection's weight.
         fisher_U: float64, the mean over tokens of (the sum of h dlog p(y)/dh over a unit's channels)^2.
-        block: number of units removed between two updates of the costs; None: those that make up ``BLOCK`` channels.
 
     Returns:
         float64 [units], nats per token, strictly increasing in the order of removal: the units with the ``n`` highest
@@ -53,7 +50,7 @@ def elimination_scores(
     Raises:
         UnresolvedError: if the Gram matrix is mostly rounding errors.
     """
-    order_U, cost_U = eliminate(gram_DD, curvature_CC, weight_CD, fisher_U, block)
+    order_U, cost_U = eliminate(gram_DD, curvature_CC, weight_CD, fisher_U)
     # A removal may be made cheaper by the one before it; it then scores as high as that one.
     rising_U = cost_U.cummax(dim=0).values
     ranks_U = torch.arange(1, len(order_U) + 1, dtype=torch.float64, device=cost_U.device)
@@ -67,7 +64,8 @@ def eliminate(
     """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens.
 
     All is computed in the weight's ``wide_dtype``. What a removal subtracts from a diagonal entry of G^-1 is never more
-    than that entry, so float32 keeps its digits.
+    than that entry, so float32 keeps its digits. ``block`` units go between two updates of the costs, by default those
+    that make up ``BLOCK`` channels.
     """
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
@@ -144,11 +142,7 @@ class _Shrinking:
         return absorbed_BD
 
     def require_solved(self) -> None:
-        """Check the solves so far; not one by one, since the host would wait for each.
-
-        Raises:
-            UnresolvedError: if one failed.
-        """
+        """Raise ``UnresolvedError`` if one of the solves so far has failed; the host would wait if it asked each."""
         if self._problems and torch.stack(self._problems).any():
             raise UnresolvedError
         self._problems = []

@@ -76,7 +76,8 @@ class SeenLinear:
 
         def show(inputs: Tensor, gradients: Tensor) -> None:
             if phase.backward_of is loss:  # some layers read the tokens of all windows in one row
-                self.see(*(it if it.ndim > 2 else it.unflatten(0, (phase.windows, -1)) for it in (inputs, gradients)))
+                both = (inputs, gradients)
+                self.see(*(seen if seen.ndim > 2 else seen.unflatten(0, (phase.windows, -1)) for seen in both))
 
         handles = [self.module.register_forward_hook(after)]
         if self.see_weight is not None:
@@ -143,7 +144,7 @@ def seen_weights(
         else:
             owned[number] = [OwnedRows(weight_OI.T, gradients_BTO, inputs_BTI)]
         if len(owned) == len(linears):
-            see([it for place in range(len(linears)) for it in owned.pop(place)])
+            see([rows for place in range(len(linears)) for rows in owned.pop(place)])
 
     return [
         SeenLinear(linear, partial(see_one, number), partial(see_weight, number, parts))

@@ -117,7 +117,7 @@ def _counted_bits(batch: Batch) -> Callable[[slice], Tensor]:
     """Return the same as ``_drawn_bits``, made where the batch is by hashing the place of each 64 of them."""
     tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
     digests = [_digest(batch.seed, window, "signs") for window in batch.windows]
-    keys_B = send(torch.tensor([int.from_bytes(it[:8], "little", signed=True) for it in digests]), device)
+    keys_B = send(torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests]), device)
     words_W = torch.arange(-(-batch.vocabulary // 64), device=device)
 
     def of_rows(numbers: slice) -> Tensor:

@@ -88,14 +88,14 @@ class UnitSums:
         self.sums: dict[Key, Tensor] = {}
         self.phase = Phase()
         self._units = units
-        self._first = {it.kind: it.layer for it in reversed(units)}
+        self._first = {seen.kind: seen.layer for seen in reversed(units)}
         self._see_inputs = see_inputs
         self._see_output_gradients = see_output_gradients
         losses = losses_of(criterion for criterion in criteria if criterion.observes == "weight_gradients")
         self._linears = [(linear, loss) for loss in losses for linear in linears]
-        for it in units:
-            for criterion in self._observing(it, "weights"):
-                weights = seen_weights(it.rows, it.projection, partial(self._see_weights, it, criterion))
+        for seen in units:
+            for criterion in self._observing(seen, "weights"):
+                weights = seen_weights(seen.rows, seen.projection, partial(self._see_weights, seen, criterion))
                 self._linears += [(linear, criterion.loss) for linear in weights if criterion.loss is not None]
         # What was observed of a micro-batch, float32 or wider, on the model's device.
         self._seen: dict[Key, Tensor] = {}
@@ -108,9 +108,9 @@ class UnitSums:
             NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
         """
         handles: list[RemovableHandle] = []
-        for it in self._units:
-            handles.append(it.projection.register_forward_pre_hook(partial(self._before, it), prepend=True))
-            handles.append(it.projection.register_forward_hook(partial(self._after, it)))
+        for units in self._units:
+            handles.append(units.projection.register_forward_pre_hook(partial(self._before, units), prepend=True))
+            handles.append(units.projection.register_forward_hook(partial(self._after, units)))
         handles += [handle for linear, loss in self._linears for handle in linear.hook(loss, self.phase)]
         try:
             yield
@@ -123,15 +123,16 @@ class UnitSums:
             self._seen = {}
 
     def _observing(self, units: SeenUnits, what: str) -> list[Criterion]:
-        return [it for it in self.criteria if it.observes == what and it.has_sums_of(units.kind)]
+        observing = (criterion for criterion in self.criteria if criterion.observes == what)
+        return [criterion for criterion in observing if criterion.has_sums_of(units.kind)]
 
     def _taken(self) -> dict[Key, Tensor]:
         """Return a micro-batch's sums, float64 on the CPU."""
         flat_N = torch.cat([sum_N.double().view(-1) for sum_N in self._seen.values()]).cpu()
-        taken = dict(zip(self._seen, flat_N.split([it.numel() for it in self._seen.values()]), strict=True))
+        taken = dict(zip(self._seen, flat_N.split([sum_N.numel() for sum_N in self._seen.values()]), strict=True))
         if not flat_N.isfinite().all():
             lost = [key for key, sum_N in taken.items() if not sum_N.isfinite().all()]
-            of_backwards = {it.name for it in self.criteria if it.loss is not None}
+            of_backwards = {criterion.name for criterion in self.criteria if criterion.loss is not None}
             activations = [layer for _, layer, name in lost if name not in of_backwards]
             if activations:
                 raise NonFiniteError(f"activations of layer {min(activations)} are NaN or infinite")
@@ -215,7 +216,4 @@ class UnitSums:
 
     def _add(self, units: SeenUnits, name: str, sum_N: Tensor) -> None:
         key = units.kind, units.layer, name
-        if key in self._seen:
-            self._seen[key] += sum_N
-        else:
-            self._seen[key] = sum_N
+        self._seen[key] = self._seen[key] + sum_N if key in self._seen else sum_N

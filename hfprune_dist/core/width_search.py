@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
 
 from hfprune_dist.core.allocation import EXCHANGE, Ladder, allocate_globally
 
@@ -54,13 +53,6 @@ class Reweighting:
 
 START = Reweighting(0.25, 0.0, 0.0)
 STEPS = (0.25, 0.5, 0.5, 0.5)
-
-
-class Found(NamedTuple):
-    """The candidate with the lowest measured divergence; and the name of each measured candidate -> its divergence."""
-
-    counts: Counts
-    candidates: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -125,9 +117,11 @@ class ReweightedShapes:
         raise AssertionError("a model without layers")
 
 
-def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], measure: Measure) -> Found:
-    """Search among shapes from reweighted scores; as measured, never worse than unchanged scores or than further shapes
-    by name (``also``).
+def search_shapes(
+    reweighted: ReweightedShapes, also: Mapping[str, Counts], measure: Measure
+) -> tuple[Counts, dict[str, float]]:
+    """Search among shapes from reweighted scores, and further ones by name (``also``); return the shape with the lowest
+    measured divergence, and the name of each measured shape -> its divergence.
     """
     measured: dict[Counts, float] = {}
     names = {counts: name for name, counts in also.items()}
@@ -150,7 +144,7 @@ def search_shapes(reweighted: ReweightedShapes, also: Mapping[str, Counts], meas
         steps = [step / 2 for step in steps]
     kl_of([centre])
     best = min(measured, key=measured.__getitem__)
-    return Found(best, {names[counts]: kl for counts, kl in measured.items()})
+    return best, {names[counts]: kl for counts, kl in measured.items()}
 
 
 def _lowest(low: float, here: float, high: float) -> float:

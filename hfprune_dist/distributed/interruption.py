@@ -36,11 +36,7 @@ class Interruption:
         return self._listening and any(world.all_gather(self.signal is not None))
 
     def stop_if_agreed(self, world: World) -> None:
-        """Leave the stage if any rank was asked to; to be called where nothing would be lost.
-
-        Raises:
-            Interrupted: on all ranks together.
-        """
+        """Raise ``Interrupted`` on all ranks together if any was asked to end; call it where nothing would be lost."""
         if self.agreed(world):
             raise Interrupted
 

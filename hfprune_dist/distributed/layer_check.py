@@ -100,14 +100,7 @@ def _compare_in_forward(
 
 @torch.no_grad()
 def check_logits(checkpoint: Checkpoint, model: FrozenModel, window_T: Tensor) -> None:
-    """Check that a model outputs the logits that its head and ``after_head`` give; collective.
-
-    Args:
-        window_T: ids of some text.
-
-    Raises:
-        UserError: if the model does something else to them.
-    """
+    """Refuse a model whose logits of some text aren't those that its head and ``after_head`` give. Collective."""
     window_T = window_T[:TOKENS].to(model.world.device)
     logits_NV = model.module(input_ids=window_T[None], use_cache=False).logits[0].float()
     hidden_NC = model.final_hidden(window_T)

@@ -130,9 +130,6 @@ class LayerStream:
 
         Returns:
             Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
-
-        Raises:
-            UserError: as ``Float64Sum.of_all_ranks`` does.
         """
         made = partial(GramSums, number, micro_batches=self.micro_batches, world=self.world)
         sums = {units.output: [made(size=w_CD.shape[1]) for w_CD in output_weights(layer, units)] for units in kinds}

@@ -54,11 +54,7 @@ def unusable_activations(number: int, problem: object) -> UserError:
 
 @contextmanager
 def explaining(number: int) -> Iterator[None]:
-    """Name the layer where a Gram matrix is mostly rounding errors.
-
-    Raises:
-        UserError: instead of ``UnresolvedError``.
-    """
+    """Have a Gram matrix that is mostly rounding errors be an error of the user that names the layer."""
     try:
         yield
     except UnresolvedError as error:

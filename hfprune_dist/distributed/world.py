@@ -63,10 +63,10 @@ class World:
         """Wait until all ranks are here."""
         self.all_gather(None)
 
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """Return the value that rank ``source`` passed (any picklable object)."""
+    def broadcast(self, value: T) -> T:
+        """Return the value that rank 0 passed (any picklable object)."""
         box = [value]
-        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def on_rank0(self, work: Callable[[], T]) -> T:
@@ -182,11 +182,7 @@ def stay_near(gpu: torch.device, threads: int) -> None:
 
 
 def require_usable_gpus() -> None:
-    """Check that torch can use the machine's GPUs if it has some: all would be computed on its CPU, without a word.
-
-    Raises:
-        UserError: naming the CUDA that torch was built for.
-    """
+    """Refuse a machine with GPUs that torch can't use: all would be computed on its CPU, without a word."""
     count = count_gpus()
     if not count or torch.cuda.is_available():
         return
@@ -199,11 +195,7 @@ def require_usable_gpus() -> None:
 
 
 def require_own_gpus(device: torch.device, rank: int, size: int, store: Any) -> None:
-    """Check that no two ranks compute on the same GPU, which NCCL refuses; on all ranks, which meet at a store.
-
-    Raises:
-        UserError: naming the ranks and the GPU, on all ranks.
-    """
+    """Refuse, on all ranks, two that compute on the same GPU, as NCCL would; the ranks meet at a store."""
     gpu: Any = torch.cuda.get_device_properties(device)
     store.set(f"gpu {rank}", f"{gpu.uuid} {socket.gethostname()}")
     first_there: dict[str, int] = {}

@@ -78,10 +78,10 @@ def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device
     DeepSpeed has one dtype for all parameters, and rounded routers would choose other experts.
     """
     with open_weights(checkpoint) as read:
-        for name, made in module_tensors(checkpoint).items():
+        for name, sources in module_tensors(checkpoint).items():
             if stays_float32(checkpoint, name):
                 owner, _, part = name.rpartition(".")
-                whole = read_module_tensor(read, made).to(device, torch.float32)
+                whole = read_module_tensor(read, sources).to(device, torch.float32)
                 vars(module.get_submodule(owner))["_parameters"].pop(part, None)
                 module.get_submodule(owner).register_buffer(part, whole, persistent=False)
 

@@ -25,9 +25,6 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool =
 
     Args:
         data: whether to look for data sets, on the hub or in the cache of what was downloaded from it.
-
-    Raises:
-        UserError: listing all unknown names with close matches, if any, or naming the first data set that is missing.
     """
     known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]

@@ -176,9 +176,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
 
     def _answer_mine(self, task: str, method: str, first: int, batches: Sequence[Any]) -> dict[int, list[Any]]:
         """Answer this rank's share of batches, of which ``first`` is the first's number; return all answers by number.
-
-        Raises:
-            UserError: for a request that no model, or not this one, can answer: too long, or with unknown options.
+        Requests that no model, or not this one, can answer are refused: too long, or with unknown options.
         """
         self._interruption.stop_if_agreed(self._world)
         answer: Callable[..., list[Any]] = self._score if method == "loglikelihood" else self._generate

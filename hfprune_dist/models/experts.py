@@ -153,9 +153,6 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
 
     Returns:
         For each expert, float32 [tokens, channels], for the tokens that it was given.
-
-    Raises:
-        UserError: as ``see_experts`` does.
     """
     _require_known(experts)
     routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)

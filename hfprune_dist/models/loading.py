@@ -63,11 +63,7 @@ def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterato
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model of a checkpoint folder; it is sharded if an ``HfDeepSpeedConfig`` is alive.
-
-    Raises:
-        UserError: if a tensor is missing.
-    """
+    """Load the model of a checkpoint folder that lacks no tensor, sharded if an ``HfDeepSpeedConfig`` is alive."""
     checkpoint = open_checkpoint(folder)
     model, told = _loaded(checkpoint, dtype=dtype)
     _refuse_missing(checkpoint, told)
@@ -137,10 +133,8 @@ def auto_class(checkpoint: Checkpoint) -> Any:
 
 
 def attention_of(checkpoint: Checkpoint) -> str:
-    """The attention that a checkpoint runs with: torch's, or its own implementation if torch's can't replace it.
-
-    Raises:
-        UserError: if transformers has no class for the checkpoint's architecture.
+    """The attention that a checkpoint runs with: torch's, or its own implementation if torch's can't replace it. An
+    architecture for which transformers has no class is refused.
     """
     name = checkpoint.family.plain_class
     kind = getattr(transformers, name, None)
@@ -159,13 +153,8 @@ def stays_float32(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def require_own_weights(checkpoint: Checkpoint) -> None:
-    """Check, by headers only, that the weights are those of the model that config.json describes.
-
-    transformers fills missing tensors with random values, and leaves out tensors that it has no use for.
-
-    Raises:
-        UserError: naming a tensor that is missing, has another shape, or would be left out; or saying why transformers
-            can't make the model.
+    """Refuse weights that, by their headers, aren't those of the model that config.json describes, or a model that
+    transformers can't make: it fills missing tensors with random values, and leaves out those that it has no use for.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()

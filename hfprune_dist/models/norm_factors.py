@@ -37,9 +37,6 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
     Args:
         norm: a norm over the last dimension, with a weight and perhaps a bias.
         factors_C: [hidden_size], on the norm's device.
-
-    Raises:
-        UserError: if there are no such values.
     """
     factors_C, offset = factors_C.float(), weight_offset(norm)
     scaled = {name: parameter.data.float() * factors_C for name, parameter in norm.named_parameters()}

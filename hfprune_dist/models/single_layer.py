@@ -104,9 +104,9 @@ class LayerReader:
         """A layer's weights by their names in the decoder, in main memory, pinned for a GPU."""
         weights, checkpoint = {}, self._checkpoint
         with open_weights(checkpoint) as read:
-            for name, made in module_tensors(checkpoint, number).items():
+            for name, sources in module_tensors(checkpoint, number).items():
                 dtype = torch.float32 if stays_float32(checkpoint, name) else self.dtype
-                weight = read_module_tensor(read, made).to(dtype)
+                weight = read_module_tensor(read, sources).to(dtype)
                 within = name.removeprefix(f"{checkpoint.family.layers}.{number}.")
                 weights[f"{LAYER}.{within}"] = weight.pin_memory() if self.device.type == "cuda" else weight
         return weights
@@ -312,10 +312,7 @@ def output_for_update(layer: nn.Module, units: Units, update_NC: Tensor, like_NC
 
 def before_down(layer: nn.Module, units: Units) -> Biases:
     """What is done before the down projection of the MLP of which ``units`` are the neurons, besides products with
-    ``row_matrices``.
-
-    Raises:
-        UserError: if the MLP's activation isn't known.
+    ``row_matrices``. An MLP whose activation isn't known is refused.
     """
     rows, mlp = _rows(layer, units), part_of(layer, units.block.name)
     acting = [module for module in mlp.children() if not isinstance(module, nn.Linear)]

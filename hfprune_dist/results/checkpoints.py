@@ -115,9 +115,6 @@ def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Upda
 
     Args:
         wanted: name of each row's folder -> its contents; None: as it is, since the row has no checkpoint (yet).
-
-    Raises:
-        OSError: if something can't be read or written.
     """
     root, remarks = out / CHECKPOINTS, list[str]()
     if not wanted and not root.is_dir():

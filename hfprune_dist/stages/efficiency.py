@@ -145,7 +145,7 @@ def _costs(checkpoint: Checkpoint, params: EfficiencyParameters) -> dict[str, in
         # Without the headers of their files, which a table's size includes.
         "weight_bytes_on_disk": sum(tensor.bytes for tensor in checkpoint.tensors.values()),
         "flops_per_token": costs.flops(max(params.prompt_tokens)),
-        "cache_bytes_per_token": costs.cache_bytes(getattr(torch, params.dtype).itemsize),
+        "cache_bytes_per_token": costs.cached_channels * getattr(torch, params.dtype).itemsize,
     }
 
 

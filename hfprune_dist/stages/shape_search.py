@@ -167,8 +167,8 @@ class _Search:
                 known.update(zip(unknown, measure([contest.shape(counts) for counts in unknown]), strict=True))
             return [known[counts] for counts in many]
 
-        found = search_shapes(contest.reweighted(), self._plain_within(contest), kl_of)
-        return contest.shape(found.counts), metrics | {"search_kl": kls | found.candidates}
+        counts, measured = search_shapes(contest.reweighted(), self._plain_within(contest), kl_of)
+        return contest.shape(counts), metrics | {"search_kl": kls | measured}
 
     def _plain_within(self, contest: Contest) -> dict[str, Counts]:
         """Name -> shape that is the same in all layers of a contest, for those that the contest allows."""

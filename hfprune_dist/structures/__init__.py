@@ -29,8 +29,3 @@ def kinds_among(structures: Iterable[Structure]) -> list[UnitKind]:
     """Return the kinds of units among the pruned structures, always in the same order."""
     pruned = set(structures)
     return [kind for kind in get_args(UnitKind) if kind in pruned]
-
-
-def structure_of(kind: str) -> str:
-    """Return the name that methods use for a kind of units."""
-    return NEURONS if kind in (EXPERT_NEURONS, SHARED_NEURONS) else kind

@@ -94,7 +94,7 @@ def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
         return own, 1
     unstated = _UNSTATED_SHARED.get(str(config.get("model_type")))
     number = next((config[key] for key in SHARED_NUMBERS if config.get(key) is not None), unstated)
-    return _width_key(config), number
+    return next(key for key in WIDTHS if config.get(key) is not None), number
 
 
 def units_of_mixture(
@@ -133,7 +133,7 @@ def units_of_mixture(
         widths = counts(shared.field, shared.copies)
         found.append(replace(units, counts=widths, fields={shared.field: 1}, copies=shared.copies))
     if projections is not None:
-        field = _dense_width_key(config)
+        field = next((key for key in _DENSE_WIDTHS if config.get(key) is not None), "intermediate_size")
         widths = counts(field, has_experts=False)
         found.append(replace(neurons(config, mlp, *projections), counts=widths, fields={field: 1}))
     whole = replace(
@@ -148,11 +148,3 @@ def units_of_mixture(
         copies=1,
     )
     return [*found, whole]
-
-
-def _width_key(config: Mapping[str, Any]) -> str:
-    return next(key for key in WIDTHS if config.get(key) is not None)
-
-
-def _dense_width_key(config: Mapping[str, Any]) -> str:
-    return next((key for key in _DENSE_WIDTHS if config.get(key) is not None), "intermediate_size")

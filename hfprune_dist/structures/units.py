@@ -48,11 +48,6 @@ class Owned:
     stacked: bool = False
     unit: int | None = None
 
-    def numbered(self, name: str, number: int) -> str:
-        """Return the name of a tensor that belongs to one unit as a whole, after that unit is renumbered."""
-        begin, _, end = name.rpartition(f".{self.unit}.")
-        return f"{begin}.{number}.{end}"
-
 
 @dataclass(frozen=True)
 class Block:

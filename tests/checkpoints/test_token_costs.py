@@ -32,7 +32,7 @@ def check(checkpoint, batch_size, tokens):
     of_prompt, cache = counted_flops(model, torch.randint(vocabulary, (batch_size, tokens)))
     assert of_prompt == pytest.approx(batch_size * tokens * costs.flops(tokens), rel=0.03)  # norms and biases
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == batch_size * tokens * costs.cache_bytes(torch.float32.itemsize)
+    assert held == batch_size * tokens * costs.cached_channels * torch.float32.itemsize
     return costs, model
 
 

@@ -75,8 +75,8 @@ def test_it_does_not_matter_how_many_updates_wait(waiting, channels, monkeypatch
 
 def test_scores_rise_strictly_in_the_order_of_removal():
     gram, curvature, weight = layer()
-    order, _ = eliminate(gram, curvature, weight, independent(gram, curvature, weight), block=2)
-    scores = elimination_scores(gram, curvature, weight, independent(gram, curvature, weight), block=2)
+    order, _ = eliminate(gram, curvature, weight, independent(gram, curvature, weight))
+    scores = elimination_scores(gram, curvature, weight, independent(gram, curvature, weight))
     assert (scores[order].diff() > 0).all()
     nothing = elimination_scores(gram, torch.zeros_like(curvature), weight, torch.zeros(D, dtype=torch.float64))
     assert len(nothing.unique()) == D
@@ -129,4 +129,4 @@ def test_rounding_errors_are_refused_whatever_they_make_impossible(channels, wha
         if what == "rows that are removed":
             monkeypatch.setattr(elimination, "_traces", lambda inverse_Ucc, _: torch.ones(len(inverse_Ucc)))
     with pytest.raises(UnresolvedError, match="lost in rounding"):
-        elimination_scores(gram, curvature, weight, fisher, block=1)
+        elimination_scores(gram, curvature, weight, fisher)

@@ -59,21 +59,21 @@ def test_finds_the_bottom_of_a_bowl():
         calls.append(len(candidates))
         return [float((torch.tensor(widths) - goal).square().sum()) for widths in candidates]
 
-    found = search_shapes(reweighted, {"uniform": (25,) * 6}, measure)
+    found, _ = search_shapes(reweighted, {"uniform": (25,) * 6}, measure)
     start = measure([reweighted.counts(Reweighting(0.0, 0.0, 0.0))])[0]
-    assert measure([found.counts])[0] < 0.1 * start
+    assert measure([found])[0] < 0.1 * start
     assert max(calls) <= 8 and len(calls) == 5  # three of the search, two of this test
 
 
 def test_is_never_worse_than_the_uniform_widths_or_scores_alone():
     reweighted = of_neurons(some_scores(), 90, [4] * 6, 1)
     uniform = (25,) * 6
-    found = search_shapes(
-        reweighted, {"uniform": uniform}, lambda candidates: [0.1 if it == uniform else 1.0 for it in candidates]
+    found, measured = search_shapes(
+        reweighted, {"uniform": uniform}, lambda many: [0.1 if counts == uniform else 1.0 for counts in many]
     )
-    assert found.counts == uniform and min(found.candidates, key=found.candidates.__getitem__) == "uniform"
+    assert found == uniform and min(measured, key=measured.__getitem__) == "uniform"
     alone = reweighted.counts(Reweighting(0.0, 0.0, 0.0))
-    assert search_shapes(reweighted, {}, lambda many: [float(it != alone) for it in many]).counts == alone
+    assert search_shapes(reweighted, {}, lambda many: [float(counts != alone) for counts in many])[0] == alone
 
 
 def of_both(removals=600):

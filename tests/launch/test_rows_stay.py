@@ -230,7 +230,7 @@ def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
 def seed_of(config, out, seed=0, device="", **overrides):
     """Finish a sweep of one model with this seed; dots in keys are written as ``__``."""
     overrides = {"models": ["alpha"], "ratios": [0.1], "seed": seed} | overrides
-    settings = [f"{key.replace('__', '.')}={to_yaml(value, flow=True)}" for key, value in overrides.items()]
+    settings = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
     done(config, out, *(word for setting in settings for word in ("--set", setting)), device=device, **overrides)
     return out
 
