@@ -80,11 +80,7 @@ _FORMS = (
 
 
 def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Refuse) -> Experts | None:
-    """The experts of a model; None if it has none.
-
-    Args:
-        parts: the tensors of each layer, by their names within it.
-    """
+    """The experts of a model, given the tensors of each layer by their names within it; None if it has none."""
     count = number_of_experts(config)
     if not count:
         return None

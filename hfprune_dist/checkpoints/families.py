@@ -142,11 +142,9 @@ class Family:
         return model.get_submodule(self.body)
 
     def head_of(self, model: nn.Module) -> nn.Linear:
-        """The projection to the vocabulary."""
         return cast("nn.Linear", model.get_submodule(self.head))
 
     def layers_of(self, model: nn.Module) -> list[nn.Module]:
-        """The decoder layers, in order."""
         return list(model.get_submodule(self.layers).children())
 
 

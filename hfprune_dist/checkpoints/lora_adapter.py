@@ -86,10 +86,8 @@ def read_adapter(folder: Path) -> Adapter:
 def merge_weight_file(
     checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path, kept: Kept | None = None
 ) -> None:
-    """Write one safetensors file of the checkpoint with the adapter merged into it; dtypes don't change.
-
-    Args:
-        kept: the units that all layers keep after merging; None: all, so that no shape changes.
+    """Write one safetensors file of the checkpoint with the adapter merged into it, and then cut to the units that are
+    ``kept``, if they are given; dtypes don't change.
     """
     assert adapter.factors.keys() <= checkpoint.tensors.keys(), "the adapter has weights that the checkpoint lacks"
     kept = kept or Kept(tuple(range(checkpoint.num_layers)))

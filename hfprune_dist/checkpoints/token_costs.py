@@ -43,7 +43,6 @@ class TokenCosts:
 
 
 def token_costs(checkpoint: Checkpoint) -> TokenCosts:
-    """The costs for a checkpoint, by its tensors."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     of_layers = by_layer(checkpoint.config, shapes, checkpoint.family.layers)
     table = checkpoint.tensors[checkpoint.family.embedding_tensor].numel

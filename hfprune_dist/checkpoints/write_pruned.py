@@ -42,11 +42,9 @@ class Cut:
     kept: Tensor
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape after the cut."""
         return (*shape[: self.dimension], self.kept.shape[-1], *shape[self.dimension + 1 :])
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The kept entries."""
         if self.kept.ndim == 2:
             cuts = (Cut(self.dimension - 1, kept) for kept in self.kept)
             return torch.stack([cut.apply(matrix) for cut, matrix in zip(cuts, tensor, strict=True)])

@@ -105,10 +105,8 @@ def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def standardized(scores: Sequence[Tensor], *, in_deviations: bool) -> list[Tensor]:
-    """Standardize scores within their layer: (score - mean) / std (FLAP: An et al. 2023, arXiv 2312.11983, AL-AM).
-
-    Args:
-        in_deviations: whether the scores are in standard deviations already, so that only the mean is subtracted.
+    """Standardize scores within their layer: (score - mean) / std (FLAP: An et al. 2023, arXiv 2312.11983, AL-AM); of
+    those that are ``in_deviations`` already, only the mean is subtracted.
     """
     centred = [scores_U - scores_U.mean() for scores_U in scores]
     if in_deviations:

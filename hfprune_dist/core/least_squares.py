@@ -23,10 +23,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Projection:
-    """An output projection on some tokens, from which the problem for any choice of kept channels follows.
-
-    Args:
-        gram_DD: float64, the sum (or mean) over tokens of h h^T, for all channels.
+    """An output projection on some tokens, from which the problem for any choice of kept channels follows; ``gram_DD``
+    is the sum (or mean) over the tokens of h h^T, float64, for all channels.
     """
 
     def __init__(self, weight_CD: Tensor, gram_DD: Tensor) -> None:

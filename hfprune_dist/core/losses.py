@@ -56,10 +56,8 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
     """Return 2 sum_v e_v sqrt(p_v) and its gradient sqrt(p) * e - p * (sqrt(p) . e), for independent signs e = +-1.
 
     The loss means nothing by itself. Over e, E[g g^T] = diag(p) - p p^T of its gradient is the exact Fisher matrix, as
-    for a sampled label, but the gradient spreads over the vocabulary what a label concentrates on one word.
-
-    Args:
-        signs_NV: e, -1 or 1, in the dtype of the logits. Overwritten, too.
+    for a sampled label, but the gradient spreads over the vocabulary what a label concentrates on one word. The signs,
+    in the dtype of the logits, are overwritten, too.
     """
     log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
     root_p_NV = log_p_NV.mul_(0.5).exp_()
@@ -69,10 +67,8 @@ def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, 
 
 
 def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p.
-
-    Args:
-        teacher_NV: the teacher's logits t, p = softmax(t), in the dtype of the model's. Overwritten, too.
+    """Return KL(teacher || model) = sum_v p_v log(p_v / q_v) and its gradient at the model's logits, q - p. The
+    teacher's logits t, p = softmax(t), have the dtype of the model's, and are overwritten, too.
     """
     log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
     log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))

@@ -14,11 +14,7 @@ HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
-    """Yield slices over a matrix's rows, each of at least one row.
-
-    Args:
-        scratch_bytes: bytes of temporary results per element.
-    """
+    """Yield slices over a matrix's rows, for so many bytes of temporary results per element; at least a row each."""
     rows, columns = matrix_NV.shape
     on_cpu = matrix_NV.device.type == "cpu"
     portion = CACHE_BYTES * torch.get_num_threads() if on_cpu else ACCELERATOR_BYTES

@@ -25,11 +25,8 @@ SEED = 0
 
 @torch.no_grad()
 def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int) -> Tensor:
-    """A copy of a window in which some tokens are redrawn, int64 [tokens] on the CPU; its first token stays.
-
-    Args:
-        dense: the dense model's outputs for it.
-        window: its number, which determines what is drawn.
+    """A copy of a window in which some tokens are redrawn, int64 [tokens] on the CPU; its first token stays. The dense
+    model's outputs for it, and its number ``window``, determine what is drawn.
     """
     # For each token, a number that says whether it is redrawn, and one that says which its successor is.
     generator = window_generator(SEED, window, "copy 0")

@@ -20,10 +20,8 @@ RowReader = Callable[[int], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows each optimizer step sees; depends on the seed, never on the number of ranks.
-
-    An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most. So,
-    with fewer rows than ``batch_size``, each epoch is one step over all of them.
+    """An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most.
+    So, with fewer rows than ``batch_size``, each epoch is one step over all of them.
     """
 
     rows: int
@@ -36,7 +34,6 @@ class Schedule:
 
     @property
     def largest_step(self) -> int:
-        """Rows of the largest step."""
         return -(-self.rows // self.steps_per_epoch)
 
     def rows_of(self, step: int) -> list[int]:

@@ -106,10 +106,8 @@ class LayerStream:
     def observe(
         self, layer: nn.Module, names: Iterable[str], *, stay: bool = False
     ) -> Iterator[tuple[int, dict[str, list[Tensor]]]]:
-        """Run the windows through a layer; yield for each micro-batch what some modules read (``observing``).
-
-        Args:
-            stay: whether the windows stay before the layer.
+        """Run the windows through a layer, and yield for each micro-batch what some modules read (``observing``); the
+        windows then stand behind the layer, or ``stay`` before it.
         """
         for index, hidden_BTC in self.standing():
             with observing(layer, names) as seen:
@@ -123,13 +121,8 @@ class LayerStream:
     def grams(
         self, number: int, layer: nn.Module, kinds: Sequence[Units], owner: int | None = None
     ) -> dict[str, list[Grams]]:
-        """Run windows through a layer, and return Gram matrices of what its output projections of some kinds read.
-
-        Args:
-            owner: the only rank that needs them; on others, what is returned means nothing. None if all do.
-
-        Returns:
-            Kind of units -> Gram matrices of its channels in this layer: one for each expert, or a single one.
+        """Run windows through a layer, and return for some kinds of units the Gram matrices of what their output
+        projections read, one for each expert or a single one; all ranks need them, or only their ``owner``.
         """
         made = partial(GramSums, number, micro_batches=self.micro_batches, world=self.world)
         sums = {units.output: [made(size=w_CD.shape[1]) for w_CD in output_weights(layer, units)] for units in kinds}

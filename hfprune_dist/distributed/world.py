@@ -136,7 +136,6 @@ def meeting_place(listener: socket.socket) -> object:
 
 
 def leave_world() -> None:
-    """Close the process group."""
     dist.destroy_process_group()
 
 
@@ -147,13 +146,8 @@ def claim_device(environment: MutableMapping[str, str]) -> torch.device:
     """Return this rank's GPU, and make it the current one; the CPU if the machine has none.
 
     A launcher may show a rank all GPUs of the node, only its own, or one. Among those that it sees, it takes the one
-    numbered by its local rank, modulo their count: in each case its own, as ``require_own_gpus`` checks.
-
-    Args:
-        environment: ``LOCAL_RANK`` becomes the GPU's number, which is how DeepSpeed and accelerate read it.
-
-    Raises:
-        UserError: if there are GPUs that torch can't use.
+    numbered by its local rank, modulo their count: in each case its own, as ``require_own_gpus`` checks. ``LOCAL_RANK``
+    becomes the GPU's number, which is how DeepSpeed and accelerate read it.
     """
     require_usable_gpus()
     if not torch.cuda.is_available():

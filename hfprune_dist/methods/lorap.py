@@ -26,14 +26,11 @@ def channel_norms(squares_D: Tensor, windows: int) -> Tensor:
 
 def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors (R [rank, in], L [out, rank]) of the matrix LR of this rank that is closest to W, with errors
-    in each column weighted by d: from the singular value decomposition W diag(d) = U S V^T, L = U_k S_k^(1/2) and
-    R = S_k^(1/2) V_k^T diag(1/d).
+    in each column weighted by d, the ``norms_I``: from the singular value decomposition W diag(d) = U S V^T,
+    L = U_k S_k^(1/2) and R = S_k^(1/2) V_k^T diag(1/d).
 
     U and S^2 are computed as eigenvectors and eigenvalues of W diag(d^2) W^T. So LR is U_k U_k^T W, and W itself at
     full rank; directions with S = 0 get zeros.
-
-    Args:
-        norms_I: d.
     """
     weight_OI, norms_I = weight_OI.double(), norms_I.double()
     scaled_OI = weight_OI * torch.where(norms_I == 0, SILENT, norms_I)

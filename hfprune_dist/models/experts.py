@@ -34,10 +34,8 @@ class ExpertProjections(nn.Module):
         self._owner = (experts,)  # not as a module within this one
 
     def forward(self, hidden_SD: Tensor, expert_S: Tensor, weights_S: Tensor, routes: _Routes) -> Tensor:
-        """Project experts' activations [tokens, channels] to their outputs [tokens, hidden_size].
-
-        Args:
-            expert_S, weights_S: those of ``routes``, for hooks.
+        """Project experts' activations [tokens, channels] to their outputs [tokens, hidden_size]; hooks see the experts
+        and weights that are in ``routes``, too.
         """
         (experts,) = self._owner
         biases = experts.down_proj_bias if experts.has_bias else None

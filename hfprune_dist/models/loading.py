@@ -49,11 +49,7 @@ masking_utils.find_packed_sequence_indices = _texts_of
 
 @contextmanager
 def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Within the context, a forward's rows hold several texts each, whose positions begin at 0; None for one each.
-
-    Args:
-        position_ids_BT: on the CPU.
-    """
+    """Within the context, a forward's rows hold several texts each, whose positions begin at 0, or one each (None)."""
     texts_BT = None if position_ids_BT is None else _find_texts(position_ids_BT)
     token = _TEXTS.set(None if texts_BT is None else send(texts_BT, device))
     try:

@@ -32,11 +32,8 @@ def norms_of_layers(checkpoint: Checkpoint, layers: Container[int]) -> list[tupl
 
 
 def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
-    """The values of a norm's parameters with which its outputs are multiplied by these factors, in float32.
-
-    Args:
-        norm: a norm over the last dimension, with a weight and perhaps a bias.
-        factors_C: [hidden_size], on the norm's device.
+    """The values of a norm's parameters, a weight and perhaps a bias, with which its outputs are multiplied by these
+    factors [hidden_size], in float32; refused as by ``weight_offset``.
     """
     factors_C, offset = factors_C.float(), weight_offset(norm)
     scaled = {name: parameter.data.float() * factors_C for name, parameter in norm.named_parameters()}
@@ -45,13 +42,8 @@ def with_factors(norm: nn.Module, factors_C: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
-    """The number that a norm adds to its weight before it multiplies by it: 0 or 1, whatever its weight.
-
-    Args:
-        called: what messages call the norm.
-
-    Raises:
-        UserError: if its outputs are no multiple of its weight plus either of them.
+    """The number that a norm adds to its weight before it multiplies by it: 0 or 1, whatever its weight. A norm whose
+    outputs are no multiple of its weight plus either of them is refused, in a message that says what it is ``called``.
     """
     zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in norm.named_parameters()}
     if "weight" in zeros and zeros.keys() <= {"weight", "bias"}:
@@ -71,11 +63,8 @@ def weight_offset(norm: nn.Module, called: str = "a norm") -> float:
 
 @contextmanager
 def multiplying(norms: Mapping[int, nn.Module], factors_RC: Tensor) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """Multiply norms' outputs by factors, and collect (number of the norm, its output, the product).
-
-    Args:
-        norms: number of a norm -> the norm.
-        factors_RC: float32 [norms, hidden_size], on the norms' device.
+    """Multiply the outputs of norms, by their numbers, by factors [norms, hidden_size] in float32 on their device; and
+    collect (number of the norm, its output, the product).
     """
     seen: list[tuple[int, Tensor, Tensor]] = []
 

@@ -57,9 +57,6 @@ class LayerReader:
     """Makes the layers of a checkpoint, each as a decoder with only this layer and no final norm.
 
     So each layer sees the masks and positions that its architecture makes for it.
-
-    Args:
-        dtype: dtype of weights and activations.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
@@ -248,11 +245,7 @@ def read_by(inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def input_of(module: nn.Module, compute: Callable[[], object]) -> Tensor:
-    """The input of a module in a computation, which is stopped when it reaches the module.
-
-    Args:
-        compute: runs the module, and what comes before it. A hook stops it by raising an exception.
-    """
+    """The input of a module in a computation, which a hook stops when it reaches the module, by an exception."""
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
         raise _Reached(read_by(inputs, options))
@@ -297,11 +290,8 @@ def residual_update(layer: nn.Module, units: Units, output_BTC: Tensor) -> Tenso
 def output_for_update(layer: nn.Module, units: Units, update_NC: Tensor, like_NC: Tensor) -> Tensor:
     """The inverse of ``residual_update``: the output of the units' output projection for which this update is added.
 
-    A norm after it divides by each token's size, taken from ``like_NC``; channels that it multiplies by 0 need nothing.
-
-    Args:
-        update_NC: float32 [tokens, hidden_size].
-        like_NC: the projection's current output, or one close to it [tokens, hidden_size].
+    A norm after it divides by each token's size, taken from ``like_NC``, the projection's current output or one close
+    to it; channels that it multiplies by 0 need nothing. Both are [tokens, hidden_size], the update in float32.
     """
     if units.block.norm_after is None and units.block.multiplier == 1.0:
         return update_NC
@@ -336,7 +326,6 @@ def _rows(layer: nn.Module, units: Units) -> list[nn.Linear]:
 
 
 def part_of(layer: nn.Module, name: str) -> Any:
-    """A module, by its name."""
     return layer.get_submodule(f"{LAYER}.{name}")
 
 
@@ -347,10 +336,8 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
-    """The remaining part of every parameter that units own a part of, by its name.
-
-    Args:
-        kept: ascending int64 indices of the units that stay.
+    """By its name, what is left of every parameter that units own a part of, given the ascending int64 indices of those
+    that stay.
     """
     found = dict(layer.get_submodule(LAYER).named_parameters())
     owned = [part for part in units.owned if part.tensor in found]

@@ -140,11 +140,7 @@ def _quality(rows: Sequence[Row]) -> list[Chart]:
 
 
 def _against_size(rows: Sequence[Row], measured: Mapping[str, Sequence[Score]]) -> list[Panel]:
-    """A panel for each model and measure that pruned rows have, along their numbers of parameters.
-
-    Args:
-        measured: title -> the measure of each row.
-    """
+    """A panel for each model and measure (title -> that of each row) that pruned rows have, along their parameters."""
     panels = []
     for model in dict.fromkeys(row["model"] for row in rows):
         for title, scores in measured.items():

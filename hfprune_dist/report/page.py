@@ -29,13 +29,7 @@ Attempts = Sequence[tuple[Stage, Attempt, End | None]]
 
 
 def page(out: Path, plan: Plan, rows: Sequence[Row], written: float) -> str:
-    """The HTML of a report.
-
-    Args:
-        out: the sweep's folder, which also holds the report.
-        rows: one per cell of the plan.
-        written: unix time of the report.
-    """
+    """The HTML of a report in a sweep's folder, on the rows of its plan, written at this unix time."""
     store, file = Store(out / "store"), out / "config.yaml"
     config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     attempts = [(stage, *attempt) for stage in plan.stages.values() for attempt in Ledger(store).ends(stage.id)]

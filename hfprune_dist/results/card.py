@@ -39,11 +39,7 @@ _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
 
 def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> dict[str, Contents | None]:
-    """Name of each row's folder -> its contents; None if the row has no checkpoint (yet).
-
-    Args:
-        dense: model name -> facts about the dense checkpoint.
-    """
+    """Name of each row's folder -> its contents; None if the row has no checkpoint (yet)."""
     rows = dict(zip(plan.cells, collect_rows(plan, store, dense), strict=True))
     contents: dict[str, Contents | None] = {}
     for name, cell in checkpoint_names(plan.cells).items():
@@ -143,7 +139,6 @@ class Card:
         return to_yaml(_with_names(config, names)), names
 
     def text(self) -> str:
-        """The full text of the card."""
         from huggingface_hub import ModelCardData
 
         method = self.cell.method
@@ -262,7 +257,6 @@ class Card:
             yield "\n".join(["## What loads it", "", f"Of engines that have a `{config['model_type']}`:", "", *lines])
 
     def _how_it_was_made(self) -> str:
-        """The section with versions and the command."""
         made: Mapping[str, Any] = self.manifest.get("provenance", {})
         commit = f" at commit `{made['git_commit']}`" if made.get("git_commit") else ""
         commit += " with changes" if made.get("dirty_diff_sha256") else ""

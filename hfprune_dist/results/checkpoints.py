@@ -111,10 +111,8 @@ def made_checkpoint(folder: Path) -> str | None:
 
 
 def update_checkpoints(out: Path, wanted: Mapping[str, Contents | None]) -> Update:
-    """Write the named folders in a sweep's folder, and remove those of rows that are gone.
-
-    Args:
-        wanted: name of each row's folder -> its contents; None: as it is, since the row has no checkpoint (yet).
+    """Write the named folders in a sweep's folder with the contents that are wanted, and remove those of rows that are
+    gone. A folder without contents stays as it is: its row has no checkpoint (yet).
     """
     root, remarks = out / CHECKPOINTS, list[str]()
     if not wanted and not root.is_dir():
@@ -169,7 +167,6 @@ def _file_of_the_user(folder: Path, made: Made) -> str | None:
 
 
 def _replace(folder: Path, contents: Contents, made: Made) -> None:
-    """Put a new folder in a folder's place."""
     new, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
     for name in made.files:
         (new / name).parent.mkdir(parents=True, exist_ok=True)

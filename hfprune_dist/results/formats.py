@@ -25,7 +25,6 @@ def counted(amount: int | str | None, noun: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in percent."""
     return "-" if share is None else f"{100 * share:z.1f}"
 
 

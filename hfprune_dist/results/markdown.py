@@ -57,7 +57,6 @@ def cells(rows: Sequence[T], columns: Sequence[Column[T]]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
-    """A table in Markdown."""
     body = [[*map(escaped, line)] for line in cells(rows, columns)]
     sides = ["---" if column.is_text else "---:" for column in columns]
     return table([escaped(column.header) for column in columns], body, sides) + "\n"

@@ -56,7 +56,6 @@ class DenseModel:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> DenseModel:
-        """Collect the facts from a dense checkpoint."""
         stated = (units.sizes(units.counts).items() for units in checkpoint.structures.values())
         sizes = {name: size for each in stated for name, size in each if name in SIZE_FIELDS and size is not None}
         return cls(checkpoint.parameters, sizes, checkpoint.bytes_on_disk, checkpoint.family.has_vision)
@@ -66,11 +65,7 @@ def collect_rows(plan: Plan, store: Store, dense: Mapping[str, DenseModel]) -> l
     """One row per cell, in plan order; ``cause`` says what it lacks, and why.
 
     ``checkpoint`` is a folder, relative to the sweep's: the one with the row's name if it has the row's checkpoint,
-    else the artifact's; None for the dense model, and if it isn't there yet.
-
-    Args:
-        store: the store in the sweep's folder.
-        dense: model name -> facts about the dense checkpoint.
+    else the artifact's; None for the dense model, and if it isn't there yet. ``dense`` has facts by a model's name.
     """
     rows = _Rows(plan, store, dense)
     return [rows.row(cell) for cell in plan.cells]
@@ -182,7 +177,6 @@ class _Rows:
 
 
 def sum_or_none(values: Iterable[float | None]) -> float | None:
-    """The sum of the values; None if one is missing."""
     listed = list(values)
     return None if None in listed else sum(value for value in listed if value is not None)
 

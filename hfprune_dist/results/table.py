@@ -183,7 +183,6 @@ def _threads(run: Mapping[str, Any]) -> str:
 
 
 def workload(run: Mapping[str, Any]) -> str:
-    """What was generated."""
     return f"batch {run['batch_size']}, {run['prompt_tokens']} in, {run['new_tokens']} out"
 
 

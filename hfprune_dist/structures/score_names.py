@@ -19,11 +19,7 @@ def score_name(layer: int, criterion: str, kind: str = NEURONS) -> str:
 
 
 def scores_of_layers(stored: Mapping[str, ScoresT], criterion: str, kind: str = NEURONS) -> list[ScoresT]:
-    """Return one criterion's scores for one kind of units, layer by layer.
-
-    Args:
-        stored: contents of the file ``SCORES``, by name.
-    """
+    """Return one criterion's scores for one kind of units, layer by layer, from what the file ``SCORES`` stores."""
     names = (score_name(layer, criterion, kind) for layer in count())
     return [stored[name] for name in takewhile(stored.__contains__, names)]
 

@@ -159,10 +159,8 @@ class Units:
                 yield name, owned
 
     def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
-        """Return the shape of a tensor that a layer's units own parts of; not for whole experts.
-
-        Args:
-            hidden: the hidden size, which is the other dimension of matrices.
+        """Return the shape of a tensor that a layer's units own parts of, but not whole experts; the other dimension of
+        matrices is the hidden size.
         """
         within = owned.axis - owned.stacked
         size = self.counts[layer] // self.parts * owned.per_unit * owned.parts
