@@ -16,8 +16,8 @@ def scores(*layers):
 def test_steps_of_a_ladder_end_at_its_floor_and_at_all_its_units():
     ladder = Ladder(0, scores(range(10))[0], 3, 1, multiple_of=4)
     assert (ladder.most, ladder.least) == (10, 4)
-    assert [ladder.below(it) for it in (10, 9, 8, 4)] == [8, 8, 4, 4]
-    assert [ladder.above(it) for it in (4, 7, 8, 10)] == [8, 8, 10, 10]
+    assert [ladder.below(count) for count in (10, 9, 8, 4)] == [8, 8, 4, 4]
+    assert [ladder.above(count) for count in (4, 7, 8, 10)] == [8, 8, 10, 10]
 
 
 def test_normalised_layers_have_mean_one():
@@ -32,7 +32,7 @@ def test_standardized_layers_have_mean_zero_and_deviation_one_unless_they_are_in
     assert first.tolist() == [-1, 0, 1] and float(second.std()) == pytest.approx(1.0)
     assert alike.tolist() == [0, 0] and single.tolist() == [0]
     centred = standardized(layers, in_deviations=True)
-    assert [it.tolist() for it in centred] == [[-1, 0, 1], [-200, -100, 300], [0, 0], [0]]
+    assert [scores_U.tolist() for scores_U in centred] == [[-1, 0, 1], [-200, -100, 300], [0, 0], [0]]
 
 
 def step_by_step(kept, removals):
@@ -51,12 +51,12 @@ def step_by_step(kept, removals):
             break
         taken.append(step)
         removals -= step[-1]
-    for step in [it for it in taken if kept[it[2]].parameters == finest][::-1]:
+    for step in [step for step in taken if kept[step[2]].parameters == finest][::-1]:
         if -2 * removals <= step[-1]:
             break
         taken.remove(step)
         removals += step[-1]
-    return [min([it.most, *(step[4] for step in taken if step[2] == place)]) for place, it in enumerate(kept)]
+    return [min([ladder.most, *(step[4] for step in taken if step[2] == place)]) for place, ladder in enumerate(kept)]
 
 
 @st.composite
@@ -86,7 +86,8 @@ def test_the_same_go_as_step_by_step(kept, share):
 
 def test_groups_go_where_a_parameter_of_theirs_is_cheaper():
     neurons, groups = scores([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), scores([12, 20], [3, 30])
-    kept = [Ladder(layer, it, 1, size) for size, kind in ((1, neurons), (4, groups)) for layer, it in enumerate(kind)]
+    sizes = [(1, neurons), (4, groups)]
+    kept = [Ladder(layer, scores_U, 1, size) for size, kind in sizes for layer, scores_U in enumerate(kind)]
     assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group at 3 per parameter for 4 parameters, then neurons at 1
     assert allocate_globally(kept, 4) == [6, 6, 2, 1]
     assert allocate_globally(kept, 3) == [6, 6, 2, 1], "one parameter too many: there are no neurons to take back"

@@ -69,7 +69,7 @@ def test_several_models_diverge_as_each_does_alone(monkeypatch, rows, count):
     alone = [compare_outputs(outputs(0), model, following()).kl for model in models]
     made = []
     chunks = Outputs.logits
-    monkeypatch.setattr(Outputs, "logits", lambda self: (made.append(self) or it for it in chunks(self)))
+    monkeypatch.setattr(Outputs, "logits", lambda self: (made.append(self) or chunk for chunk in chunks(self)))
     assert divergences(outputs(0), models) == alone
     of_dense = -(-13 // rows)
     assert len(made) == of_dense * (1 + count), "a chunk of each model, once"
@@ -104,9 +104,9 @@ def test_errors_are_those_of_a_mean_over_windows(windows, padding):
 
 def means_of(sums):
     return {
-        "kl": [it.kl / it.tokens for it in sums],
-        "agree": [it.agree / it.tokens for it in sums],
-        "nll": [it.nll / it.predicted for it in sums],
+        "kl": [window.kl / window.tokens for window in sums],
+        "agree": [window.agree / window.tokens for window in sums],
+        "nll": [window.nll / window.predicted for window in sums],
     }
 
 

@@ -92,8 +92,8 @@ def test_conjugate_gradients_solve_the_damped_equations():
 def test_a_silent_mlp_is_left_alone():
     """Its activations are 0, and its down projection of 0 passes nothing back."""
     weights, x = some()
-    silent = MlpWeights.of(*(torch.zeros_like(it) for it in weights.tensors()))
+    silent = MlpWeights.of(*(torch.zeros_like(weight) for weight in weights.tensors()))
     at = Linearized(silent, Biases(), x)
     right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
     step = solved(at, right, iterations=5)
-    assert all(torch.equal(it, torch.zeros_like(it)) for it in step.tensors())
+    assert all(torch.equal(change, torch.zeros_like(change)) for change in step.tensors())

@@ -47,7 +47,7 @@ def test_a_larger_ridge_does_where_a_smaller_one_drowns_in_rounding_errors(coupl
     gram[0, 2] = gram[2, 0] = coupling
     problem = Projection(WEIGHT, gram).keeping(KEPT)
     held_out = Projection(WEIGHT, torch.eye(D, dtype=torch.float64)).keeping(KEPT)
-    ridges = [it for it in RIDGES if it >= smallest]
+    ridges = [ridge for ridge in RIDGES if ridge >= smallest]
     best, among_those = best_ridge(problem, held_out), best_ridge(problem, held_out, ridges)
     assert (best.ridge, best.error) == (among_those.ridge, among_those.error)
     with pytest.raises(UnresolvedError, match="lost in rounding"):

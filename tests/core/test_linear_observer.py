@@ -28,7 +28,7 @@ def gradients_of(model, windows, criteria=("weight_taylor",), names=NAMES, **opt
 
     def linears(model):
         places = [(number, name) for number in range(model.config.num_hidden_layers) for name in names]
-        return [SeenLinear(model.model.layers[it[0]].get_submodule(it[1]), seeing(it)) for it in places]
+        return [SeenLinear(model.model.layers[place[0]].get_submodule(place[1]), seeing(place)) for place in places]
 
     sums = sums_of(model, windows, criteria, linears=linears, **options)["neurons"]
     return gradients, sums.of_units
@@ -55,6 +55,6 @@ def test_checkpointing_and_criteria_and_weights_beside_change_no_bits(prepare, o
     alone, _ = gradients_of(model, windows, names=[name for name in NAMES if "mlp" in name])
     beside, sums = gradients_of(model, windows, ("weight_taylor", *OTHERS), prepare=prepare)
     nothing, expected = gradients_of(model, windows, OTHERS, prepare=prepare)
-    assert len(alone) == 9 and all(torch.equal(beside[key], it) for key, it in alone.items())
-    assert sums.keys() == expected.keys() and all(torch.equal(sums[name], it) for name, it in expected.items())
+    assert len(alone) == 9 and all(torch.equal(beside[key], gradient) for key, gradient in alone.items())
+    assert sums.keys() == expected.keys() and all(torch.equal(sums[name], summed) for name, summed in expected.items())
     assert not nothing, "of linear layers that no criterion needs"

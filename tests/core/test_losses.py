@@ -76,7 +76,7 @@ def test_in_float32_a_large_vocabulary_and_large_logits_cost_no_digits(name):
     exact_value, exact = closed(logits.double(), teacher.double())
     torch.testing.assert_close(value.double(), exact_value, rtol=1e-5, atol=1e-5)
     assert (gradient - exact).norm() < 1e-5 * exact.norm()
-    assert all(it.isfinite().all() for it in closed(1e4 * some_logits().float(), some_logits().float()))
+    assert all(found.isfinite().all() for found in closed(1e4 * some_logits().float(), some_logits().float()))
 
 
 def test_over_all_signs_the_expectation_is_the_exact_fisher_matrix():
@@ -111,7 +111,7 @@ def test_signs_are_fair_and_independent_and_depend_on_the_seed_and_the_window(co
 def test_counting_makes_the_published_sequence():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     found = split_mix(torch.tensor(1234567), torch.arange(4))
-    assert [it % 2**64 for it in found.tolist()] == expected
+    assert [number % 2**64 for number in found.tolist()] == expected
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,8 @@ def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_hea
     ours, theirs = hidden_NC.clone().requires_grad_(), hidden_NC.clone().requires_grad_()
     weight_VC.requires_grad_()
     loss = summed_divergence(ours, dense_NC, weight_VC, bias_V)
-    expected = kl(*(torch.nn.functional.linear(it, weight_VC.detach(), bias_V) for it in (theirs, dense_NC))).sum()
+    logits = [torch.nn.functional.linear(states_NC, weight_VC.detach(), bias_V) for states_NC in (theirs, dense_NC)]
+    expected = kl(*logits).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     (loss * 3).backward()
     (expected * 3).backward()

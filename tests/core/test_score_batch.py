@@ -11,7 +11,7 @@ from hfprune_dist.core.observers import NonFiniteError
 from hfprune_dist.methods import CRITERIA
 
 # Criteria with sums of neurons; and those that also have sums of KV groups.
-SUMMED = [name for name, it in CRITERIA.items() if it.has_sums_of(NEURONS)]
+SUMMED = [name for name, criterion in CRITERIA.items() if criterion.has_sums_of(NEURONS)]
 OF_BOTH = [name for name in SUMMED if CRITERIA[name].has_sums_of(GROUPS)]
 
 

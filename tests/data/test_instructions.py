@@ -46,13 +46,10 @@ def test_a_token_that_straddles_the_boundary_is_trained():
 
 
 def test_long_pairs_are_cut_and_pairs_without_response_dropped():
-    cut, no_room, empty = encode_pairs(
-        [("ask\n", "x" * 100), ("y" * 100, "tell"), ("ask\n", " \n")], sequence_length=16
-    )
-    assert len(cut.input_ids_T) == 16
-    assert cut.input_ids_T[-1] != EOS
-    assert no_room is None
-    assert empty is None
+    pairs = [("ask\n", "x" * 100), ("y" * 100, "tell"), ("ask\n", " \n")]
+    cut, no_room, empty = encode_pairs(pairs, sequence_length=16)
+    assert len(cut.input_ids_T) == 16 and cut.input_ids_T[-1] != EOS
+    assert no_room is empty is None
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
@@ -86,16 +83,16 @@ def test_rows_restart_positions_and_train_responses_only(tmp_path):
         numbers = {"pairs": 2, "dropped_pairs": 1, "tokens": 10, "trained_tokens": 5}
         assert rows.counts == {**numbers, "rows": len(expected)}
         found = [rows(number) for number in range(len(expected))]
-        assert [it["input_ids"].tolist() for it in found] in (
-            [(it + [EOS] * 12)[:12] for it in expected],
+        assert [row["input_ids"].tolist() for row in found] in (
+            [(ids + [EOS] * 12)[:12] for ids in expected],
             [(other + one + [EOS] * 12)[:12]],
         )
-        trained = [it["input_ids"][it["labels"] != IGNORED].tolist() for it in found]
-        assert sorted(token for it in trained for token in it) == sorted([c, EOS, e, f, EOS])
-        assert all((it["labels"] == it["input_ids"])[it["labels"] != IGNORED].all() for it in found)
+        trained = [row["input_ids"][row["labels"] != IGNORED].tolist() for row in found]
+        assert sorted(token for ids in trained for token in ids) == sorted([c, EOS, e, f, EOS])
+        assert all((row["labels"] == row["input_ids"])[row["labels"] != IGNORED].all() for row in found)
         starts = [0, 1, 2, 3, 4]
         padding = range(12 - 5 * (1 + shares))
-        assert all(it["position_ids"].tolist() == [*starts * (1 + shares), *padding] for it in found)
+        assert all(row["position_ids"].tolist() == [*starts * (1 + shares), *padding] for row in found)
 
 
 TURN = "<{{ m.role }}>{{ m.content }}"
@@ -135,9 +132,8 @@ def test_an_input_goes_into_alpacas_template(tmp_path):
     plain, empty, about = examples_in(tmp_path, pair, {**pair, "input": ""}, {**pair, "input": "that"})
     assert plain.prompt == empty.prompt and "Input" not in plain.prompt
     assert about.prompt.endswith("### Instruction:\nask\n\n### Input:\nthat\n\n### Response:\n")
-    (own,) = examples_in(
-        tmp_path, {"input": "ask", "output": "tell"}, instruction_field="input", response_field="output"
-    )
+    fields = {"instruction_field": "input", "response_field": "output"}
+    (own,) = examples_in(tmp_path, {"input": "ask", "output": "tell"}, **fields)
     assert (own.prompt, own.response) == (plain.prompt, plain.response)
 
 

@@ -49,7 +49,7 @@ def grams_of(batches, ranks):
 def test_sums_are_those_of_the_tokens_on_any_number_of_ranks(batches, ranks):
     for expert, grams in enumerate(grams_of(batches, ranks)):
         for held_out, gram_DD in ((False, grams.fitted_DD), (True, grams.held_out_DD)):
-            parts = [it[expert] for i, it in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
+            parts = [batch[expert] for i, batch in enumerate(batches) if is_held_out(i, len(batches)) == held_out]
             vectors = torch.cat([torch.zeros(0, len(gram_DD)), *parts]).double()
             assert (gram_DD - vectors.T @ vectors).norm() <= 1e-6 * (vectors.T @ vectors).norm()
 
@@ -64,7 +64,7 @@ def test_a_rank_without_a_term_has_the_whole_matrix():
 def test_merged_micro_batches_hold_out_the_same_windows(windows, size, merged):
     batches, apart = micro_batches_of(windows, size, merged), windows_held_out(windows, size)
     assert sorted(window for batch in batches for window in batch) == list(range(windows))
-    assert merged > 1 or batches == [it.tolist() for it in torch.arange(windows).split(size)]
+    assert merged > 1 or batches == [batch.tolist() for batch in torch.arange(windows).split(size)]
     for index, batch in enumerate(batches):
         assert 0 < len(batch) <= size * merged
         assert {apart[window] for window in batch} == {is_held_out(index, len(batches))}

@@ -45,9 +45,9 @@ class Sweep:
         folders = list(self.root.glob("[!.]*"))
         return {
             folder.name: {
-                str(it.relative_to(folder)): it.read_text()
-                for it in folder.rglob("*")
-                if it.is_file() and it.name != MADE
+                str(file.relative_to(folder)): file.read_text()
+                for file in folder.rglob("*")
+                if file.is_file() and file.name != MADE
             }
             for folder in folders
         }
@@ -77,7 +77,7 @@ def test_a_folder_is_plain_and_outlives_its_sweep(sweep, tmp_path):
     shutil.copytree(sweep.root / "name", tmp_path / "elsewhere", symlinks=True)
     shutil.rmtree(tmp_path / "store")
     shutil.rmtree(sweep.root)
-    assert {it: (tmp_path / "elsewhere" / it).read_text() for it in expected} == expected
+    assert {name: (tmp_path / "elsewhere" / name).read_text() for name in expected} == expected
 
 
 def test_folders_follow_their_rows_and_a_second_update_writes_nothing(sweep):
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_was_damaged_and_made_again_is_written_again(sweep):
     weights.write_text("x" * weights.stat().st_size)  # which harms the store's, if it is a link
     shutil.rmtree(contents.artifact)
     made_again = sweep.contents()
-    files = {name: File(it.bytes, it.sha256, mtime_ns=5) for name, it in made_again.files.items()}
+    files = {name: File(file.bytes, file.sha256, mtime_ns=5) for name, file in made_again.files.items()}
     again = Contents(made_again.checkpoint, made_again.artifact, files, made_again.texts)
     assert sweep.update(name=again) == [] and sweep.shown() == {"name": whole(again)}
 
@@ -145,7 +145,7 @@ def test_at_every_point_of_an_update(tmp_path, monkeypatch):
         died = die_in_fork(
             lambda sweep=sweep, after=after: sweep.update(**after), kill_at, "", ("rename", "link", "rmdir")
         )
-        known = [whole(it) for it in (*before.values(), *after.values())]
+        known = [whole(contents) for contents in (*before.values(), *after.values())]
         for name, files in sweep.shown().items():
             assert files in known, (name, kill_at)
         assert sweep.update(**after) == [], f"operation {kill_at}"

@@ -15,12 +15,13 @@ PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 def inline(text):
     """The parts of a rendered line: (kind, text) of each."""
-    (line,) = [it for it in PARSER.parse(text) if it.type == "inline"]
-    return [(it.type, it.content) for it in line.children if it.content]
+    (line,) = [token for token in PARSER.parse(text) if token.type == "inline"]
+    return [(part.type, part.content) for part in line.children if part.content]
 
 
 def cells(text):
-    return ["".join(child.content for child in it.children) for it in PARSER.parse(text) if it.type == "inline"]
+    lines = [token.children for token in PARSER.parse(text) if token.type == "inline"]
+    return ["".join(part.content for part in line) for line in lines]
 
 
 @given(ODD)
@@ -32,31 +33,23 @@ def test_a_text_reads_as_it_is(text):
 
 @given(ODD)
 def test_code_reads_as_it_is(text):
-    assert inline(f"name: {code(text)}, then") == [
-        ("text", "name: "),
-        ("code_inline", on_one_line(text)),
-        ("text", ", then"),
-    ]
+    parts = [("text", "name: "), ("code_inline", on_one_line(text)), ("text", ", then")]
+    assert inline(f"name: {code(text)}, then") == parts
 
 
 @given(st.lists(ODD, min_size=2, max_size=4))
 def test_cells_read_as_they_are(texts):
     expected = [on_one_line(text) for text in texts]
-    assert (
-        cells(markdown([texts], [Column(text, itemgetter(place)) for place, text in enumerate(texts)])) == expected * 2
-    )
+    columns = [Column(text, itemgetter(place)) for place, text in enumerate(texts)]
+    assert cells(markdown([texts], columns)) == expected * 2
     assert cells(table([""] * len(texts), [[*map(code, texts)]])) == [""] * len(texts) + expected
 
 
 @given(ODD)
 def test_no_text_ends_a_block_of_code(text):
-    (block, after) = [it for it in PARSER.parse(f"{code_block('yaml', text)}\n\nafter") if it.content]
-    assert (block.type, block.info, block.content, after.content) == (
-        "fence",
-        "yaml",
-        text.rstrip("\n") + "\n",
-        "after",
-    )
+    (block, after) = [token for token in PARSER.parse(f"{code_block('yaml', text)}\n\nafter") if token.content]
+    assert (block.type, block.info, block.content) == ("fence", "yaml", text.rstrip("\n") + "\n")
+    assert after.content == "after"
 
 
 @pytest.mark.parametrize("name", ["surgeon-plain", "crows_pairs_english", "down_proj", "(h * dL/dh)^2", "Qwen2.5"])
