@@ -32,10 +32,8 @@ from hfprune_dist.structures.units import Owned, Units
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep some entries along one dimension of a tensor, and drop the rest; dtype and bits don't change.
-
-    Attributes:
-        kept: ascending int64 [entries]; or [experts, entries], for a tensor that stacks one matrix for each expert.
+    """Keep some entries along one dimension of a tensor, ascending int64 [entries], and drop the rest; dtype and bits
+    don't change. A tensor that stacks one matrix for each expert may keep other entries of each [experts, entries].
     """
 
     dimension: int

@@ -114,11 +114,7 @@ def _fields_at(schema: type[BaseModel], location: Iterable[str]) -> list[str]:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Merge ``--set key=value`` arguments as files are merged: key by key, and later ones win; values are YAML.
-
-    Returns:
-        keys of the top level, whose values may be sections.
-    """
+    """Merge ``--set key=value`` arguments, whose values are YAML, as files are: key by key, and later ones win."""
     merged: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")

@@ -193,11 +193,9 @@ def save_rows(
 
 
 class PackedRows:
-    """The rows that ``save_rows`` wrote: number -> the tensors of ``ROW``, int64 [sequence_length].
-
-    Attributes:
-        counts: numbers of examples that are trained on, of those without a response token inside sequence_length, of
-            rows, of tokens without padding, and of those with a loss.
+    """The rows that ``save_rows`` wrote: number -> the tensors of ``ROW``, int64 [sequence_length]; and ``counts`` of
+    examples that are trained on, or lack a response token inside sequence_length, of rows, of tokens without padding,
+    and of those with a loss.
     """
 
     def __init__(self, file: Path) -> None:

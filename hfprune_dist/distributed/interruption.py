@@ -15,10 +15,8 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """A request to end this process early; unless it listens for one, nothing is exchanged between ranks.
-
-    Attributes:
-        signal: the first signal that has arrived; None before that.
+    """A request to end this process early: the first ``signal`` that has arrived, None before that. Unless it listens
+    for one, nothing is exchanged between ranks.
     """
 
     def __init__(self) -> None:

@@ -110,11 +110,8 @@ class Float64Sum:
 
 @dataclass(frozen=True)
 class Grams:
-    """Sums of h h^T over tokens: float64, on the device; h is a layer's activations, or other vectors.
-
-    Attributes:
-        fitted_DD: over the micro-batches that are fitted.
-        held_out_DD: over those that are held out; zeros if there is only one.
+    """Sums of h h^T over the tokens of micro-batches that are fitted, and of those that are held out, zeros if there is
+    only one; float64, on the device; h is a layer's activations, or other vectors.
     """
 
     fitted_DD: Tensor
@@ -126,12 +123,8 @@ class Grams:
 
 
 class GramSums:
-    """Sums of v v^T over fitted and over held-out micro-batches: float32 products of one, added up in float64.
-
-    Args:
-        number: of the layer whose activations are summed, for messages.
-        size: length of a vector v; there is one for each token.
-        micro_batches: their number on all ranks together.
+    """Sums of v v^T [size, size] over fitted and over held-out micro-batches, of so many on all ranks together: float32
+    products of one, added up in float64; ``number`` is the layer's, as for ``Float64Sum``.
     """
 
     def __init__(self, number: int, size: int, micro_batches: int, world: World) -> None:

@@ -32,13 +32,8 @@ PCI = Path("/sys/bus/pci/devices")
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of one stage, as seen from one of them.
-
-    Attributes:
-        rank: number of this one, from 0 on.
-        size: number of all of them.
-        local_size: number of those on this rank's node.
-        device: where this rank computes: a GPU of its own, or the CPU.
+    """All ranks of one stage, ``local_size`` of them on this node, as seen from one, which computes on its ``device``:
+    a GPU of its own, or the CPU.
     """
 
     rank: int

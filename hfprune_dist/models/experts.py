@@ -144,13 +144,11 @@ def _run(experts: Any, down: ExpertProjections, hidden_NC: Tensor, index_NK: Ten
 @torch.no_grad()
 def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> list[Tensor]:
     """The inputs of the down projections of a layer's experts, multiplied for each token by the weight of the expert's
-    output: so what a projection loses of these, the layer's output loses.
+    output: so what a projection loses of these, the layer's output loses. For each expert, they are float32 [tokens,
+    channels], of the tokens that it was given.
 
     Args:
         experts: the module of all experts; the other arguments are its inputs (see ``_run``).
-
-    Returns:
-        For each expert, float32 [tokens, channels], for the tokens that it was given.
     """
     _require_known(experts)
     routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)

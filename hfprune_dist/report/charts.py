@@ -37,11 +37,8 @@ Point = tuple[float, float, float | None]
 
 @dataclass(frozen=True)
 class Line:
-    """One line and its entry in the legend; ``dash`` is SVG's pattern.
-
-    Attributes:
-        are_marked: whether points have marks, errors, and tooltips.
-        is_across: whether the line goes from one side to the other at its only y.
+    """One line and its entry in the legend; ``dash`` is SVG's pattern. Points that ``are_marked`` have marks, errors
+    and tooltips; a line that ``is_across`` goes from one side to the other at its only y.
     """
 
     name: str

@@ -75,11 +75,8 @@ class File:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a row's folder should hold: the files of an artifact, and further texts, each by its name.
-
-    Attributes:
-        checkpoint: id of the stage whose artifact is the checkpoint.
-        artifact: its folder in the store.
+    """What a row's folder should hold: the files of an artifact, that of the stage with the id ``checkpoint``, and
+    further texts, each by its name.
     """
 
     checkpoint: str

@@ -40,10 +40,8 @@ def code_block(language: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """One column of a table: its header, and the text that it shows for a row.
-
-    Attributes:
-        is_text: whether the column holds names, which are left-aligned and may wrap, rather than numbers.
+    """One column of a table: its header, the text that it shows for a row, and whether that ``is_text`` such as a name,
+    which is left-aligned and may wrap, rather than a number.
     """
 
     header: str

@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many layers and units of a model stay; see ``Kept``.
-
-    Attributes:
-        units: kind -> number of units that each of the layers keeps.
-    """
+    """How many layers and units of a model stay, these by kind in each of the layers; see ``Kept``."""
 
     layers: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -105,12 +101,8 @@ class ParameterCounts:
 def count_parameters(
     shapes: Mapping[str, Sequence[int]], structures: Mapping[str, Units], tied: str | None
 ) -> ParameterCounts:
-    """Count the parameters of a checkpoint.
-
-    Args:
-        shapes: name -> shape of the tensors that the model computes with.
-        structures: kind -> units, for every kind that the model has.
-        tied: name of a tensor that shares its values with another one and so doesn't count.
+    """Count the parameters of a checkpoint, given the shapes of the tensors that the model computes with, and its units
+    by kind; the tensor that is ``tied``, if any, shares its values with another one and doesn't count.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name != tied}
     units = next(iter(structures.values()))
