@@ -72,10 +72,7 @@ _BARE_NORMS = {"olmo": "norm", "nanochat": "norm"}
 # The head's name, if it isn't ``lm_head``, for checkpoints that lack its tensor.
 _HEADS = {"biogpt": "output_projection"}
 # Architectures whose models transformers builds with another architecture's class.
-_CLASSES = {
-    **dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama"),
-    "sarvam_mla": "DeepseekV3",
-}
+_CLASSES = dict.fromkeys(("internlm3", "iquestcoder", "exaone"), "Llama") | {"sarvam_mla": "DeepseekV3"}
 # Extra layers after the last one, which predict further tokens; they aren't part of the model, and pruning leaves them
 # out. They are either numbered like the others or named differently.
 _PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_layers"), ("mtp.", "mtp_")

@@ -58,10 +58,8 @@ def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
 def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
     """Return the inverse, in the same dtype, of the matrix with ``damping_of`` its diagonal added to the diagonal.
 
-    What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite.
-
-    Raises:
-        UnresolvedError: if no such matrix is positive definite.
+    What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite;
+    an ``UnresolvedError`` is raised if that isn't enough.
     """
     damped_DD = gram_DD.clone()
     strengths = [damping_of(damped_DD.diagonal(), factor * damping) for factor in MORE_DAMPING]

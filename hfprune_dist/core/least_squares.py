@@ -53,10 +53,8 @@ class LeastSquares:
     old_CK: Tensor  # the kept columns of W
 
     def weight(self, ridge: float) -> Tensor:
-        """Return the refitted weight [hidden_size, kept]; the old one if the kept channels are silent.
-
-        Raises:
-            UnresolvedError: if the Gram matrix, with the ridge, isn't positive definite.
+        """Return the refitted weight [hidden_size, kept], the old one if the kept channels are silent; raise
+        ``UnresolvedError`` if the Gram matrix, with the ridge, isn't positive definite.
         """
         weight_CK, problem = self.solved(ridge)
         if problem:

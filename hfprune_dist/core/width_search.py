@@ -157,11 +157,8 @@ def _lowest(low: float, here: float, high: float) -> float:
 
 def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, contenders: int) -> list[int]:
     """Return the ``count`` layers to remove, in order, or fewer if ``droppable`` has fewer: always the one whose
-    measured loss is smallest, measured again after each.
-
-    Args:
-        contenders: how many layers are measured again: those left whose removal by itself costs least. If none are,
-            that cost decides.
+    measured loss is smallest. So many ``contenders`` are measured again after each: those left whose removal by itself
+    costs least. If none are, that cost decides.
     """
     order: list[int] = []
     left = list(droppable)

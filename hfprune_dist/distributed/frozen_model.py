@@ -125,10 +125,8 @@ class FrozenModel:
         self, input_ids_BT: Tensor, places_N: Tensor, cache: Any = None, first_position: int = 0
     ) -> tuple[Tensor, Any]:
         """Logits at some places of a batch that is flattened to [B * T], [N, vocabulary], and the cache after it; for
-        the other places, nothing is multiplied with the head. If sharded, it is a forward of ``module``.
-
-        Args:
-            cache: of the tokens before these ones, whose positions begin at ``first_position``; the batch extends it.
+        the other places, nothing is multiplied with the head. If sharded, it is a forward of ``module``. The batch may
+        extend a cache of the tokens before it; its own positions then begin at ``first_position``.
         """
         device = self.world.device
         options: dict[str, Any] = {"use_cache": self.cache_expands}

@@ -88,12 +88,9 @@ class LayerStream:
     def layers_left(
         self, layers: Sequence[int], done: Callable[[], set[int]], after_each: AfterLayer
     ) -> Iterator[tuple[int, nn.Module, bool]]:
-        """Yield layers from the first one to the last that earlier attempts have left to do: (number, layer, whether it
-        is one of those; otherwise it is only run). The caller takes the windows past each. Collective.
-
-        Args:
-            layers: those to do in all.
-            done: returns those that are finished. Only rank 0 calls it: it may set damaged files aside.
+        """Yield layers from the first one to the last of those ``layers`` that earlier attempts have left to do:
+        (number, layer, whether it is one of those; otherwise it is only run). The caller takes the windows past each.
+        Collective; only rank 0 asks which are ``done``, since that may set damaged files aside.
         """
         finished = self.world.on_rank0(done)
         left = [number for number in layers if number not in finished]

@@ -24,11 +24,8 @@ def is_held_out(index: int, count: int) -> bool:
 
 
 def micro_batches_of(windows: int, size: int, merged: int = 1) -> list[list[int]]:
-    """The numbers of the windows in each micro-batch.
-
-    Args:
-        merged: so many micro-batches become one, of those that are either all fitted or all held out; a few at the end
-            stay alone. ``is_held_out`` then says of each what it says of its parts.
+    """The numbers of the windows in each micro-batch. So many as are to be ``merged`` become one, of those that are
+    either all fitted or all held out, but for a few at the end: ``is_held_out`` says of each what it says of its parts.
     """
     parts = [list(range(start, min(start + size, windows))) for start in range(0, windows, size)]
     rounds = len(parts) // HOLD_OUT_EVERY if merged > 1 else 0

@@ -29,10 +29,7 @@ def init_deepspeed(world: World) -> None:
 
 
 def load_frozen(
-    checkpoint: Path,
-    dtype: torch.dtype,
-    micro_batch_size: int,
-    world: World,
+    checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, world: World
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 

@@ -92,13 +92,8 @@ class TaskLoader:
         self._cache = cache.resolve()
 
     def load(self, name: str, num_fewshot: int | None) -> Any:
-        """Load a task, or all tasks of a group or tag, with their data, for ``lm_eval.evaluator.evaluate``.
-
-        Args:
-            num_fewshot: examples in prompts; None: each task's own number.
-
-        Raises:
-            UserError: naming the task, its file and the reason, if it or its data can't be loaded.
+        """Load a task, or all tasks of a group or tag, with their data, for ``lm_eval.evaluator.evaluate``, with so
+        many examples in prompts, or each task's own number (None). What can't be loaded is refused, with its file.
         """
         from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -110,10 +105,8 @@ class TaskLoader:
             for task in loaded["tasks"].values():
                 # As lm-eval's command line does: a task set to 0 examples stays at 0; sampling is seeded.
                 usual = task.get_config("num_fewshot")
-                if num_fewshot is None or usual == 0:
-                    task.set_config(key="num_fewshot", value=usual or 0)
-                else:
-                    task.set_config(key="num_fewshot", value=num_fewshot)
+                examples = usual or 0 if num_fewshot is None or usual == 0 else num_fewshot
+                task.set_config(key="num_fewshot", value=examples)
                 task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         except Exception as error:  # a task is third-party code and data: anything can happen
             raise UserError(f"task {name!r}{place} can't be loaded: {explain(error)}") from error

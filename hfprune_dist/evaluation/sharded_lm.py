@@ -69,12 +69,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        model: FrozenModel,
-        tokenizer: Any,
-        interruption: Interruption,
-        batch_size: int,
-        add_bos_token: bool,
+        self, model: FrozenModel, tokenizer: Any, interruption: Interruption, batch_size: int, add_bos_token: bool
     ) -> None:
         if tokenizer.bos_token_id is not None:
             tokenizer.add_bos_token = add_bos_token  # some tokenizers add none unless told so

@@ -43,13 +43,8 @@ class ExpertProjections(nn.Module):
 
 
 def see_experts(model: nn.Module, family: Family) -> list[ExpertProjections | None]:
-    """Make a frozen model run its experts in view of hooks; models without experts stay as they are.
-
-    Returns:
-        For every layer, its experts' projections; None if it has no experts.
-
-    Raises:
-        UserError: if experts compute something unknown.
+    """Make a frozen model run its experts in view of hooks; models without experts stay as they are. Return for every
+    layer its experts' projections, None if it has no experts; experts that compute something unknown are refused.
     """
     found: list[ExpertProjections | None] = []
     for layer in family.layers_of(model):

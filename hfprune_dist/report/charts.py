@@ -31,6 +31,7 @@ GREY = "#888888"
 DASHES = ("", "8 4", "2 4", "8 4 2 4", "14 5", "14 5 2 5")
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 10, 40  # margins, for the axes' labels
+MOST_POINTS = 200  # of a line of losses
 # x, y, and the standard error of y, if it is known.
 Point = tuple[float, float, float | None]
 
@@ -115,9 +116,6 @@ def _at_its_round(cell: Cell, stage_id: str) -> Cell:
     return replace(cell, ratio=cell.rounds[cuts - 1], recovery=recovery, rounds=cell.rounds[: cuts - 1])
 
 
-# What rows measure.
-
-
 def _quality(rows: Sequence[Row]) -> list[Chart]:
     """Distance from the dense model and scores of tasks, against size."""
     kl, average, agreement = (METRICS[key] for key in ("kl", "average", "top1_agreement"))
@@ -164,9 +162,6 @@ def _against_size(rows: Sequence[Row], measured: Mapping[str, Sequence[Score]]) 
     return panels
 
 
-# What checkpoints keep.
-
-
 def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
     lines: dict[str, list[Line]] = {}
     for cell, _, artifact in _finished(plan, store, *CUTTING):
@@ -180,11 +175,6 @@ def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
             lines.setdefault(f"{cell.model}: {kind.replace('_', ' ')}", []).append(_of_cell(rows, cell, steps))
     panels = [Panel(title, "layer", drawn) for title, drawn in lines.items()]
     return Chart("layers", "Widths and heads by layer", "How many units of each layer are kept.", panels)
-
-
-# What training recorded.
-
-MOST_POINTS = 200
 
 
 def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
@@ -217,9 +207,6 @@ def training_losses(file: Path, x: str = "step", y: str = "loss") -> Mapping[int
     losses = [(line[x], line[y]) for line in loss_lines(file) if math.isfinite(line.get(y) or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
-
-
-# Drawing.
 
 
 def figure(panel: Panel) -> str:

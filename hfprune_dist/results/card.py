@@ -56,14 +56,9 @@ def contents_of_checkpoints(plan: Plan, store: Store, dense: Mapping[str, DenseM
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The dense checkpoint that a row's comes from.
-
-    Attributes:
-        name: its name in the sweep.
-        hub_id: ``org/name``; None if it is known only as a folder.
-        revision: commit on the hub, None without a hub id.
-        carried: metadata of its card that also holds for models made from it: licence and language.
-        parent: what its own card names as its base model.
+    """The dense checkpoint that a row's comes from: its name in the sweep; its hub id, ``org/name``, and the commit
+    there, None if it is known only as a folder; metadata of its card that also holds for models made from it (licence
+    and language); and what its own card names as its base model.
     """
 
     name: str
@@ -114,10 +109,8 @@ class Card:
         self.dense_row = next((found for found in measured if found["measured_as"] == self.row["measured_as"]), None)
 
     def recipe(self) -> tuple[str, dict[str, str]]:
-        """The configuration of a sweep that makes the checkpoint again, with the same fingerprints.
-
-        Returns:
-            its text, and path -> name of the files and folders that have to be beside it; empty if it wasn't recorded.
+        """The configuration of a sweep that makes the checkpoint again, with the same fingerprints: its text, and path
+        -> name of the files and folders that have to be beside it; empty if it wasn't recorded.
         """
         if not self.config.get("methods"):
             return "", {}

@@ -61,10 +61,8 @@ def markdown(rows: Sequence[T], columns: Sequence[Column[T]]) -> str:
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]], sides: Sequence[str] | None = None) -> str:
-    """A table from cells in Markdown, without a trailing newline.
-
-    Args:
-        sides: ``---`` for each left-aligned column, ``---:`` for each right-aligned one; None: all left-aligned.
+    """A table from cells in Markdown, without a trailing newline; ``sides`` are ``---`` for each left-aligned column,
+    ``---:`` for each right-aligned one, or None if all are left-aligned.
     """
     first, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *body)]
     return "\n".join([first, f"|{'|'.join(sides or ['---'] * len(head))}|", *others])

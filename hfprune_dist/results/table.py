@@ -47,11 +47,8 @@ def names(rows: Sequence[Row]) -> Columns:
 
 
 def columns(rows: Sequence[Row], wide: bool = False) -> Columns:
-    """The columns of a table of results.
-
-    Args:
-        wide: everything but the numbers behind a task's headline; otherwise a few columns, which take 80 characters if
-            names have the usual lengths.
+    """The columns of a table of results: everything but the numbers behind a task's headline, if it is ``wide``, or
+    else a few, which take 80 characters if names have the usual lengths.
     """
     found = names(rows)
     for metric in metrics_shown(rows, wide):
@@ -105,9 +102,6 @@ def _size(fields: Sequence[str], row: Row) -> str:
     return number(values[0], "d") if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
-# What is said above the table.
-
-
 def findings(rows: Sequence[Row]) -> list[str]:
     """A sentence for each model: which row is closest to the dense model at each ratio, and how much of it that keeps.
 
@@ -135,9 +129,6 @@ def _kept(row: Row, dense: Row) -> str:
     name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")
     kept, kl = with_error(share, error, percent), METRICS["kl"].shown(row)
     return f"with {100 * row['ratio']:g} % removed, {name} keeps {kept} % of the dense model's {of_what} (KL {kl})"
-
-
-# What is said below it.
 
 
 def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
@@ -204,9 +195,6 @@ def not_comparable(rows: Sequence[Row]) -> list[str]:
     first: dict[str, str] = {}
     others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
     return [f"{MEASURED_OTHERWISE}: {', '.join(others)}"] if others else []
-
-
-# Files.
 
 
 def write_reports(rows: Sequence[Row], out: Path) -> None:
