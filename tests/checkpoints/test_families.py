@@ -140,8 +140,7 @@ def test_lora_trains_and_merges(checkpoint_of, tmp_path, model_type):
 
 # One for each arrangement of norms, and for each kind of MLP.
 @pytest.mark.parametrize(
-    "model_type",
-    ["llama", "gemma2", "olmo2", "granite", "lfm3", "bamba", "phi", "phi3", "apertus"],
+    "model_type", ["llama", "gemma2", "olmo2", "granite", "lfm3", "bamba", "phi", "phi3", "apertus"]
 )
 def test_refits_lower_the_error(checkpoint_of, tmp_path, model_type):
     """One layer after another, where the family allows that, or all layers on dense activations."""

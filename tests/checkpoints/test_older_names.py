@@ -12,10 +12,7 @@ from hfprune_dist.checkpoints.pruned_config import write_config
 WINDOWS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    ["llama", "gpt_neox", "gemma3_text", "qwen3_moe", "gemma3"],
-)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma3_text", "qwen3_moe", "gemma3"])
 def test_earlier_names_say_the_same_and_change_nothing(tmp_path, model_type):
     folder = save_model(tmp_path, model_type)
     before = load(folder)

@@ -110,10 +110,6 @@ def means_of(sums):
     }
 
 
-def test_the_last_position_has_no_next_token():
-    assert next_ids(torch.tensor([5, 6, 7])).tolist() == [6, 7, -1]
-
-
 @settings(max_examples=30)
 @given(tokens=st.integers(1, 9), vocabulary=st.integers(2, 7), where=st.sets(st.integers(0, 62)), data=st.randoms())
 def test_what_is_no_number_agrees_with_nothing(tokens, vocabulary, where, data):

@@ -43,10 +43,7 @@ def of_labels(z):
 
 # Name -> the closed form and the loss, as functions of logits and a teacher's logits.
 LOSSES = {
-    "entropy": (
-        lambda z, _: entropy_gradient(z),
-        lambda z, _: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
-    ),
+    "entropy": (lambda z, _: entropy_gradient(z), lambda z, _: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)),
     "cross entropy": (lambda z, _: cross_entropy_gradient(z, LABELS), lambda z, _: of_labels(z)),
     "random signs": (
         lambda z, _: random_signs_gradient(z, signs(z.shape[1], z.dtype)),

@@ -6,14 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import (
-    LayerReader,
-    before_down,
-    output_for_update,
-    part_of,
-    residual_update,
-    run,
-)
+from hfprune_dist.models.single_layer import LayerReader, before_down, output_for_update, part_of, residual_update, run
 
 CPU = torch.device("cpu")
 

@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from core_definition import (
-    GRADIENT_CRITERIA,
-    OF_ONE_PASS,
-    coupled_taylor,
-    definition,
-    moments,
-    weight_taylor,
-)
+from core_definition import GRADIENT_CRITERIA, OF_ONE_PASS, coupled_taylor, definition, moments, weight_taylor
 from made_stages import stage_of
 from ranks import killing, metrics_of, run_stage
 from safetensors.torch import load_file

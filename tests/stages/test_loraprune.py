@@ -40,10 +40,7 @@ def lay_out(source, root, *, steps=STEPS, **changes):
     recovery = settings.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
     params = {"recovery": recovery, "seed": 0, "ratio": 0.2, "structures": ["neurons", "kv_groups"]}
     params |= {"multiple_of": 1, "tensor_parallel": 1, "protect_first": 1, "protect_last": 1}
-    inputs = {
-        "model": Input("model", str(source / "model")),
-        "text": Input("pairs", str(source / "pairs.jsonl")),
-    }
+    inputs = {"model": Input("model", str(source / "model")), "text": Input("pairs", str(source / "pairs.jsonl"))}
     return Store(root), stage_of("loraprune", "tiny", params | changes, inputs)
 
 

@@ -8,16 +8,7 @@ import shapes
 import torch
 from families_masked import masked
 from ranks import metrics_of, on_ranks, run_here
-from shapes import (
-    GROUPS,
-    LAYERS,
-    divergence,
-    kept_of,
-    load,
-    outcome,
-    scores_of,
-    windows_of,
-)
+from shapes import GROUPS, LAYERS, divergence, kept_of, load, outcome, scores_of, windows_of
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.selection import top_units
@@ -53,13 +44,7 @@ def shape_in(folder):
     return config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size
 
 
-@pytest.mark.parametrize(
-    ("variant", "refit"),
-    [
-        ("llama-tied-biases", "layerwise"),
-        ("qwen2", "block"),
-    ],
-)
+@pytest.mark.parametrize(("variant", "refit"), [("llama-tied-biases", "layerwise"), ("qwen2", "block")])
 @pytest.mark.usefixtures("all_compete")
 def test_the_finalist_that_is_closest_on_windows_apart_is_written(tmp_path, variant, refit):
     store, stage = prepare(tmp_path, variant, refit=refit)
