@@ -87,7 +87,7 @@ def recorded_sweep(out: Path) -> Sweep | None:
             raise KeyError("a row's model or stage")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{out / SWEEP_FILE}: damaged; remove it and run the sweep again, which makes only what is missing"
+            f"{out / SWEEP_FILE}: damaged or another version's; remove it, and the sweep makes only what is missing"
         ) from None
     return Sweep(plan, Store(out / "store"), out, dense)
 

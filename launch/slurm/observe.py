@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -104,10 +105,10 @@ def stages_of_live_jobs(store: Store) -> list[str]:
         if attempts:
             observer.look(attempts)
     except SlurmUnavailableError as error:
-        folders = ", ".join(str(attempt.folder) for attempt in attempts)
+        folders = shlex.join(str(attempt.folder) for attempt in attempts)
         raise UserError(
             f"Slurm does not say whether jobs wait or run ({error}); run this where it does or, if they are gone for "
-            f"good, remove {folders}"
+            f"good, rm -r {folders}"
         ) from None
     jobs = [(each, observer.jobs.get(each.intent.job_name)) for each in attempts]
     # One that has no id, and that Slurm does not list, was never submitted, unless its launcher still holds the claim.

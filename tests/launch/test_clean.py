@@ -156,6 +156,6 @@ def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, mo
     fake.jobs["101"] = Job(attempt.intent.job_name, "PENDING")
     refused(out, before)
     fake.fail_next("squeue", "error", "error")
-    refused(out, before, f"run this where it does or, if they are gone for good, remove {attempt.folder}")
+    refused(out, before, f"run this where it does or, if they are gone for good, rm -r {attempt.folder}")
     fake.jobs["101"] = Job(attempt.intent.job_name, "CANCELLED")
     assert run(out)

@@ -207,7 +207,7 @@ def test_a_damaged_record_is_one_message(config, tmp_path, damage):
     (out / "sweep.json").write_text('{"stages": 3' if damage == "text" else json.dumps(record))
     for command, given in ((sweep, ["--out", out, "--config", config]), (report, [out])):
         code, _, said = run(*given, command=command)
-        assert code == 2 and "sweep.json: damaged; remove it and run the sweep again" in said
+        assert code == 2 and "sweep.json: damaged or another version's; remove it" in said
 
 
 def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
