@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,6 @@ def check(
     Raises:
         UserError: if there is no such checkpoint, or an engine can't run.
     """
-    from hfprune_dist.export.gguf_file import write_gguf  # torch takes seconds to import
-
     source, checks = open_checkpoint(checkpoint), dict[EngineName, Check]()
     if exported is not None and not exported.exists():
         raise UserError(f"{exported}: no such file or folder")
@@ -80,6 +79,8 @@ def check(
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             loaded = exported or source.path
             if engine == "llama.cpp" and exported is None:
+                from hfprune_dist.export.gguf_file import write_gguf  # which needs gguf
+
                 loaded = Path(folder) / "model.gguf"
                 try:
                     write_gguf(source, loaded, "f32")
@@ -111,6 +112,9 @@ def _reference(checkpoint: Path) -> Reference:
             ids_BT = model.generate(torch.tensor([tokenizer(text).input_ids], device=device))
             log_probs_BTV = model(input_ids=ids_BT, use_cache=False).logits.double().log_softmax(dim=-1)
             reference.append((ids_BT[0].tolist(), log_probs_BTV[0].cpu()))
+    del model, ids_BT, log_probs_BTV
+    gc.collect()
+    torch.cuda.empty_cache()  # for the engine
     return reference
 
 

@@ -121,6 +121,17 @@ def test_bad_input(checkpoint, tmp_path, capsys):
         assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_gguf_is_needed_for_llama_cpp_alone(answers, checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "hfprune_dist.export.gguf_file", raising=False)
+    answers["mlx"] = {"version": "mlx-lm 1", "runs": checkpoint[1]}
+    assert command.main([str(checkpoint[0]), "--engine", "mlx"]) == 0
+    monkeypatch.setattr(check, "require_engine", process.require_engine)
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(checkpoint[0]), "--engine", "llama.cpp"])
+    assert ended.value.code == 2 and "run: pip install 'gguf>=0.19'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
     """A function: have the engine openvino do something when it is imported."""
