@@ -115,7 +115,7 @@ def _llama_cpp(model: str, sequences: Sequences, new_tokens: int, **_: Any) -> R
 
     runs = []
     for ids in sequences:
-        loaded, rows = Llama(model, n_ctx=len(ids), type_k="f32", type_v="f32"), []
+        loaded, rows = Llama(model, n_ctx=len(ids), n_threads=1, type_k="f32", type_v="f32"), []
         for place, token in enumerate(ids):
             loaded._eval_tokens([token], place)
             row = loaded._lib.llama_get_logits_ith(loaded._ctx, -1)

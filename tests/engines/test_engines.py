@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
-from engine_marks import python_of
-from hfprune_launch import check, prune
+from engine_marks import is_there, python_of
+from hfprune_launch import prune
 from masking import write
 from safetensors.torch import load_file, save_file
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.engines import ENGINES, fit
+from hfprune_dist.engines.check import check
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
 
@@ -84,11 +85,15 @@ def _with_a_group_for_each_head(real_assets, root):
     return target
 
 
+@pytest.mark.engine(*ENGINES)
 @pytest.mark.parametrize("name", [*PRUNED, *BY_MAGNITUDE])
-@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.engine(name)) for name in ENGINES])
-def test_an_engine_computes_what_the_table_says_it_loads(made, engine, name, monkeypatch, tmp_path):
+def test_engines_compute_what_the_table_says_they_load(made, name, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.set_num_threads(1)
     checkpoint = made(name)
-    code = check.main([str(checkpoint), "--engine", engine, "--python", python_of(engine)])
-    assert (code == 0) == fit(engine, read_json(checkpoint / "config.json")).loads
+    checks = check(checkpoint, {engine: python_of(engine) for engine in ENGINES if is_there(engine)})
+    print(name, *(f"{engine}: {found.line()}" for engine, found in checks.items()), sep="\n")
+    config = read_json(checkpoint / "config.json")
+    assert {engine: not found.failure for engine, found in checks.items()} == {
+        name: fit(name, config).loads for name in checks
+    }
