@@ -95,5 +95,5 @@ def test_engines_compute_what_the_table_says_they_load(made, name, monkeypatch, 
     print(name, *(f"{engine}: {found.line()}" for engine, found in checks.items()), sep="\n")
     config = read_json(checkpoint / "config.json")
     assert {engine: not found.failure for engine, found in checks.items()} == {
-        name: fit(name, config).loads for name in checks
+        engine: fit(engine, config).loads for engine in checks
     }
