@@ -95,7 +95,8 @@ def _time_vllm(
     torch.set_num_threads(threads)
     # kv_cache_memory_bytes takes the place of a share of the memory, which only has to be free.
     alike = {"seed": 0, "enable_prefix_caching": False, "disable_log_stats": False, "gpu_memory_utilization": 0.05}
-    engines: dict[str, Any] = {name: LLM(**alike, **options) for name, options in models.items()}
+    eager = not torch.cuda.is_available()  # compiling for a CPU takes minutes, and a compiler
+    engines: dict[str, Any] = {name: LLM(enforce_eager=eager, **alike, **options) for name, options in models.items()}
     sampling, runs = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False), []
     for sequences in workloads:
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in sequences]
