@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL
-from hfprune_dist.results.formats import count, number
+from hfprune_dist.results.formats import count, counted, number
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import Stage
@@ -129,7 +129,7 @@ class Run:
 
     def outlook(self, tokens: float | None = None) -> str:
         """A sentence on KL after so many tokens, or ``AHEAD`` times as many; and on what regains how much."""
-        measured = f"by {len(self.points)} points up to {count(max(self.points))} tokens"
+        measured = f"by {counted(len(self.points), 'point')} up to {count(max(self.points))} tokens"
         if len(self.points) < LEAST_POINTS:
             return f"too few points: {measured}; {LEAST_POINTS} give an outlook"
         law, last = Law.fitted(self.points), max(self.points)
