@@ -15,7 +15,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in main memory, which is queued among a GPU's other work: it is for ``send`` alone, not for the host."""
+    """A copy in main memory, queued among a GPU's other work: for ``send``, or the host once it has waited for that."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -8,15 +8,16 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.schema import Sharding
+from hfprune_dist.core.devices import send
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
@@ -49,10 +50,12 @@ def check_layers(
     placed = choose_sharding(sharding, need, world)
     if placed == "zero3" or world.is_first:
         model = FrozenModel(checkpoint, dtype, 1, placed, world)
+        departures: list[Departure] = []
         if world.is_first:
-            _compare_in_forward(model.module, checkpoint, dtype, window_T, world.device)
+            _compare_in_forward(model.module, checkpoint, dtype, window_T, world.device, departures)
         model.final_hidden(window_T)
         model.release()
+        refuse_departures(departures, dtype)
 
     def record() -> None:
         passed.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,12 @@ def check_layers(
 
 
 def _compare_in_forward(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, window_T: Tensor, device: torch.device
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    window_T: Tensor,
+    device: torch.device,
+    departures: list[Departure],
 ) -> None:
     """Compare, during the model's next forward, what its parts put out with what they compute alone."""
     family, reader = checkpoint.family, LayerReader(checkpoint, dtype, device)
@@ -71,10 +79,9 @@ def _compare_in_forward(
     reached_BTC, name = reader.embed({0: window_T[None]})[0], "embeddings"
 
     def compare(ours_BTC: Tensor, model_BTC: Tensor) -> None:
-        ours_NC, theirs_NC = (states_BTC.detach().flatten(0, 1).to(device) for states_BTC in (ours_BTC, model_BTC))
-        finite_N = theirs_NC.isfinite().all(dim=1)  # other checks report what isn't
+        ours_NC, theirs_NC = (send(states_BTC.detach().flatten(0, 1), device) for states_BTC in (ours_BTC, model_BTC))
         what = f"{family.model_type}: computed alone, {name} depart from the whole model's"
-        refuse_departure(ours_NC[finite_N], theirs_NC[finite_N], dtype, what)
+        departures.append(Departure.between(ours_NC, theirs_NC, what))
 
     def before(_layer: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> None:
         compare(reached_BTC, read_by(inputs, options))
@@ -106,27 +113,42 @@ def check_logits(checkpoint: Checkpoint, model: FrozenModel, window_T: Tensor) -
     hidden_NC = model.final_hidden(window_T)
     with model.head() as (weight_VC, bias_V):
         ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
-    if logits_NV.isfinite().all():  # otherwise the pass itself reports where that begins
-        what = f"{checkpoint.path}: logits of {checkpoint.family.model_type} depart from what its head makes"
-        refuse_departure(ours_NV, logits_NV, hidden_NC.dtype, what)
+    what = f"{checkpoint.path}: logits of {checkpoint.family.model_type} depart from what its head makes"
+    refuse_departures([Departure.between(ours_NV, logits_NV, what)], hidden_NC.dtype)
 
 
-def refuse_departure(
-    ours_NC: Tensor, theirs_NC: Tensor, dtype: torch.dtype, what: str, remedy: str = "it is not supported"
-) -> None:
+class Departure(NamedTuple):
+    """How far what a pass computes is from what the model does, as a share of its size.
+
+    Attributes:
+        error: a root mean square over rows, float64; on the device until many are read at once.
+        what: the beginning of a message about it.
+    """
+
+    error: Tensor
+    what: str
+
+    @classmethod
+    def between(cls, ours_NC: Tensor, theirs_NC: Tensor, what: str) -> Departure:
+        """Compare rows; other checks report rows of the model's that aren't finite."""
+        finite_N, norms_N = theirs_NC.isfinite().all(dim=1), theirs_NC.double().norm(dim=1).clamp(min=1e-30)
+        squares_N = ((ours_NC.double() - theirs_NC.double()).norm(dim=1) / norms_N).square()
+        return cls((squares_N.where(finite_N, 0.0).sum() / finite_N.sum().clamp(min=1)).sqrt(), what)
+
+
+def refuse_departures(departures: Sequence[Departure], dtype: torch.dtype, remedy: str = "it is not supported") -> None:
     """End a pass that doesn't compute what the model does.
 
     Args:
         dtype: that both were computed in.
 
     Raises:
-        UserError: if the relative error, as a root mean square over the rows, is more than rounding explains, or NaN.
+        UserError: naming the first whose error is more than rounding explains, or NaN.
     """
-    norms_N = theirs_NC.double().norm(dim=1).clamp(min=1e-30)
-    ratios_N = (ours_NC.double() - theirs_NC.double()).norm(dim=1) / norms_N
-    error = float(ratios_N.square().mean().sqrt()) if len(ratios_N) else 0.0
-    if not error <= TOLERANCES[dtype]:
-        raise UserError(
-            f"{what} by {error:.2g} of their size (rounding explains {TOLERANCES[dtype]:g}). The architecture does "
-            f"more than hfprune_dist/checkpoints/families.py knows, so results would be wrong; {remedy}"
-        )
+    errors = torch.stack([found.error for found in departures]).tolist() if departures else []
+    for (_, what), error in zip(departures, errors, strict=True):
+        if not error <= TOLERANCES[dtype]:
+            raise UserError(
+                f"{what} by {error:.2g} of their size (rounding explains {TOLERANCES[dtype]:g}). The architecture does "
+                f"more than hfprune_dist/checkpoints/families.py knows, so results would be wrong; {remedy}"
+            )

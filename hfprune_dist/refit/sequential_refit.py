@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hfprune_dist.core.devices import send
-from hfprune_dist.distributed.layer_check import refuse_departure
+from hfprune_dist.core.devices import send, to_host
+from hfprune_dist.distributed.layer_check import Departure, refuse_departures
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
 from hfprune_dist.distributed.sums import explaining
 from hfprune_dist.models.single_layer import (
@@ -38,6 +38,7 @@ from hfprune_dist.structures.units import Units
 SHARE_MADE_UP = 0.5
 # Tokens on which each layer is checked to be its residual stream plus its blocks.
 TOKENS_CHECKED = 16
+REMEDY = "a method whose refit is dense or none works"
 
 
 class SequentialRefit:
@@ -103,26 +104,26 @@ class SequentialRefit:
             self._dense.advance(partial(run, next(layers)))
 
     @torch.no_grad()
-    def _require_residual(self, number: int, layer: nn.Module) -> None:
-        """Check, on rank 0's first tokens, that a layer adds its blocks' outputs to its residual stream as expected.
-
-        Raises:
-            UserError: if a block does not, e.g. because a norm follows its output projection.
+    def _departures(self, number: int, layer: nn.Module) -> list[Departure]:
+        """How far, on rank 0's first tokens, a layer is from adding its blocks' outputs to its residual stream: far if,
+        for example, a norm follows an output projection. The host may read it when it has waited for the GPU.
         """
+        found: list[Departure] = []
         if 0 not in self._dense.states:
-            return
+            return found
         hidden_BTC = send(self._dense.states[0], self._world.device)[:1, :TOKENS_CHECKED]
         kinds, after = [*self._attention, self._mlp], run(layer, hidden_BTC)
         streams = [*(before_block(layer, units, hidden_BTC) for units in kinds), after]
         for place, units in enumerate(kinds):
             output_NC = output_of(layer, units)(self._read(layer, units, streams[place]))
-            found_NC = streams[place].flatten(0, 1) + residual_update(layer, units, output_NC)
+            reached_NC = streams[place].flatten(0, 1) + residual_update(layer, units, output_NC)
             what = (
                 f"in layer {number}, the inputs of {units.block.reader} plus the outputs of {units.output} depart from "
                 "the hidden states that follow"
             )
-            remedy = "a method whose refit is dense or none works"
-            refuse_departure(found_NC, streams[place + 1].flatten(0, 1), after.dtype, what, remedy)
+            departure = Departure.between(reached_NC, streams[place + 1].flatten(0, 1), what)
+            found.append(departure._replace(error=to_host(departure.error)))
+        return found
 
     def _fit(self, number: int, layer: nn.Module, dense_layers: Iterator[nn.Module], dropped_after: int) -> None:
         """Fit a layer's blocks, and take the windows of both models past it; rank 0 writes.
@@ -132,7 +133,7 @@ class SequentialRefit:
                 too: the MLP makes up for them.
         """
         dense, tensors = next(dense_layers), dict[str, Tensor]()
-        self._require_residual(number, dense)
+        departures = self._departures(number, dense)
         self._dense.advance(partial(before_block, dense, self._mlp))
         for units in self._attention:
             read: States = {}
@@ -153,6 +154,8 @@ class SequentialRefit:
             self._dense.advance(partial(run, gone))
         targets: States | None = None if self._iterations is None else {}
         solution, problems = self._solved(number, layer, self._mlp, dense, dropped, targets)
+        # The host has waited for the sums of all ranks, so that these are there.
+        refuse_departures(departures, self._stream.reader.dtype, REMEDY)
         if targets is None:
             tensors[f"{self._mlp.output}.weight"] = solution.whole_CK
         else:

@@ -21,7 +21,9 @@ from refitting import (
 from worlds import Ranks
 
 from hfprune_dist.distributed.interruption import Interrupted
-from hfprune_dist.models.single_layer import part_of, run
+from hfprune_dist.errors import UserError
+from hfprune_dist.models.single_layer import part_of, residual_update, run
+from hfprune_dist.refit import sequential_refit
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -116,6 +118,19 @@ def test_refits_agree_on_any_number_of_ranks(tmp_path, method, samples):
     whole = refit(method, checkpoint, kept, tmp_path / "whole", world=SoloWorld(), **options)
     first, *_ = Ranks(3).run(lambda world: refit(method, checkpoint, kept, tmp_path / "shared", world=world, **options))
     assert_alike(first, whole, kept.layers)
+
+
+def test_a_layer_that_does_more_than_add_its_blocks_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    checkpoint, kept = checkpoint_in(tmp_path / "model", "qwen3", 3), some_kept((0, 1, 2))
+
+    def of_one_percent(layer, units, output):
+        return residual_update(layer, units, output) * (1.01 if units.kind == "neurons" else 1)
+
+    monkeypatch.setattr(sequential_refit, "residual_update", of_one_percent)
+    place = r"in layer 0, the inputs of post_attention_layernorm plus the outputs of mlp.down_proj depart from .* by "
+    with pytest.raises(UserError, match=place + r".* \(rounding explains 0.0001\)"):
+        refit("layerwise", checkpoint, kept, tmp_path / "refit", world=SoloWorld(), windows_ST=windows_of(4))
+    assert not weights_in(tmp_path / "refit")
 
 
 @pytest.mark.parametrize("method", ["layerwise", "block"])
