@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from hfprune_dist.core.gram import damped_inverse, damping_of, gram_matrix
+from hfprune_dist.core.portions import wide_product
 
 DAMPING = 1e-2
 
@@ -119,12 +120,12 @@ class Linearized:
         return linear(hidden_NK, self._down_CK).float() + linear(self.hidden_NK, change.down_CK).float()
 
     def backward(self, error_NC: Tensor) -> MlpWeights:
-        """Return J^T error, for an error [tokens, hidden_size]."""
+        """Return J^T error, for an error [tokens, hidden_size], in float32."""
         error_NC = error_NC.to(self._input_NC.dtype)
         hidden_NK = error_NC @ self._down_CK
         return MlpWeights.of(
-            *(((hidden_NK * by_row_NK).T @ self._input_NC).float() for by_row_NK in self._by_rows_NK),
-            (error_NC.T @ self.hidden_NK).float(),
+            *(wide_product(hidden_NK * by_row_NK, self._input_NC) for by_row_NK in self._by_rows_NK),
+            wide_product(error_NC, self.hidden_NK),
         )
 
     def curvature(self) -> tuple[Tensor, ...]:

@@ -36,8 +36,13 @@ def widened(tensor: Tensor) -> Tensor:
 def wide_product(a_NK: Tensor, b_NM: Tensor) -> Tensor:
     """Return the sum of a b^T over the rows, in their ``wide_dtype`` [K, M].
 
-    Products of two bfloat16 numbers are exact in float32, and tensor cores add them up in it.
+    Products of two bfloat16 numbers are exact in float32, and tensor cores add them up in it. There, an entry of a
+    float32 ``a_NK`` is the sum of two bfloat16 numbers, to 2**-17 of its size.
     """
-    if HAS_WIDE_PRODUCTS and a_NK.is_cuda and a_NK.dtype == b_NM.dtype == torch.bfloat16:
-        return torch.mm(a_NK.T, b_NM, out_dtype=torch.float32)
-    return widened(a_NK).T @ widened(b_NM)
+    if not (HAS_WIDE_PRODUCTS and a_NK.is_cuda and b_NM.dtype == torch.bfloat16):
+        return widened(a_NK).T @ widened(b_NM)
+    rounded_NK = a_NK.bfloat16()
+    product_KM = torch.mm(rounded_NK.T, b_NM, out_dtype=torch.float32)
+    if a_NK.dtype != torch.bfloat16:
+        product_KM += torch.mm((a_NK - rounded_NK).bfloat16().T, b_NM, out_dtype=torch.float32)
+    return product_KM

@@ -1,6 +1,9 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
-from torch.nn.functional import gelu
+from pretended_gpu import pretended_gpu
+from torch.nn.functional import gelu, linear, silu
 
 from hfprune_dist.core.gauss_newton import (
     DAMPING,
@@ -10,6 +13,7 @@ from hfprune_dist.core.gauss_newton import (
     MlpWeights,
     solve_normal_equations,
 )
+from hfprune_dist.core.portions import wide_product
 
 K, C, N = 7, 5, 60
 
@@ -97,3 +101,34 @@ def test_a_silent_mlp_is_left_alone():
     right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
     step = solved(at, right, iterations=5)
     assert all(torch.equal(change, torch.zeros_like(change)) for change in step.tensors())
+
+
+def relative_error(found, expected):
+    return ((found.cpu().double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_in_bfloat16_only_what_each_token_has_is_rounded(device):
+    """Sums over tokens are those in float64 up to float32's rounding, also of float32 targets; 0.4 % otherwise."""
+    (weights, x), error = some(), torch.randn(N, C, generator=torch.Generator().manual_seed(2))
+    weights, x, wide = weights.to(torch.bfloat16), x.bfloat16(), weights.to(torch.bfloat16).to(torch.float64)
+    with nullcontext() if device == "cpu" else pretended_gpu():
+        moved = MlpWeights.of(*(tensor.to(device) for tensor in weights.tensors()))
+        at = Linearized(moved, Biases(), x.to(device))
+        found, hidden_NK = at.backward(error.to(device)), at.hidden_NK.cpu().double()
+        cross_CK = wide_product(error.to(device), at.hidden_NK).cpu()
+    assert {tensor.dtype for tensor in found.tensors()} == {torch.float32}
+    assert relative_error(found.down_CK, error.bfloat16().double().T @ hidden_NK) < 1e-6
+    assert relative_error(cross_CK, error.double().T @ hidden_NK) < 1e-5
+    expected = Linearized(wide, Biases(), x.double()).backward(error.double())
+    for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
+        assert relative_error(ours, theirs) < 5e-3
+
+
+def test_in_float32_the_bits_are_those_of_plain_products():
+    (weights, x), error = some(), torch.randn(N, C, generator=torch.Generator().manual_seed(2))
+    found, (gate, up) = Linearized(weights, Biases(), x).backward(error), weights.rows_KC
+    gate_NK, up_NK, back_NK = linear(x, gate), linear(x, up), error @ weights.down_CK
+    slope_NK = gate_NK.sigmoid() * (1 + gate_NK * (1 - gate_NK.sigmoid()))
+    products = (back_NK * (slope_NK * up_NK)).T @ x, (back_NK * silu(gate_NK)).T @ x, error.T @ (silu(gate_NK) * up_NK)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.tensors(), products, strict=True))
