@@ -6,6 +6,8 @@ Inputs: ``model``; ``importance``, its scores and the windows that they were mad
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
@@ -13,7 +15,17 @@ from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Struct
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, PositiveOrAuto
 from hfprune_dist.core.memory_limits import KEPT_BYTES
-from hfprune_dist.kinds.memory import FLOAT32, FLOAT64, ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
+from hfprune_dist.kinds.memory import (
+    FLOAT32,
+    FLOAT64,
+    HEAD_BYTES,
+    ITEMSIZE,
+    Need,
+    Planned,
+    Sizes,
+    StageParameters,
+    layer_by_layer,
+)
 from hfprune_dist.methods import MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, NEURONS
 
@@ -101,7 +113,14 @@ class PruneParameters(StageParameters):
         if self.refits_norms:
             waiting = max(waiting, (model.num_layers + 4) * min(samples * tokens, NORM_TOKENS) * itemsize)
         models, host = 1 + pursues, waiting * hidden
-        return layer_by_layer(model, rows, tokens, itemsize, models=models, temporary=temporary, host=host)
+        need = layer_by_layer(model, rows, tokens, itemsize, models=models, temporary=temporary, host=host)
+        if not self.refits_norms:
+            return need
+        # What a layer keeps for backward, with norms and their factors' terms in float32, and gradients; and the head.
+        backward = rows * tokens * (itemsize * (model.attention + model.routed + 6 * model.neurons) + 32 * hidden)
+        head = 2 * HEAD_BYTES + itemsize * model.vocabulary * hidden
+        temporary = max(temporary, head)
+        return replace(need, activations=max(need.activations, backward), temporary=temporary)
 
     def _kept(self, width: int) -> float:
         """Channels that stay: a share of the model, taken from MLPs alone, leaves no more of each; where layers

@@ -28,7 +28,7 @@ from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, State
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import multiplying, norms_of_layers
 from hfprune_dist.models.single_layer import part_of, run, run_with_graph
-from hfprune_dist.refit.measurement import AT_ONCE, PrunedLayers
+from hfprune_dist.refit.measurement import PrunedLayers
 
 # Factors are few: more tokens than these would only take time.
 TOKENS = 2**15
@@ -36,12 +36,9 @@ TOKENS = 2**15
 RIDGE = 0.1
 
 
-def windows_of_norms(windows_ST: Tensor, micro_batch_size: int) -> tuple[Tensor, int]:
-    """Windows of up to ``TOKENS`` tokens in all, in micro-batches at even distances; and how many are in each."""
-    size = max(1, min(micro_batch_size, AT_ONCE // windows_ST.shape[1]))
-    batches = windows_ST.split(size)
-    every = -(-len(batches) // max(1, TOKENS // batches[0].numel()))
-    return torch.cat(batches[::every]), size
+def windows_of_norms(windows_ST: Tensor) -> Tensor:
+    """Windows at even distances, of up to ``TOKENS`` tokens in all."""
+    return windows_ST[:: -(-len(windows_ST) // max(1, TOKENS // windows_ST.shape[1]))]
 
 
 class Derivatives(NamedTuple):

@@ -118,7 +118,7 @@ class Context(Generic[P]):
         samples, tokens = windows_ST.shape
         most = most_at_once(samples, tokens, parts or 2 * self.world.size)
         found = passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
-        self.decided["micro_batch_size"] = found.at_once
+        self.decided["micro_batch_size"] = max(found.at_once, self.decided.get("micro_batch_size", 0))
         return found
 
     def check_layers(self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: Dtype) -> None:

@@ -17,6 +17,7 @@ from hfprune_dist.core.devices import send
 from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream, States
 from hfprune_dist.distributed.sums import windows_held_out
+from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
@@ -109,7 +110,7 @@ def refit_layers(
 def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Tensor:
     """A copy of each window, int64 [windows, tokens], on every rank."""
     (name, size), world = context.params.forward_pass(), context.world
-    hidden = dense_states(context, checkpoint, windows_ST, size)
+    hidden = dense_states(context, checkpoint, windows_ST, Passes(size))
     head = LayerReader(checkpoint, getattr(torch, name), world.device).head()
     rounds = range(0, -(-len(windows_ST) // size), world.size)
     after_each = context.reporting("copies", len(rounds))
@@ -144,24 +145,28 @@ def in_refit_order(windows_ST: Tensor, copies_ST: Tensor, micro_batch_size: int)
 
 
 def stream_of(
-    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int | None = None
+    context: Context, checkpoint: Checkpoint, windows_ST: Tensor, passes: Passes | None = None
 ) -> LayerStream:
-    """Stream of windows before a model's first layer, in micro-batches of the settings' size or another."""
-    params, world = context.params, context.world
-    name, size = params.forward_pass()
-    dtype = getattr(torch, name)
-    if micro_batch_size is not None:
-        return LayerStream(checkpoint, windows_ST, dtype, micro_batch_size, world)
-    setting = params.micro_batch_size
-    assert setting is not None
-    left = params.model_copy(update={"ratio": ratio_left(context, checkpoint)})
-    at_once, stay = context.passes(partial(left.passes_over, checkpoint), setting, windows_ST)
+    """Stream of windows before a model's first layer, in micro-batches of the settings' size or as in ``passes``."""
+    name, size = context.params.forward_pass()
+    dtype, world = getattr(torch, name), context.world
+    if passes is not None:
+        return LayerStream(checkpoint, windows_ST, dtype, passes.at_once, world, stay=passes.stay)
+    at_once, stay = passes_of(context, checkpoint, windows_ST)
     return LayerStream(checkpoint, windows_ST, dtype, size, world, merged=at_once // size, stay=stay)
 
 
-def dense_states(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, micro_batch_size: int) -> States:
+def passes_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Passes:
+    """How windows pass a model layer by layer, as the settings and the free memory have it; collective."""
+    setting = context.params.micro_batch_size
+    assert setting is not None
+    left = context.params.model_copy(update={"ratio": ratio_left(context, checkpoint)})
+    return context.passes(partial(left.passes_over, checkpoint), setting, windows_ST)
+
+
+def dense_states(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, passes: Passes) -> States:
     """What the dense model's head reads for this rank's micro-batches; one pass through its layers. Collective."""
-    stream = stream_of(context, checkpoint, windows_ST, micro_batch_size)
+    stream = stream_of(context, checkpoint, windows_ST, passes)
     after_each = context.reporting("dense model", checkpoint.num_layers)
     run_layers(stream, stream.reader.layers(range(checkpoint.num_layers)), after_each)
     return dict(stream.final_hidden())
@@ -191,9 +196,12 @@ def refitted_norms(
     Raises:
         UserError: as ``as_stored`` and the refits do.
     """
-    windows_ST, size = windows_of_norms(context.calibration_windows(), context.params.forward_pass()[1])
-    dense = dense_states(context, checkpoint, windows_ST, size)
-    stream = stream_of(context, checkpoint, windows_ST, size)
+    windows_ST = windows_of_norms(context.calibration_windows())
+    at_once, stay = passes_of(context, checkpoint, windows_ST)
+    # They are few: each rank has some.
+    passes = Passes(min(at_once, -(-len(windows_ST) // context.world.size)), stay)
+    dense = dense_states(context, checkpoint, windows_ST, passes)
+    stream = stream_of(context, checkpoint, windows_ST, passes)
     pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
     after_each = context.reporting("norms", 2 * quasi_newton.PASSES * len(kept.layers))
     gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Callable[[], Tensor]]()

@@ -23,6 +23,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE
 from hfprune_dist.core.width_search import START, Counts, drop_order, search_shapes
+from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
 from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.cheap_fits import Scored, kept_of
@@ -109,7 +110,7 @@ class _Search:
         self._fitted_ST = self._seen_ST[skipped * size :]
         self._compared_ST = held_out_windows(self._fitted_ST, size, WINDOWS)[:WINDOWS]
         # What the dense model's head reads; one pass through its layers, which is collective, serves all measurements.
-        self._dense = cache(partial(dense_states, context, checkpoint, self._compared_ST, 1))
+        self._dense = cache(partial(dense_states, context, checkpoint, self._compared_ST, Passes(1)))
 
     def plain_shape(self) -> tuple[Shape, dict[str, Any]]:
         """Of the shapes that are the same in all layers, the one that is measured to be closest, and metrics.
@@ -193,7 +194,7 @@ class _Search:
             compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if context.params.is_thorough else QUICK_TOKENS]
         elif self._refits:
             fitted_on = stream_of(context, checkpoint, self._fitted_ST)
-        stream = stream_of(context, checkpoint, compared_ST, 1)
+        stream = stream_of(context, checkpoint, compared_ST, Passes(1))
         after_each = context.reporting(phase, checkpoint.num_layers)
         return measure_shapes(shapes, self._kinds, fitted_on, stream, self._dense(), after_each, every=EVERY)
 
@@ -242,7 +243,7 @@ class _Search:
         if len(ahead) == 1 and with_fewer_layers(best) is None:
             return best, {}
         context, checkpoint, finalists_kl = self._context, self._checkpoint, dict[str, float]()
-        dense = dense_states(context, checkpoint, self._judged_ST, 1)
+        dense = dense_states(context, checkpoint, self._judged_ST, Passes(1))
         while ahead:
             for name in ahead:
                 kept = context.world.broadcast(kept_of(self._kinds, shapes[name]))
@@ -251,7 +252,7 @@ class _Search:
                 fitted = refit_layers(
                     context, checkpoint, kept, self._seen_ST, folder, phase="finalists", whole_mlp=False
                 )
-                stream = stream_of(context, checkpoint, self._judged_ST, 1)
+                stream = stream_of(context, checkpoint, self._judged_ST, Passes(1))
                 pruned = PrunedLayers(checkpoint, kept, fitted.replacements(kept.layers), stream.reader)
                 run_layers(stream, pruned.layers(kept.layers), context.reporting("comparison", len(kept.layers)))
                 (finalists_kl[name],) = mean_divergences(stream, dense, [stream.states])

@@ -28,7 +28,7 @@ from hfprune_dist.core.head import Batch
 from hfprune_dist.core.observers import UnitSums
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.kinds import importance, training
+from hfprune_dist.kinds import importance, prune, training
 from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.kinds.memory import GIB, MARGIN, Gpus, Need, Placement, Planned, Sizes, passes, place
@@ -36,6 +36,8 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
+from hfprune_dist.refit.measurement import PrunedLayers, run_layers
+from hfprune_dist.refit.norms_refit import NormGradients
 from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
@@ -113,6 +115,7 @@ def test_matrices_of_a_calibration_pass(tmp_path, monkeypatch, kinds):
 @pytest.mark.parametrize("refit", ["dense", "block", "experts"])
 def test_a_refit_layer_by_layer(tmp_path, monkeypatch, refit):
     monkeypatch.setattr(portions, "CACHE_BYTES", 2**40)  # as on a GPU: in one go
+    monkeypatch.setattr(prune, "HEAD_BYTES", 0)
     folder, world, tokens = tmp_path / "model", SoloWorld(), 16
     if refit == "experts":
         sizes = {"hidden_size": 64, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
@@ -139,6 +142,24 @@ def test_a_refit_layer_by_layer(tmp_path, monkeypatch, refit):
     need = params.need(Planned(stages[1], {stages[0].id: stages[0]}, checkpoint, checkpointing=False))
     # On a CPU, the next layers are not on their way yet, and hidden states are counted, too.
     check(need.on_each_gpu(1, whole=True) / MARGIN - need.weights / 2 + need.host, counted.peak, at_most=1.9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_refit_of_norms(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(prune, "HEAD_BYTES", 0)
+    shape = {**SHAPE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 16}
+    checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **shape)), torch.randint(16, (4, 64))
+    dense, stream = (LayerStream(checkpoint, windows, getattr(torch, dtype), 4, SoloWorld()) for _ in range(2))
+    run_layers(dense, dense.reader.layers(range(3)), lambda _done: None)
+    pruned = PrunedLayers(checkpoint, Kept((0, 1, 2)), {}, stream.reader)
+    gradients = NormGradients(pruned, stream, dict(dense.final_hidden()), lambda _done: None)
+    with PeakBytes() as counted:
+        gradients.at(torch.ones(gradients.shape))
+    settings = {"allocation": "uniform", "multiple_of": 1, "dtype": dtype, "micro_batch_size": 4}
+    params = PruneParameters(ratio=0.5, criterion="entropy", refit="layerwise", **settings)
+    need = params.passes_over(checkpoint, 4, 64, 4)
+    check(need.activations + need.host + need.weights / 4, counted.peak)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import norms_of_layers
 from hfprune_dist.refit.measurement import PrunedLayers, run_layers
 from hfprune_dist.refit.norms_refit import (
-    AT_ONCE,
     RIDGE,
     TOKENS,
     NormGradients,
@@ -127,10 +126,8 @@ def test_curvature_is_held_up_by_its_norms_mean_and_infinite_where_nothing_matte
     assert (search.candidate_P[:4] != 1).all() and torch.equal(search.candidate_P[4:], torch.ones(4).double())
 
 
-@given(samples=st.integers(1, 300), tokens=st.sampled_from((8, 500, 1024, 3000)), size=st.integers(1, 40))
-def test_micro_batches_are_small_so_that_many_ranks_have_some(samples, tokens, size):
-    chosen_ST, at_once = windows_of_norms(torch.zeros(samples, tokens, dtype=torch.int64), size)
-    assert at_once == 1 or (at_once <= size and at_once * tokens <= AT_ONCE)
-    assert chosen_ST.numel() <= max(TOKENS, tokens)
-    if samples >= 32 and tokens == 1024:
-        assert len(chosen_ST) // at_once >= 16
+@given(samples=st.integers(1, 300), tokens=st.sampled_from((8, 500, 1024, 3000)))
+def test_windows_are_at_even_distances_and_few(samples, tokens):
+    numbers = windows_of_norms(torch.arange(samples)[:, None].expand(-1, tokens))[:, 0]
+    assert len(numbers) * tokens <= max(TOKENS, tokens) and len(set(numbers.diff().tolist())) <= 1
+    assert len(numbers) == samples or 2 * len(numbers) * tokens > TOKENS - 2 * tokens
