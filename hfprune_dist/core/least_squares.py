@@ -7,7 +7,6 @@ W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other paramet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,7 +60,7 @@ class LeastSquares:
             raise UnresolvedError
         return weight_CK
 
-    def solved(self, ridge: float) -> tuple[Tensor, Tensor]:
+    def solved(self, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return ``weight``, and a scalar that isn't 0 if it means nothing: for a GPU, the host needn't wait."""
         mean = self.gram_KK.diagonal().mean()
         strength = (ridge * mean).where(mean != 0, 1.0)  # of silent channels, any ridge leaves the old weight
@@ -84,29 +83,32 @@ class LeastSquares:
 
 
 class Ridge(NamedTuple):
-    """A ridge, the error of its weight on held-out tokens, and that weight, fitted on the other tokens."""
+    """A ridge, the error of its weight on held-out tokens, and that weight, fitted on the other tokens.
 
-    ridge: float
-    error: float
+    The numbers are float64, on the device; the error is infinite if there is no such ridge.
+    """
+
+    ridge: Tensor
+    error: Tensor
     weight_CK: Tensor
 
 
-def best_ridge(fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES) -> Ridge:
+def best_ridge(
+    fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES, *, largest: Tensor | bool = False
+) -> Ridge:
     """Return the ridge whose weight, fitted on some tokens, has the smallest error on others; the first of equals.
 
-    Raises:
-        UnresolvedError: if the Gram matrix isn't positive definite with any of the ridges; larger ones may do where
-            smaller ones don't.
+    Ridges are left out with which the Gram matrix isn't positive definite; larger ones may do where smaller ones don't.
+
+    Args:
+        largest: whether the last of the ridges is to be taken instead.
     """
     best_CK = fitted.old_CK
     best = torch.full((2,), torch.inf, dtype=torch.float64, device=best_CK.device)  # its error and the ridge
     for ridge in ridges:
         weight_CK, problem = fitted.solved(ridge)
         error = held_out.error(weight_CK).double()
-        is_better = (error < best[0]) & (problem == 0)
+        is_better = ((error < best[0]) | largest) & (problem == 0)
         best = torch.stack([error, torch.full_like(error, ridge)]).where(is_better, best)
         best_CK = weight_CK.where(is_better, best_CK)
-    error, ridge = best.tolist()  # only now does a GPU's host wait
-    if math.isinf(error):
-        raise UnresolvedError
-    return Ridge(ridge, error, best_CK)
+    return Ridge(best[1], best[0], best_CK)

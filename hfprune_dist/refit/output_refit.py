@@ -4,8 +4,8 @@ each layer on the dense model's activations, so that none depends on another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.gram import UnresolvedError
-from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, Ridge, best_ridge
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, best_ridge
 from hfprune_dist.core.portions import wide_product, widened
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
@@ -96,33 +96,37 @@ class Solution(NamedTuple):
     whole_CK: Tensor
 
 
-def solve(problems: Problems, *, expert: bool = False) -> Solution:
-    """Solve by least squares.
+def solve(problems: Problems, *, expert: bool = False) -> tuple[Solution, Tensor]:
+    """Solve by least squares; a GPU's host doesn't wait.
 
     Args:
         expert: whether few tokens, or none, may have reached the projection. If all targets on the fitted or on the
             held-out windows are zero, there is nothing to choose a ridge by; the largest one is used, which pulls
             towards the old weight. If they are zero on both, the old weight stays.
 
-    Raises:
-        UnresolvedError: if a Gram matrix isn't positive definite: that of the fitted windows with any of the ridges, or
-            that of all windows with the best one.
+    Returns:
+        The solution; and whether it means nothing, bool, because a Gram matrix isn't positive definite: that of the
+        fitted windows with any of the ridges, or that of all windows with the best one.
     """
-    can_choose = not expert or min(problem.energy for problem in problems) > 0
-    best = best_ridge(*problems, RIDGES if can_choose else RIDGES[-1:])
-    return Solution(best.weight_CK.contiguous(), problems.whole().weight(best.ridge))
+    cannot_choose = torch.stack([problem.energy for problem in problems]).amin() <= 0 if expert else False
+    ridge, error, fitted_CK = best_ridge(*problems, largest=cannot_choose)
+    whole_CK, problem = problems.whole().solved(ridge)
+    return Solution(fitted_CK.contiguous(), whole_CK), ~error.isfinite() | (problem != 0)
 
 
 def solve_together(problems: Problems, world: World) -> Solution:
-    """``solve`` on all ranks, which try the ridges in turns, and each of which gets the solution; collective."""
-    best: Ridge | None = None
-    with suppress(UnresolvedError):  # a larger one, perhaps another rank's, may do
-        best = best_ridge(*problems, RIDGES[world.rank :: world.size])
-    found = world.all_gather(None if best is None else (best.error, best.ridge))
-    if not any(found):
+    """``solve`` on all ranks, which try the ridges in turns, and each of which gets the solution; collective.
+
+    Raises:
+        UnresolvedError: if there is none.
+    """
+    best = best_ridge(*problems, RIDGES[world.rank :: world.size])
+    # Both are infinite on a rank without a ridge that does.
+    found = world.all_gather(tuple(torch.stack([best.error, best.ridge]).tolist()))
+    _, ridge = winner = min(found)
+    if math.isinf(ridge):
         raise UnresolvedError
-    _, ridge = winner = min(filter(None, found))
-    fitted_CK = (torch.empty_like(problems.fitted.old_CK) if best is None else best.weight_CK).contiguous()
+    fitted_CK = best.weight_CK.clone(memory_format=torch.contiguous_format)
     whole_CK = problems.whole().weight(ridge) if world.is_first else torch.empty_like(fitted_CK)
     world.broadcast_tensor(fitted_CK, found.index(winner))
     world.broadcast_tensor(whole_CK, 0)
@@ -165,12 +169,16 @@ def refit_on_dense(
 
 def _solved(layer: nn.Module, units: Units, kept_U: Tensor, grams: Sequence[Grams]) -> list[Tensor]:
     """Fit the output projection of each expert, or the single one."""
-    solved, is_expert = [], units.experts > 1
+    solved, unresolved, is_expert = [], [], units.experts > 1
     for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), grams, strict=True)):
         first = weight_CD.shape[1] // units.channels_per_unit * expert
         channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
         problems = Problems.of_kept(weight_CD, of_expert, send(channels_K, weight_CD.device))
-        solved.append(solve(problems, expert=is_expert).whole_CK)
+        solution, is_unresolved = solve(problems, expert=is_expert)
+        solved.append(solution.whole_CK)
+        unresolved.append(is_unresolved)
+    if torch.stack(unresolved).any():  # only now does a GPU's host wait
+        raise UnresolvedError
     return solved
 
 

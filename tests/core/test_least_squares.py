@@ -50,8 +50,7 @@ def test_a_larger_ridge_does_where_a_smaller_one_drowns_in_rounding_errors(coupl
     ridges = [ridge for ridge in RIDGES if ridge >= smallest]
     best, among_those = best_ridge(problem, held_out), best_ridge(problem, held_out, ridges)
     assert (best.ridge, best.error) == (among_those.ridge, among_those.error)
-    with pytest.raises(UnresolvedError, match="lost in rounding"):
-        best_ridge(problem, held_out, RIDGES[: -len(ridges)])
+    assert best_ridge(problem, held_out, RIDGES[: -len(ridges)]).error.isinf()
 
 
 @pytest.mark.parametrize("silent", ["activations", "outputs"])

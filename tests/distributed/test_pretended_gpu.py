@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import shapes
 import torch
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
@@ -26,14 +27,16 @@ from tiny import save_tiny, tiny_tokenizer
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.fidelity import Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
-from hfprune_dist.distributed import frozen_model
+from hfprune_dist.distributed import frozen_model, layer_check
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
+from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation
 from hfprune_dist.evaluation.sharded_lm import ShardedLM
 from hfprune_dist.kinds.memory import Placement
+from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
@@ -44,7 +47,7 @@ from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.scoring.accumulation import Accumulation
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, summed_matrices
-from hfprune_dist.stages import evaluate
+from hfprune_dist.stages import evaluate, prune_refit
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.kept import Shape
@@ -109,6 +112,15 @@ def refitted(folder, layers, gpu, method, variant="llama", **options):
     checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
     with counting(gpu):
         refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE, **options)
+
+
+def checked(folder, layers, gpu):
+    """Each layer by itself, compared with the whole model."""
+    checkpoint = checkpoint_in(folder / "model", layers=layers)
+    model = FrozenModel(checkpoint, DTYPE, 1, "replicate", WORLD)
+    with pytest.MonkeyPatch.context() as patch, counting(gpu):
+        patch.setattr(layer_check, "FrozenModel", lambda *_: model)
+        check_layers(checkpoint, windows_of(1)[0], DTYPE, "replicate", WORLD, folder / "passed.json")
 
 
 def measured(folder, layers, gpu):
@@ -179,9 +191,10 @@ CASES = {
     "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (162, 41), (2, 1)),
     "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (197, 38), (2, 1)),
     "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
-    "dense refit": (partial(refitted, method="dense", stay=True), (6, 4), (483, 64), (0, 0)),
-    "layerwise refit": (partial(refitted, method="layerwise", stay=True), (9, 4), (918, 112), (0, 0)),
-    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (11, 6), (1271, 200), (4, 0)),
+    "dense refit": (partial(refitted, method="dense", stay=True), (4, 4), (511, 64), (0, 0)),
+    "layerwise refit": (partial(refitted, method="layerwise", stay=True), (7, 4), (954, 112), (0, 0)),
+    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (9, 6), (1307, 200), (4, 0)),
+    "layer check": (checked, (0, 0), (137, 26), (2, 1)),
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
     "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),
     "generation": (generated, (0, 0), (108, 36), (3, 3)),
@@ -333,6 +346,23 @@ def test_refits_of_norms(tmp_path):
         factors_RC, kls = fit_norms(NormGradients(pruned, stream, dense, nothing))
         assert factors_RC.device.type == "cpu"
     assert min(kls) < kls[0] and not gpu.faults
+
+
+def test_norms_are_refitted_on_as_many_windows_at_once_as_fit(tmp_path, monkeypatch):
+    settings = {"allocation": "uniform", "structures": ["neurons"], "refit": "layerwise", "micro_batch_size": "auto"}
+    store, stage = shapes.prepare(tmp_path, layers=2, samples=12, dtype="bfloat16", **settings)
+    streams, stay = [], []
+
+    def gradients_of(pruned, stream, *others):
+        streams.append([len(states) for states in stream.states.values()])
+        stay.extend(states.is_cuda for states in stream.states.values())
+        return NormGradients(pruned, stream, *others)
+
+    monkeypatch.setattr(PruneParameters, "refits_norms", True)
+    monkeypatch.setattr(prune_refit, "NormGradients", gradients_of)
+    with pretended_gpu() as gpu:
+        metrics = run_here(store, stage, WORLD)
+    assert streams == [[4, 4, 4]] and all(stay) and metrics["micro_batch_size"] == 4 and not gpu.faults
 
 
 def test_biases_low_ranks_and_references(tmp_path):

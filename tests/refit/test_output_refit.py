@@ -34,7 +34,6 @@ from refitting import (
 from tiny import VARIANTS
 from worlds import Ranks
 
-from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import RIDGES, LeastSquares
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -119,6 +118,12 @@ def drawn(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def resolved(problems, *, expert=False):
+    solution, is_unresolved = solve(problems, expert=expert)
+    assert not is_unresolved
+    return solution
+
+
 @settings(max_examples=30)
 @given(st.data(), st.integers(0, 1000))
 def test_a_fit_is_least_squares_with_the_ridge_that_is_best_on_held_out_tokens(data, seed):
@@ -127,7 +132,7 @@ def test_a_fit_is_least_squares_with_the_ridge_that_is_best_on_held_out_tokens(d
     mixing_DD = drawn(seed, channels, channels)  # makes channels depend on each other
     fitted, held_out = (drawn(seed + n, data.draw(st.integers(1, 30)), channels) @ mixing_DD for n in (1, 2))
     weight_CD, whole = drawn(seed + 3, hidden, channels), torch.cat([fitted, held_out])
-    found = solve(problems(weight_CD, fitted, held_out, kept))
+    found = resolved(problems(weight_CD, fitted, held_out, kept))
     errors = [lost(weight_CD, held_out, kept, solution(weight_CD, fitted, kept, ridge)) for ridge in RIDGES]
     # Equally good ones may be taken for each other.
     best = [ridge for ridge, error in zip(RIDGES, errors, strict=True) if error <= min(errors) * (1 + 1e-6) + 1e-9]
@@ -144,11 +149,11 @@ TOKENS, NONE = drawn(2, 20, 6), torch.zeros(4, 6, dtype=torch.float64)
 
 def test_an_expert_without_tokens_to_choose_a_ridge_by_stays_close_to_what_it_was():
     both = problems(WEIGHT, TOKENS, drawn(3, 10, 6), KEPT)
-    assert torch.equal(solve(both, expert=True).whole_CK, solve(both).whole_CK)
+    assert torch.equal(resolved(both, expert=True).whole_CK, resolved(both).whole_CK)
     expected = solution(WEIGHT, TOKENS, KEPT, max(RIDGES))
     for parts in ((TOKENS, NONE), (NONE, TOKENS)):
-        torch.testing.assert_close(solve(problems(WEIGHT, *parts, KEPT), expert=True).whole_CK, expected)
-    silent = solve(problems(WEIGHT, NONE, NONE, KEPT), expert=True)
+        torch.testing.assert_close(resolved(problems(WEIGHT, *parts, KEPT), expert=True).whole_CK, expected)
+    silent = resolved(problems(WEIGHT, NONE, NONE, KEPT), expert=True)
     assert torch.equal(silent.whole_CK, WEIGHT[:, KEPT])
 
 
@@ -156,7 +161,7 @@ def test_an_expert_without_tokens_to_choose_a_ridge_by_stays_close_to_what_it_wa
 def test_ranks_find_together_what_one_finds(ranks):
     """There may be more of them than ridges."""
     both = problems(WEIGHT, TOKENS, drawn(3, 10, 6), KEPT)
-    alone = solve(both)
+    alone = resolved(both)
     for solved in Ranks(ranks).run(lambda world: solve_together(both, world)):
         assert torch.equal(solved.fitted_CK, alone.fitted_CK) and torch.equal(solved.whole_CK, alone.whole_CK)
 
@@ -170,10 +175,10 @@ def test_any_targets_are_fitted_as_a_projections_own_outputs_are(ranks):
         sums = TargetSums(0, WEIGHT[:, KEPT].float(), len(batches), world)
         for index in range(world.rank, len(batches), world.size):
             sums.add(index, batches[index][:, KEPT], batches[index] @ WEIGHT.float().T)
-        return solve(sums.of_all_ranks())
+        return resolved(sums.of_all_ranks())
 
     for solved in Ranks(ranks).run(work):
-        torch.testing.assert_close(solved, solve(expected), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(solved, resolved(expected), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dense", "layerwise", "cheap"])
@@ -185,8 +190,8 @@ def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path
         SoloWorld(),
     )
 
-    def refuse(*_):
-        raise UnresolvedError
+    original = LeastSquares.solved
+    unresolved = torch.tensor(1)
 
     def cheap_fit():
         stream = LayerStream(checkpoint, windows_ST, torch.float32, MICRO_BATCH, world)
@@ -194,7 +199,7 @@ def test_every_fit_names_the_layer_whose_gram_matrix_is_rounding_errors(tmp_path
         scored = Scored(checkpoint.structures["neurons"], [torch.ones(NEURONS)])
         cheap_fits(0, layer, [scored], [(11,)], stream, world)
 
-    monkeypatch.setattr(LeastSquares, "weight", refuse)
+    monkeypatch.setattr(LeastSquares, "solved", lambda *problem: (original(*problem)[0], unresolved))
     with pytest.raises(UserError, match=r"^activations of layer 0: .* in rounding; check the checkpoint's weights$"):
         if method == "cheap":
             cheap_fit()
