@@ -96,7 +96,7 @@ class Solution(NamedTuple):
     whole_CK: Tensor
 
 
-def solve(problems: Problems, *, expert: bool = False) -> tuple[Solution, Tensor]:
+def solve(problems: Problems, ridges: Sequence[float] = RIDGES, *, expert: bool = False) -> tuple[Solution, Tensor]:
     """Solve by least squares; a GPU's host doesn't wait.
 
     Args:
@@ -105,13 +105,17 @@ def solve(problems: Problems, *, expert: bool = False) -> tuple[Solution, Tensor
             towards the old weight. If they are zero on both, the old weight stays.
 
     Returns:
-        The solution; and whether it means nothing, bool, because a Gram matrix isn't positive definite: that of the
-        fitted windows with any of the ridges, or that of all windows with the best one.
+        The solution; and three numbers, float64: its error on held-out windows, its ridge, and 0. It means nothing if
+        one is infinite, because a Gram matrix isn't positive definite: that of the fitted windows with any of the
+        ridges, or that of all windows with the best one.
     """
     cannot_choose = torch.stack([problem.energy for problem in problems]).amin() <= 0 if expert else False
-    ridge, error, fitted_CK = best_ridge(*problems, largest=cannot_choose)
+    ridge, error, fitted_CK = best_ridge(*problems, ridges, largest=cannot_choose)
     whole_CK, problem = problems.whole().solved(ridge)
-    return Solution(fitted_CK.contiguous(), whole_CK), ~error.isfinite() | (problem != 0)
+    unresolved = torch.zeros_like(error).masked_fill(problem != 0, torch.inf)
+    # Without ridges it would be the old weight itself, and another rank's solution would be written there.
+    fitted_CK = fitted_CK.clone(memory_format=torch.contiguous_format)
+    return Solution(fitted_CK, whole_CK), torch.stack([error, ridge, unresolved])
 
 
 def solve_together(problems: Problems, world: World) -> Solution:
@@ -120,17 +124,14 @@ def solve_together(problems: Problems, world: World) -> Solution:
     Raises:
         UnresolvedError: if there is none.
     """
-    best = best_ridge(*problems, RIDGES[world.rank :: world.size])
-    # Both are infinite on a rank without a ridge that does.
-    found = world.all_gather(tuple(torch.stack([best.error, best.ridge]).tolist()))
-    _, ridge = winner = min(found)
-    if math.isinf(ridge):
+    solution, outcome = solve(problems, RIDGES[world.rank :: world.size])
+    outcomes = world.all_gather(tuple(outcome.tolist()))
+    best = min(outcomes)
+    if not all(map(math.isfinite, best)):
         raise UnresolvedError
-    fitted_CK = best.weight_CK.clone(memory_format=torch.contiguous_format)
-    whole_CK = problems.whole().weight(ridge) if world.is_first else torch.empty_like(fitted_CK)
-    world.broadcast_tensor(fitted_CK, found.index(winner))
-    world.broadcast_tensor(whole_CK, 0)
-    return Solution(fitted_CK, whole_CK)
+    for weight_CK in solution:
+        world.broadcast_tensor(weight_CK, outcomes.index(best))
+    return solution
 
 
 def refit_on_dense(
@@ -169,15 +170,15 @@ def refit_on_dense(
 
 def _solved(layer: nn.Module, units: Units, kept_U: Tensor, grams: Sequence[Grams]) -> list[Tensor]:
     """Fit the output projection of each expert, or the single one."""
-    solved, unresolved, is_expert = [], [], units.experts > 1
+    solved, outcomes, is_expert = [], [], units.experts > 1
     for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), grams, strict=True)):
         first = weight_CD.shape[1] // units.channels_per_unit * expert
         channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
         problems = Problems.of_kept(weight_CD, of_expert, send(channels_K, weight_CD.device))
-        solution, is_unresolved = solve(problems, expert=is_expert)
+        solution, outcome = solve(problems, expert=is_expert)
         solved.append(solution.whole_CK)
-        unresolved.append(is_unresolved)
-    if torch.stack(unresolved).any():  # only now does a GPU's host wait
+        outcomes.append(outcome)
+    if not torch.stack(outcomes).isfinite().all():  # only now does a GPU's host wait
         raise UnresolvedError
     return solved
 

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import mixtures
 import pytest
 import shapes
 import torch
@@ -109,7 +110,12 @@ def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
 
 
 def refitted(folder, layers, gpu, method, variant="llama", **options):
-    checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
+    if variant in EXPERTS:
+        sizes = {"vocab_size": 264, "num_hidden_layers": layers, "mlp_only_layers": []}
+        checkpoint = open_checkpoint(save_model(folder / "model", variant, **sizes))
+        kept = mixtures.some_kept(checkpoint, 2 / 3)
+    else:
+        checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
     with counting(gpu):
         refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE, **options)
 
@@ -191,9 +197,10 @@ CASES = {
     "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (162, 41), (2, 1)),
     "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (197, 38), (2, 1)),
     "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
-    "dense refit": (partial(refitted, method="dense", stay=True), (4, 4), (511, 64), (0, 0)),
-    "layerwise refit": (partial(refitted, method="layerwise", stay=True), (7, 4), (954, 112), (0, 0)),
-    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (9, 6), (1307, 200), (4, 0)),
+    "dense refit": (partial(refitted, method="dense", stay=True), (4, 4), (515, 64), (0, 0)),
+    "experts' refit": (partial(refitted, method="dense", variant="qwen3_moe", stay=True), (5, 4), (1009, 64), (0, 0)),
+    "layerwise refit": (partial(refitted, method="layerwise", stay=True), (5, 4), (974, 112), (0, 0)),
+    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), (7, 6), (1327, 200), (4, 0)),
     "layer check": (checked, (0, 0), (137, 26), (2, 1)),
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
     "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),

@@ -119,8 +119,8 @@ def drawn(seed, *shape):
 
 
 def resolved(problems, *, expert=False):
-    solution, is_unresolved = solve(problems, expert=expert)
-    assert not is_unresolved
+    solution, outcome = solve(problems, expert=expert)
+    assert outcome.isfinite().all()
     return solution
 
 
