@@ -292,7 +292,7 @@ class _Operations(TorchDispatchMode):
                 [tensor for tensor in tensors if gpu.holds(tensor)],
                 [tensor for tensor in outputs if gpu.holds(tensor)],
             )
-        elif not any(there) and not is_view and name not in _FREE:
+        elif not any(there) and not is_view and (name not in _FREE or name == "_local_scalar_dense"):
             for tensor in tensors:
                 gpu.on_host(name, tensor, writes=id(tensor) in written)
         return results
@@ -353,6 +353,8 @@ class _Calls(TorchFunctionMode):
                 return 0
             if name == "numpy" and is_there:
                 raise MixedError("numpy of a tensor on the GPU")
+            if name in ("tolist", "numpy") and first is not None:
+                gpu.on_host(name, first, writes=False)
             if name == "tolist" and is_there:
                 gpu.wait(name)
                 gpu.moved["host"] += first.nbytes

@@ -26,6 +26,7 @@ from scoring import make_stage
 from tiny import save_tiny, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.devices import to_host
 from hfprune_dist.core.fidelity import Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
 from hfprune_dist.distributed import frozen_model, layer_check
@@ -86,6 +87,17 @@ def test_what_a_gpu_would_refuse_is_found():
         gpu.waits.clear()
         assert float(there.sum()) == 3 and there[there > 0].tolist() == [1, 1, 1]
         assert sum(gpu.waits.values()) == 3
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, float, torch.stack])
+def test_the_host_waits_before_it_reads_what_is_on_its_way(read):
+    for waits in (True, False):
+        with pretended_gpu() as gpu:
+            number = to_host(2 * torch.ones((), device=GPU))
+            if waits:
+                torch.cuda.current_stream().synchronize()
+            read([number] if read is torch.stack else number)
+        assert bool(gpu.faults) != waits
 
 
 # What is counted, for some number of layers: each in a folder of its own, with what is made before left out.
