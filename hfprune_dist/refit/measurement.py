@@ -22,7 +22,7 @@ from hfprune_dist.models.single_layer import LayerReader, put_weights, run, weig
 from hfprune_dist.refit.cheap_fits import Scored, cheap_fits
 from hfprune_dist.structures.kept import Kept, Shape
 
-# Most tokens that pass a layer together, or one window, where few are seen in all: of several shapes, or of one model.
+# Most tokens of several shapes that pass a layer together, or one window of each.
 AT_ONCE = 2**10
 # What a layer keeps: the number of units of each kind; None if it goes.
 Size = tuple[int, ...] | None
