@@ -2,8 +2,8 @@
 
     KL(D) = E + A D^-b    D: tokens trained on
 
-The form that losses of language models follow (arXiv 2203.15556), for a model of one size. The learning rate decays at
-the end of a run, which the points before it haven't had yet: mostly, longer runs come out somewhat better.
+The form that losses of language models follow (arXiv 2203.15556), for a model of one size. It knows nothing of the
+learning rate, whose decay flattens the end of a run.
 """
 
 from __future__ import annotations
