@@ -2,7 +2,7 @@
 # From a fresh clone to a tested one: installs into .venv, then lint, types and the tests that every change needs.
 # --all adds every fault on the Slurm cluster, every crash, and whatever else is thorough. Arguments go to pytest.
 # --engines makes an environment for each engine that serves models (4 GB, in $HFPRUNE_ENGINES or .engines), and runs the
-# tests of these alone: about 15 minutes.
+# tests of these alone.
 set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh demo,test
