@@ -2,17 +2,18 @@
 
     KL(D) = E + A D^-b    D: tokens trained on
 
-The form that losses of language models follow (arXiv 2203.15556), for a model of one size. It knows nothing of the
-learning rate, whose decay flattens the end of a run.
+The form that losses of language models follow (arXiv 2203.15556), for a model of one size. Tokens count by the rate
+that they are learnt with, without which the decay of a run's rate would pass for a floor of KL.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ Floats = NDArray[np.float64]
 LEAST_POINTS = 4
 # Exponents that are tried, and then factors of the best one.
 EXPONENTS, FINER = np.geomspace(0.02, 3.0, 100), np.geomspace(0.95, 1.05, 201)
+# Mean of a cosine's rate, as a share of its peak.
+MEAN_RATE = 0.5
 # How many times the tokens of a run its law is told for, and how many it is trusted for at all.
 AHEAD, FARTHEST = 10, 100
 SHARES = {"half": 0.5, "90 %": 0.1}  # of what pruning lost: regained -> left
@@ -41,7 +44,8 @@ class Law:
     """KL(D) = floor + factor (D / unit)^-exponent, with the covariance of floor, factor and exponent.
 
     Attributes:
-        drift: by how much a fit without the last third missed the last point: relative error per unit of ln D.
+        drift: by how much a fit without the last third missed the last point: relative error per unit of ln D, or for
+            D doubled if it was less.
     """
 
     floor: float
@@ -52,7 +56,7 @@ class Law:
     drift: float = 0.0
 
     @classmethod
-    def fitted(cls, points: Mapping[int, float]) -> Law:
+    def fitted(cls, points: Mapping[float, float]) -> Law:
         """The fit of least squares in relative errors to at least ``LEAST_POINTS``: tokens -> KL."""
         tokens, kls = (np.asarray([*values], dtype=np.float64) for values in (points.keys(), points.values()))
         error, floor, factor, exponent = _best(tokens / tokens[-1], kls, EXPONENTS)
@@ -66,7 +70,8 @@ class Law:
         if len(first) == len(points):
             return law
         shorter = cls.fitted(first)
-        drift = abs(math.log(shorter.at(tokens[-1])[0] / kls[-1])) / math.log(tokens[-1] / shorter.unit)
+        ahead = max(math.log(2), math.log(tokens[-1] / shorter.unit))
+        drift = abs(math.log(shorter.at(tokens[-1])[0] / kls[-1])) / ahead
         return cls(floor, factor, exponent, law.unit, law.covariance, drift)
 
     def at(self, tokens: float) -> tuple[float, float]:
@@ -106,12 +111,14 @@ class Run:
     """What a training measured on the way.
 
     Attributes:
-        points: tokens -> KL on held-out text.
+        points: tokens, as ``_at_mean_rate`` counts them -> KL on held-out text.
+        tokens: of the last point, as they are.
         untrained: KL before the first step.
         hours: device-hours of a token; None until the training has ended.
     """
 
-    points: Mapping[int, float]
+    points: Mapping[float, float]
+    tokens: int
     untrained: float
     hours: float | None
 
@@ -119,20 +126,20 @@ class Run:
     def read(cls, handle: StageHandle) -> Run | None:
         """That of a stage, which may still be running; None if it measured nothing."""
         lines = next(filter(None, (loss_lines(folder / LOSSES) for folder in (handle.artifact, handle.work))), [])
-        points = {line["tokens"]: line[HELD_OUT_KL] for line in lines if HELD_OUT_KL in line}
-        if not points:
+        if not any(HELD_OUT_KL in line for line in lines):
             return None
         made: Mapping[str, Any] = handle.manifest() or {}
         tokens = made.get("metrics", {}).get("training_tokens")
         hours = made["world_size"] * made["wall_time_s"] / 3600 / tokens if tokens else None
-        return cls(points, lines[0][UNTRAINED_KL], hours)
+        last = max(line.get("tokens", 0) for line in lines)
+        return cls(_at_mean_rate(lines), last, lines[0][UNTRAINED_KL], hours)
 
     def outlook(self, tokens: float | None = None) -> str:
         """A sentence on KL after so many tokens, or ``AHEAD`` times as many; and on what regains how much."""
-        measured = f"by {counted(len(self.points), 'point')} up to {count(max(self.points))} tokens"
+        measured = f"by {counted(len(self.points), 'point')} up to {count(self.tokens)} tokens"
         if len(self.points) < LEAST_POINTS:
             return f"too few points: {measured}; {LEAST_POINTS} give an outlook"
-        law, last = Law.fitted(self.points), max(self.points)
+        law, last = Law.fitted(self.points), self.tokens
         asked = AHEAD * last if tokens is None else tokens
         if asked > FARTHEST * last:
             return f"too far ahead: {measured}, of {count(asked)}"
@@ -150,6 +157,25 @@ class Run:
     def _price(self, tokens: float) -> str:
         hours = "" if self.hours is None else f" ({number(tokens * self.hours, '.2g')} device-hours)"
         return f"{count(float(f'{tokens:.2g}'))} tokens{hours}"
+
+
+def _at_mean_rate(lines: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """Tokens -> KL on held-out text. Each token counts by the rate that it was learnt with, as a multiple of a whole
+    run's mean rate: what the middle of a run has learnt takes a whole run more tokens.
+    """
+    peak, points, counted_tokens, before, rates = (
+        max(line["learning_rate"] for line in lines),
+        {},
+        0.0,
+        0,
+        list[float](),
+    )
+    for line in lines:
+        rates.append(line["learning_rate"] / peak)
+        if HELD_OUT_KL in line:
+            counted_tokens += (line["tokens"] - before) * fmean(rates) / MEAN_RATE
+            points[counted_tokens], before, rates = line[HELD_OUT_KL], line["tokens"], []
+    return points
 
 
 def loss_lines(file: Path) -> list[dict[str, Any]]:
@@ -171,7 +197,7 @@ def outlook_of_planned(stage: Stage, store: Store) -> str | None:
         if made is not None and _whatever_the_length(made["stage"]) == wanted and (run := Run.read(handle)) is not None:
             runs.append(run)
     tokens = stage.params.to_json()["recovery"].get("tokens")
-    return max(runs, key=lambda run: max(run.points)).outlook(tokens) if tokens and runs else None
+    return max(runs, key=lambda run: run.tokens).outlook(tokens) if tokens and runs else None
 
 
 def _whatever_the_length(stage: Mapping[str, Any]) -> list[Any]:

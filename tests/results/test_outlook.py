@@ -58,7 +58,7 @@ def test_a_law_that_does_not_hold_has_a_large_error():
 
 
 def test_what_is_told_of_few_points_and_of_far_away():
-    run = Run(curve(LAWS[0]), untrained=5.0, hours=1e-6)
+    run = Run(curve(LAWS[0]), tokens=300_000, untrained=5.0, hours=1e-6)
     assert run.outlook() == (
         "KL 0.500±0.000 after 3M tokens (3 device-hours); of what pruning lost, regained: half after 25k tokens (0.025 "
         "device-hours), 90 % after 3M tokens (3 device-hours) (by 10 points up to 300k tokens)"
@@ -67,15 +67,34 @@ def test_what_is_told_of_few_points_and_of_far_away():
     assert "device-hours" not in replace(run, hours=None).outlook()
     assert run.outlook(600_000).startswith("KL 0.74") and "regained" not in run.outlook(600_000)
     assert run.outlook(1e9) == "too far ahead: by 10 points up to 300k tokens, of 1B"
-    few = Run(curve(LAWS[0], points=3), untrained=5.0, hours=None)
+    few = Run(curve(LAWS[0], points=3), tokens=90_000, untrained=5.0, hours=None)
     assert few.outlook() == "too few points: by 3 points up to 90k tokens; 4 give an outlook"
 
 
 def lines_of(points):
-    lines = [
-        {"step": step, "loss": 1.0, "tokens": at, "held_out_kl": kl} for step, (at, kl) in enumerate(points.items(), 1)
-    ]
-    return "".join(json.dumps(line | ({"untrained_kl": 5.0} if line["step"] == 1 else {})) + "\n" for line in lines)
+    """Lines of a training whose rate is half of its peak on average, up to each point."""
+    lines = [{"learning_rate": 1e-4, "untrained_kl": 5.0}]
+    for tokens, kl in points.items():
+        lines += [{"learning_rate": 0.0, "tokens": tokens, "held_out_kl": kl}, {"learning_rate": 1e-4}]
+    return "".join(json.dumps({"step": step, "loss": 1.0, **line}) + "\n" for step, line in enumerate(lines, 1))
+
+
+def test_the_decay_of_the_rate_is_no_floor(tmp_path):
+    """KL falls by what was learnt, which is less and less of each token; a whole run has learnt half of its tokens."""
+    lines, learnt, steps = [], 0.0, 100
+    for step in range(steps):
+        rate = 0.5 * (1 + np.cos(np.pi * step / steps))
+        learnt += 1000 * rate
+        kl = 3.0 * (learnt / 1000) ** -0.2
+        lines.append({"learning_rate": rate, "untrained_kl": 5.0})
+        lines[-1] |= {"tokens": 1000 * (step + 1), "held_out_kl": kl} if step % 10 == 9 else {}
+    handle = Store(tmp_path).handle(stage_of("recover", "m").id)
+    for seen in (50, steps):
+        handle.work.mkdir(parents=True, exist_ok=True)
+        (handle.work / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:seen]))
+        run = Run.read(handle)
+        assert run.tokens == 1000 * seen
+        assert Law.fitted(run.points).at(1_000_000)[0] == pytest.approx(3.0 * 500**-0.2, rel=0.02)
 
 
 def test_reports_tell_it_of_each_row_also_while_it_trains_and_a_dry_run_of_longer_ones(tmp_path):
