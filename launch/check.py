@@ -1,5 +1,6 @@
 """Run three prompts on a checkpoint in an engine that serves models, and compare log-probabilities and tokens with
-transformers', in float32. Copies that the engine needs are made in $TMPDIR, else /tmp, and removed.
+transformers', in float32. What it finds takes the place of the engine's line in the checkpoint's card. Copies that the
+engine needs are made in $TMPDIR, else /tmp, and removed.
 
 examples:
   python launch/check.py smaller --engine llama.cpp
@@ -11,8 +12,10 @@ exit codes: 0 the engine computes the same; 1 it fails, or computes something el
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 if __name__ == "__main__":
     from start import start
@@ -23,6 +26,9 @@ from hfprune_launch.command import command, folder, make_parser, place
 
 from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.engines.check import check
+from hfprune_dist.results.card import CARD
+from hfprune_dist.results.checkpoints import made_checkpoint
+from hfprune_dist.store.atomic_files import write_text
 
 
 @command
@@ -38,5 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pythons = {arguments.engine: arguments.python}
     (found,) = check(arguments.checkpoint, pythons, exported=arguments.exported).values()
-    print(f"{arguments.engine}: {found.line()}")
+    line = f"{arguments.engine}: {found.line()}"
+    print(line)
+    note_in_card(arguments.checkpoint, line)
     return 1 if found.failure else 0
+
+
+def note_in_card(checkpoint: Path, line: str) -> None:
+    """Replace an engine's line in a checkpoint's card. The card of a sweep is the sweep's, which has ``engines``."""
+    card, engine = checkpoint / CARD, line.partition(":")[0]
+    if not card.exists() or made_checkpoint(checkpoint):
+        return
+    text = card.read_text(encoding="utf-8")
+    noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {line}", text, flags=re.MULTILINE)
+    if noted != text:
+        write_text(card, noted)
+        print(f"written to {card}")

@@ -1,7 +1,9 @@
 """Checks: what passes, what is told, and what is no result; the engines here are stand-ins, transformers is real."""
 
+import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +74,15 @@ def test_what_passes_and_what_does_not(answers, checkpoint, change, told, capsys
     code = command.main([str(folder), "--engine", "vllm"])
     printed = capsys.readouterr().out
     assert told in printed and code == int("fails" in printed)
+
+
+def test_a_card_has_what_was_found(answers, checkpoint, tmp_path, capsys):
+    card = Path(shutil.copytree(checkpoint[0], tmp_path / "pruned")) / "README.md"
+    card.write_text("# Mine\n\n- mlx: yes\n- vllm: yes; not tried\n")
+    answers["vllm"] = {"version": "vllm 1.2", "runs": checkpoint[1]}
+    assert command.main([str(card.parent), "--engine", "vllm"]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert "vllm 1.2" in told and card.read_text() == f"# Mine\n\n- mlx: yes\n- {told}\n"
 
 
 def test_a_token_that_is_as_likely_passes():
