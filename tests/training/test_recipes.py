@@ -238,8 +238,9 @@ def test_training_that_lacks_memory_goes_on_with_less(tmp_path, checkpoints, nam
 
 
 def live_bytes():
+    gc.unfreeze()  # what an earlier test froze would be seen only later
     gc.collect()
-    storages = [it.untyped_storage() for it in gc.get_objects() if isinstance(it, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
