@@ -82,7 +82,8 @@ def _refusal(error: Exception) -> tuple[int, str]:
     """Return the operating system's error number (0 if it has none), and a prefix with the file's name if known."""
     if isinstance(error, OSError):
         file = error.filename2 or error.filename  # where there are two, what was written is the second
-        return error.errno or 0, f"{file}: " if file else ""
+        cut_short = re.search(r"\d requested and \d", str(error))  # numpy's, without a number, of a full disk
+        return errno.ENOSPC if cut_short else error.errno or 0, f"{file}: " if file else ""
     found = _IN_RUST.search(str(error))
     return int(found[1]) if found else 0, ""
 
