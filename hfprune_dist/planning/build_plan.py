@@ -331,7 +331,7 @@ class _Planner:
             measured = self._stage("efficiency", replace(variant, recovery=NONE).label, params, inputs).id
         check = None
         if self._config.engines and variant.ratio is not None:  # the dense model is known to them
-            inputs, engines = {"model": variant.checkpoint}, CheckParameters(engines=self._config.engines)
+            inputs, engines = {"model": variant.checkpoint}, CheckParameters(engines=sorted(self._config.engines))
             check = self._stage("check", label, engines, inputs).id
         return Cell(
             label=label,

@@ -154,11 +154,12 @@ def test_efficiency_is_of_shapes_and_only_where_it_is_asked_for(world):
 
 def test_checks_are_of_pruned_checkpoints_as_rows_have_them(world):
     before, plan = plan_of(world), plan_of(world, engines=["vllm", "mlx"])
+    assert plan.stages == plan_of(world, engines=["mlx", "vllm"]).stages
     assert [key for key, stage in plan.stages.items() if stage.kind != "check"] == list(before.stages)
     assert all(cell.check is None for cell in plan.cells if cell.ratio is None)
     for cell in (cell for cell in plan.cells if cell.ratio):
         check = plan.stages[cell.check]
-        assert check.params.engines == ["vllm", "mlx"] and check.inputs["model"].location == cell.producers[-1]
+        assert check.params.engines == ["mlx", "vllm"] and check.inputs["model"].location == cell.producers[-1]
         assert cell.check in cell.results and cell.check in plan.upstream(cell)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).to_json() == plan.to_json()
 
