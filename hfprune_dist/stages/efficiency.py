@@ -97,10 +97,11 @@ def _in_engine(
     # Twice what is needed: blocks of the cache are rarely full, and an engine may pad heads.
     cache = 2 * rows * (tokens + BLOCK) * _costs(dense, params)["cache_bytes_per_token"]
     alike = {"dtype": params.dtype, "max_model_len": tokens, "max_num_seqs": rows, "kv_cache_memory_bytes": cache}
-    own = {
-        role: {"model": str(one.path), "trust_remote_code": trusts(one.path), **fit(engine, one.config).options}
-        for role, one in checkpoints.items()
-    }
+    own = {}
+    for role, one in checkpoints.items():
+        if not (fits := fit(engine, one.config)).loads:
+            raise UserError(f"{one.path}: {engine} won't load it: {fits.told}")
+        own[role] = {"model": str(one.path), "trust_remote_code": trusts(one.path), **fits.options}
     request = {
         "models": {role: alike | options for role, options in own.items()},
         "workloads": [one.prompts(dense.config["vocab_size"], torch.device("cpu")).tolist() for one in workloads],
