@@ -160,7 +160,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
     several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
-    engines = f"engines that must load the checkpoints: {', '.join(ENGINES)}; restricts shapes"
+    engines = f"restrict shapes to what these load, of families that they have: {', '.join(ENGINES)}"
     several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])

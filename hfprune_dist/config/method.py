@@ -95,7 +95,7 @@ class Method(Section):
     is at most 1.25 % of the model's parameters; if there is none, 32 for models whose intermediate_size is at least
     1,024, otherwise 1; always 1 for experts."""
     for_engines: list[EngineName] = Field(default=[])
-    """Engines that must load the checkpoint: widths are multiples that suit their kernels and quantized weights, KV
+    """Engines that restrict shapes, of families that they have: widths suit their kernels and quantized weights, KV
     groups stay in plain shapes where one ignores head_dim, and what none of this brings about is refused."""
 
     @property

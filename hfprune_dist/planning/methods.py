@@ -237,7 +237,8 @@ def why_groups_stay(method: Method, checkpoint: Checkpoint) -> str:
     """Why a method that ``adapts`` removes no KV groups of a model; empty if it may."""
     own, engines = checkpoint.family.model_type, method.for_engines if method.allocation == "plain" else []
     ignoring = [name for name in engines if own in ENGINES[name].whole_heads.split()]
-    return checkpoint.family.whole_groups or (f"{', '.join(ignoring)} ignores head_dim in a {own}" if ignoring else "")
+    they = f"{', '.join(ignoring)} {'ignore' if len(ignoring) > 1 else 'ignores'} head_dim in a {own}"
+    return checkpoint.family.whole_groups or (they if ignoring else "")
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
