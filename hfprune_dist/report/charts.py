@@ -112,8 +112,9 @@ def _at_its_round(cell: Cell, stage_id: str) -> Cell:
     cuts = sum(kind_of(made) in CUTTING for made in before)
     if not 0 < cuts <= len(cell.rounds):
         return cell
-    recovery = in_rounds(cell.recovery.split()[0], cell.rounds[: cuts - 1])
-    return replace(cell, ratio=cell.rounds[cuts - 1], recovery=recovery, rounds=cell.rounds[: cuts - 1])
+    *rounds, ratio = cell.rounds[:cuts]
+    recovery = in_rounds(cell.recovery.split()[0], rounds)
+    return replace(cell, ratio=ratio, recovery=recovery, rounds=tuple(rounds), producers=before)
 
 
 def _quality(rows: Sequence[Row]) -> list[Chart]:
@@ -164,10 +165,13 @@ def _against_size(rows: Sequence[Row], measured: Mapping[str, Sequence[Score]]) 
 
 def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
     lines: dict[str, list[Line]] = {}
-    for cell, _, artifact in _finished(plan, store, *CUTTING):
-        if not (artifact / KEPT).is_file():  # removed to make room
+    for cell, *_ in _finished(plan, store, *CUTTING):
+        cuts = [store.handle(made).artifact for made in cell.producers if kind_of(made) in CUTTING]
+        if not all((cut / KEPT).is_file() for cut in cuts):  # removed to make room
             continue
-        layers, units = read_kept_numbers(artifact)
+        *earlier, (layers, units) = map(read_kept_numbers, cuts)
+        for before, _ in reversed(earlier):  # each cut numbers the layers that the one before left
+            layers = tuple(before[layer] for layer in layers)
         for kind, kept in units.items():
             counts = {layer: len(numbers) for layer, numbers in zip(layers, kept, strict=True)}
             sides = [(layer, side) for layer in range(1 + max(layers)) for side in (-0.5, 0.5)]

@@ -142,17 +142,23 @@ def test_rounds_are_drawn_at_their_own_ratios(tmp_path):
         stages.append(stage_of("prune", "", {"ratio": ratio}, {"model": made}))
         stages.append(stage_of("recover", "", {}, {"model": stages[-1].as_input()}))
         made = stages[-1].as_input()
+    left = {stages[0].id: [0, 2, 3], stages[2].id: [0, 2]}  # the second as the first numbers them
     for stage in stages:
         with being_made(store, stage, world_size=1, wall_time_s=1.0) as draft:
-            (draft / "kept.json").write_text('{"layers": [0], "neurons": [[1, 2]]}')
+            layers = left.get(stage.id, [])
+            (draft / "kept.json").write_text(json.dumps({"layers": layers, "neurons": [[1, 2] for _ in layers]}))
             (draft / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     evaluate, producers = stage_of("evaluate", "", {}, {"model": made}), tuple(stage.id for stage in stages)
     cell = Cell("row", "m", 0.5, "hfprune", "entropy", "lora via 0.3", producers, evaluate.id, rounds=(0.3,))
     plan = Plan({stage.id: stage for stage in (*stages, evaluate)}, (cell,))
     rows = collect_rows(plan, store, {"m": DenseModel(100, {})})
     drawn = {
-        chart.id: [line.name for panel in chart.panels for line in panel.lines]
+        chart.id: {line.name: line.points for panel in chart.panels for line in panel.lines}
         for chart in charts.charts(rows, plan, store)
     }
-    assert drawn["layers"] == ["hfprune 0.3", "hfprune 0.5"]
-    assert drawn["losses"] == ["hfprune 0.3 + lora", "hfprune 0.5 + lora via 0.3"]
+    bars = {
+        name: {place for place, (_, height, _) in enumerate(points[::2]) if height}
+        for name, points in drawn["layers"].items()
+    }
+    assert bars == {"hfprune 0.3": {0, 2, 3}, "hfprune 0.5": {0, 3}}, "layers of the dense model"
+    assert [*drawn["losses"]] == ["hfprune 0.3 + lora", "hfprune 0.5 + lora via 0.3"]
