@@ -109,7 +109,7 @@ class Context(Generic[P]):
     def passes(
         self, need: Callable[[int, int, int], Need], setting: PositiveOrAuto, windows_ST: Tensor, parts: int = 0
     ) -> Passes:
-        """How windows pass a model here, which the manifest notes; collective.
+        """How windows pass a model here; collective.
 
         Args:
             need: of so many windows in all, of so many tokens, so many at once.
@@ -117,9 +117,7 @@ class Context(Generic[P]):
         """
         samples, tokens = windows_ST.shape
         most = most_at_once(samples, tokens, parts or 2 * self.world.size)
-        found = passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
-        self.decided["micro_batch_size"] = max(found.at_once, self.decided.get("micro_batch_size", 0))
-        return found
+        return passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
 
     def check_layers(self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: Dtype) -> None:
         """``check_layers`` of the ``model`` input on a window, before passes layer by layer; collective.

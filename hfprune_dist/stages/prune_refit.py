@@ -153,6 +153,7 @@ def stream_of(
     if passes is not None:
         return LayerStream(checkpoint, windows_ST, dtype, passes.at_once, world, stay=passes.stay)
     at_once, stay = passes_of(context, checkpoint, windows_ST)
+    context.decided["micro_batch_size"] = max(at_once, context.decided.get("micro_batch_size", 0))
     return LayerStream(checkpoint, windows_ST, dtype, size, world, merged=at_once // size, stay=stay)
 
 
@@ -191,7 +192,7 @@ def refitted_norms(
 
     Returns:
         The norms' new weights; and the divergence from the dense model before the fit and in its passes, None where it
-        is NaN or infinite.
+        is NaN or infinite, and how many windows passed at once.
 
     Raises:
         UserError: as ``as_stored`` and the refits do.
@@ -210,7 +211,8 @@ def refitted_norms(
         for of_norm, weight_C in with_factors(norm, factors_C).items():
             tensor = f"{norm_name}.{of_norm}"
             weights[tensor] = partial(as_stored, checkpoint, tensor, weight_C, otherwise="set prune.effort to quick")
-    return weights, {"norms_kl": [kl if math.isfinite(kl) else None for kl in kls]}
+    finite = [kl if math.isfinite(kl) else None for kl in kls]
+    return weights, {"norms_kl": finite, "norms_micro_batch_size": passes.at_once}
 
 
 def _norms(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Mapping[str, nn.Module]:

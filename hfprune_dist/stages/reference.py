@@ -31,6 +31,7 @@ def run(context: Context) -> None:
     params, world = context.params, context.world
     context.check_layers(dense, windows_ST, params.dtype)
     at_once, stay = context.passes(partial(params.passes_over, dense), "auto", windows_ST)
+    context.decided["micro_batch_size"] = at_once
     stream = LayerStream(dense, windows_ST, getattr(torch, params.dtype), at_once, world, stay=stay)
     draft = context.open_draft()
     write_dense_states(stream, draft, world, context.reporting("layers", dense.num_layers))

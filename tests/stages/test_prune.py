@@ -11,8 +11,10 @@ from shapes import outcome
 
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
+from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.refit.refitted_layers import RefittedLayers
+from hfprune_dist.stages import context
 from hfprune_dist.stages.prune_refit import in_refit_order
 
 BOTH = ["neurons", "kv_groups"]
@@ -130,7 +132,10 @@ NORMS = [
 
 
 def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(tmp_path, monkeypatch):
+    """On their own number of windows at once, which isn't what decides the bits of the other refit."""
     tensors, metrics = [], {}
+    at_once = iter([shapes.MICRO_BATCH] * 4 + [2 * shapes.MICRO_BATCH])  # of two streams each, and the norms'
+    monkeypatch.setattr(context, "passes_here", lambda *_: Passes(next(at_once)))
     for refits in (False, True):
         monkeypatch.setattr(PruneParameters, "refits_norms", refits)
         store, stage = prepare(tmp_path / str(refits), ratio=0.25, refit="layerwise")
@@ -141,3 +146,4 @@ def test_refitted_norms_bring_the_distribution_closer_and_nothing_else_changes(t
     assert changed == {f"{norm}.weight" for norm in NORMS}
     kls = metrics["norms_kl"]
     assert min(kls) < kls[0]
+    assert (metrics["micro_batch_size"], metrics["norms_micro_batch_size"]) == (2, 4)
