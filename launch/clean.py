@@ -9,10 +9,10 @@ Removed: artifacts and progress of rows that were removed (--forget) or replaced
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
 rows, tables, named checkpoints and logs.
 
---intermediates removes pruned checkpoints that finished rows were recovered from; they are made again
-only if something needs them, such as another recovery of the same pruned model. Scores of calibration passes stay, so
-another ratio costs as much as before. Large files in checkpoints/ share their bytes with the store, so these are free
-only once both are gone.
+--intermediates removes checkpoints that finished rows went on from: pruned ones, also those in store/prune/ that a card
+names as its adapter's base, and trained ones of earlier rounds. They are made again only if something needs them, such
+as another recovery of the same pruned model. Scores of calibration passes stay, so another ratio costs as much as
+before. Large files in checkpoints/ share their bytes with the store, so these are free only once both are gone.
 
 exit codes: 0 done; 2 a stage runs or is queued, something can't be removed, or bad input
 """
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Remove what nothing refers to, and list it."""
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    also = "also remove the files of pruned checkpoints that finished rows were trained from"
+    also = "also remove the files of checkpoints, pruned or of earlier rounds, that finished rows went on from"
     parser.add_argument("--intermediates", action="store_true", help=also)
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
     for leftover in found if not dry_run else ():
         (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
-    staying = [] if dry_run else list(_leftovers(sweep, arguments.intermediates))
+    now = () if dry_run else _leftovers(sweep, arguments.intermediates)  # failed removals leave drafts of that name
+    staying = [leftover for leftover in now if any(asked.path.name in leftover.path.name for asked in found)]
     freed = sum(sizes) - sum(sum(leftover.file_sizes()) for leftover in staying)
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.

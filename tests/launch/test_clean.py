@@ -115,6 +115,22 @@ def test_what_can_not_be_removed_does_not_count_as_removed(out):
     assert " 2,000 bytes removed" in run(out)
 
 
+def test_what_has_begun_meanwhile_is_neither_removed_nor_counted(out, monkeypatch):
+    before, draft = files(out), out / "store" / "prune" / f".draft-{'0' * 20}-1" / "file"
+    remove = shutil.rmtree
+
+    def begin(*arguments, **options):
+        draft.parent.mkdir(exist_ok=True)
+        draft.write_text("12345")
+        return remove(*arguments, **options)
+
+    (out / "store" / "quarantine" / "prune-1").mkdir(parents=True)
+    monkeypatch.setattr(clean.shutil, "rmtree", begin)
+    shown = run(out)
+    freed = sum(len(content) for name, content in before.items() if name not in files(out))
+    assert f" {freed:,} bytes removed" in shown and draft.read_text() == "12345"
+
+
 def test_drafts_progress_and_what_was_set_aside_go(out):
     store = out / "store"
     run(out)
