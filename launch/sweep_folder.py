@@ -17,6 +17,7 @@ from rich.console import Console
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.schema import SweepConfig
+from hfprune_dist.config.section import UNPRINTABLE
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.model_sources import ModelSource
@@ -144,7 +145,7 @@ def require_folder(out: Path) -> None:
     nearest = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {nearest} is not a folder that can be written to; choose another folder")
-    if not str(out.absolute()).isprintable():  # nor can what is not UTF-8 be written to files of text
+    if UNPRINTABLE.search(str(out.absolute())):  # nor can what is not UTF-8 be written to files of text
         raise UserError(f"{str(out.absolute())!r}: its name can't be printed; choose another folder")
 
 

@@ -19,7 +19,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 
 # Keys that belong to a data set, and those that are paths, in any section.
 OF_A_DATA_SET = ("name", "split", "revision")
-PATHS = ("path", "include_path", *typing.get_args(EngineName))  # the last ones in runtime.engine_pythons
+PATHS = "path", "include_path"
 # Folder of the project's own configurations.
 SHIPPED = "configs"
 
@@ -154,8 +154,8 @@ def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
 
 def with_absolute_paths(value: Any, base: Path, key: str = "") -> Any:
     """A configuration, or the value of a key in it, whose relative paths, which are relative to ``base``, are absolute:
-    in the keys that are paths, models with a slash, unless they have the form of a hub id and are no folder, and
-    methods that are named by a file.
+    in the keys that are paths, Pythons with a slash (others are in PATH), models with a slash, unless they have the
+    form of a hub id and are no folder, and methods that are named by a file.
     """
     if isinstance(value, dict):
         return {name: with_absolute_paths(part, base, name) for name, part in value.items()}
@@ -169,7 +169,7 @@ def _is_path(key: str, text: str, base: Path) -> bool:
         return text.endswith((".yaml", ".yml"))
     if key == "models":
         return "/" in text and (not is_hub_id(text) or Path(absolute_path(text, base)).is_dir())
-    return key in PATHS and text != ""
+    return text != "" and (key in PATHS or (key in typing.get_args(EngineName) and "/" in text))
 
 
 def is_hub_id(model: str) -> bool:

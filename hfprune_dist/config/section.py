@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -19,6 +20,8 @@ Name = Annotated[str, Field(min_length=1)]
 # A file or folder. A relative path is seen from the folder of the YAML file that names it, or from the current folder
 # when it comes from the command line.
 LocalPath = Name | None
+# What ends a line or controls a terminal, and what isn't UTF-8: Unicode's categories Cc, Zl, Zp and Cs.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Tokens of a window, or of a row of pairs.
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 

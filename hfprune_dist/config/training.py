@@ -213,8 +213,8 @@ class RecoveryConfig(Recipe):
             except ValidationError as error:
                 told = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"recipes.{name}: {told}" if name else told) from None
-            if name == "own" or (name == "none" and training is not None):
-                raise ValueError(f"recipes.{name}: tables call rows of another kind so; choose another name")
+            if name in ("own", "via") or (name == "none" and training is not None):
+                raise ValueError(f"recipes.{name}: in tables this word means something else; choose another name")
             row = "none" if training is None else name or training.row_name
             if row in found:
                 raise ValueError(f"recipes.{name}: another recipe has method none already; leave one of them out")

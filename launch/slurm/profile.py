@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hfprune_dist.config.load import absolute_path, parse
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.config.section import Positive, Section
+from hfprune_dist.config.section import UNPRINTABLE, Positive, Section
 from hfprune_dist.config.yaml_text import read_yaml
 from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.store.stage import kind_of
@@ -78,7 +78,7 @@ class Resources(Section):
     def _in_one_line(cls, given: Any) -> Any:
         """Refuse what would end its line of the batch script, and backslashes, which sbatch removes even in quotes."""
         for text in given.values() if isinstance(given, dict) else [given]:
-            if isinstance(text, str) and not (text.isprintable() and "\\" not in text):
+            if isinstance(text, str) and ("\\" in text or UNPRINTABLE.search(text)):
                 raise ValueError(f"{text!r} has a character that a line of a batch script can't have")
         return given
 

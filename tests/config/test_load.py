@@ -100,6 +100,7 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
         "calibration": {"mixture": [{"path": "a.jsonl"}, {"dataset": "org/b"}]},
         "evaluation": {"fidelity": {"texts": texts}},
         "aliases": {"m": {"path": "../m"}},
+        "runtime": {"engine_pythons": {"vllm": "python3", "llama.cpp": "venv/bin/python"}},
     }
     file = write(tmp_path / "here", content)
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -109,6 +110,8 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
     assert config.methods == ["hfprune", str(here / "mine.yaml")]
     assert [text.path for text in config.calibration.mixture] == [str(here / "a.jsonl"), None]
     assert config.aliases["m"].path == str(tmp_path / "m")
+    pythons = {"vllm": "python3", "llama.cpp": str(here / "venv" / "bin" / "python")}
+    assert config.runtime.engine_pythons == pythons, "a mere name is looked up in PATH"
     assert config.recovery.path == str(tmp_path / "elsewhere" / "pairs.jsonl")
     each = config.evaluation.fidelity.each()
     assert [(text.path, text.split) for text in each.values()] == [

@@ -59,6 +59,7 @@ def test_recipes_read_back_as_they_were_and_take_their_own_texts_alone(tmp_path)
         ({"recipes": {"a": {"patience": 2}}}, "recipes.a: patience counts evaluations on the way: set evaluate_every"),
         ({"recipes": {"a": {"method": "none"}, "b": {"method": "none"}}}, "recipes.b: another recipe has method none"),
         ({"recipes": {"none": {}}}, "choose another name"),
+        ({"recipes": {"via": {}}}, "recipes.via: in tables this word means something else; choose another name"),
         ({"recipes": {"a": {"objektive": "labels"}}}, "unknown key 'recovery.recipes.a.objektive'"),
         ({"tokens": "3 million"}, "recovery.tokens"),
         ({"parts": ["first_3_layers"]}, "recovery.parts.0"),
