@@ -105,7 +105,7 @@ class EfficiencyConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How stages run. Nothing here changes a result beyond rounding, so nothing here is part of a fingerprint."""
+    """How stages run, in no fingerprint. Only an engine's version (``engine_pythons``) changes more than rounding."""
 
     ranks: Positive | None = None
     """Processes per stage; null: one per GPU, or 1 without a GPU."""
@@ -122,7 +122,7 @@ class RuntimeConfig(Section):
     """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
     that hangs, and longer than rank 0 ever works alone."""
     engine_pythons: dict[EngineName, Name] = Field(default={})
-    """Engine of ``engines`` -> path of the Python of an environment that has it; by default, the one that runs this."""
+    """Engine -> path, or name in PATH, of a Python that has it; by default, the one that runs this."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
 
@@ -156,9 +156,9 @@ class SweepConfig(Section):
     ratios: list[Ratio] = Field(default=[0.2, 0.3])
     """Removed parameters / all parameters of the model, for each pruned row; with none, only the dense model's rows."""
     rounds: list[Ratio] = Field(default=[])
-    """Two or more ascending ratios, e.g. [0.3, 0.5]: each method and recipe of recovery gets one more row, at the last
-    of them, whose model is pruned to the first, trained, scored and pruned to the next, trained again, and so on. What
-    is pruned to the first is shared with the row at that ratio."""
+    """Two or more ascending ratios, e.g. [0.3, 0.5]: each method (not lorap, sdmprune, loraprune) gets one more row for
+    each recipe that trains, at the last of them, whose model is pruned to the first, trained, scored and pruned to
+    the next, trained again, and so on. What is pruned to the first is shared with the row at that ratio."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints plain transformers loads."""

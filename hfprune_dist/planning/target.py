@@ -99,7 +99,7 @@ class Target:
 
     @property
     def fewest_layers(self) -> int:
-        """How many layers must stay: at least two thirds, since no refit recovers what dropping more of them loses."""
+        """How many must stay: two thirds (of what an earlier round left), as no refit recovers the loss of more."""
         if LAYERS not in self.structures:
             return self.dense.num_layers
         return max(-(-2 * self.dense.num_layers // 3), len(undroppable_layers(self.dense.config)))
