@@ -67,7 +67,7 @@ class Recipe(TextSource):
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the rows, if neither tokens nor max_steps is set."""
     tokens: TokenCount | None = None
-    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; at least those of one step;
+    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; the last step is a whole one;
     overrides epochs."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs and tokens."""
@@ -95,7 +95,7 @@ class Recipe(TextSource):
     """LoRA dropout; null: 0.05 with objective labels, 0 otherwise."""
     evaluate_every: TokenCount | None = None
     """Every so many tokens, and at the end, KL and perplexity on the first text of evaluation.fidelity go into the loss
-    curve's file, and the report's chart of quality against tokens; four of them give an outlook on longer trainings.
+    curve's file, and the report's chart of quality against tokens; six of them give an outlook on longer trainings.
     null: not before the evaluation."""
     patience: Positive | None = None
     """Training ends early after so many of these evaluations in a row without a lower KL; null: never."""
@@ -205,8 +205,9 @@ class RecoveryConfig(Recipe):
         found: dict[str, Training | None] = {}
         for name, recipe in (self.recipes or {"": Recipe()}).items():
             own = recipe.model_dump(exclude_unset=True)
-            # A recipe with a text of its own takes none of the section's.
+            # A recipe with a text of its own takes none of the section's; one without evaluations no shared patience.
             others = {"recipes", *(TextSource.model_fields if {"path", "dataset"} & own.keys() else ())}
+            others |= {"patience"} if name and not own.get("evaluate_every", self.evaluate_every) else set()
             try:
                 whole = Recipe(**self.model_dump(exclude=others) | own)
                 training = None if whole.method == "none" else whole.complete()

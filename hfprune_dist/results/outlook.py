@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL
 from hfprune_dist.results.formats import count, counted, number
 from hfprune_dist.store.artifacts import StageHandle, Store
@@ -26,8 +28,8 @@ from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.stage import Stage
 
 Floats = NDArray[np.float64]
-# Fewer points than this tell nothing of three numbers; fits without the last third need as many.
-LEAST_POINTS = 4
+# With fewer points than this, neither residuals nor a fit without the last third tell how large errors are.
+LEAST_POINTS = 6
 # Exponents that are tried, and then factors of the best one.
 EXPONENTS, FINER = np.geomspace(0.02, 3.0, 100), np.geomspace(0.95, 1.05, 201)
 # Mean of a cosine's rate, as a share of its peak.
@@ -57,7 +59,7 @@ class Law:
 
     @classmethod
     def fitted(cls, points: Mapping[float, float]) -> Law:
-        """The fit of least squares in relative errors to at least ``LEAST_POINTS``: tokens -> KL."""
+        """The fit of least squares in relative errors: tokens -> KL, both above 0; without a drift of few points."""
         tokens, kls = (np.asarray([*values], dtype=np.float64) for values in (points.keys(), points.values()))
         error, floor, factor, exponent = _best(tokens / tokens[-1], kls, EXPONENTS)
         error, floor, factor, exponent = _best(tokens / tokens[-1], kls, exponent * FINER)
@@ -66,10 +68,9 @@ class Law:
         variance = error / max(1, len(kls) - 3)
         covariance = variance * np.linalg.pinv((slopes / kls) @ (slopes / kls).T, rcond=1e-12)
         law = cls(floor, factor, exponent, float(tokens[-1]), covariance.astype(np.float64))
-        first = dict([*points.items()][: max(LEAST_POINTS, math.ceil(2 / 3 * len(points)))])
-        if len(first) == len(points):
+        if len(points) < LEAST_POINTS:
             return law
-        shorter = cls.fitted(first)
+        shorter = cls.fitted(dict([*points.items()][: math.ceil(2 / 3 * len(points))]))
         ahead = max(math.log(2), math.log(tokens[-1] / shorter.unit))
         drift = abs(math.log(shorter.at(tokens[-1])[0] / kls[-1])) / ahead
         return cls(floor, factor, exponent, law.unit, law.covariance, drift)
@@ -124,15 +125,15 @@ class Run:
 
     @classmethod
     def read(cls, handle: StageHandle) -> Run | None:
-        """That of a stage, which may still be running; None if it measured nothing."""
+        """That of a stage, which may still be running; None if it measured nothing, or nothing after it had learnt."""
         lines = next(filter(None, (loss_lines(folder / LOSSES) for folder in (handle.artifact, handle.work))), [])
-        if not any(HELD_OUT_KL in line for line in lines):
+        if not lines or UNTRAINED_KL not in lines[0] or not (points := _at_mean_rate(lines)):
             return None
         made: Mapping[str, Any] = handle.manifest() or {}
         tokens = made.get("metrics", {}).get("training_tokens")
         hours = made["world_size"] * made["wall_time_s"] / 3600 / tokens if tokens else None
         last = max(line.get("tokens", 0) for line in lines)
-        return cls(_at_mean_rate(lines), last, lines[0][UNTRAINED_KL], hours)
+        return cls(points, last, lines[0][UNTRAINED_KL], hours)
 
     def outlook(self, tokens: float | None = None) -> str:
         """A sentence on KL after so many tokens, or ``AHEAD`` times as many; and on what regains how much."""
@@ -146,12 +147,15 @@ class Run:
         kl, error = law.at(asked)
         told = f"KL {kl:.3f}±{error:.3f} after {self._price(asked)}"
         if tokens is None:
-            ways = {share: law.tokens_to(left * self.untrained) for share, left in SHARES.items()}
-            after = (f"{share} {self._after(needed, FARTHEST * last)}" for share, needed in ways.items())
-            told += f"; of what pruning lost, regained: {', '.join(after)}"
+            ways = (f"{share} {self._until(left * self.untrained, law)}" for share, left in SHARES.items())
+            told += f"; of what pruning lost, regained: {', '.join(ways)}"
         return f"{told} ({measured})"
 
-    def _after(self, needed: float, most: float) -> str:
+    def _until(self, kl: float, law: Law) -> str:
+        """When KL is that low: by the first point that is, or else, by the law, after the last point."""
+        if reached := [tokens for tokens, measured in self.points.items() if measured <= kl]:
+            return f"by {self._price(reached[0])}"
+        needed, most = max(law.unit, law.tokens_to(kl)), FARTHEST * self.tokens
         return f"after {self._price(needed)}" if needed <= most else f"not within {self._price(most)}"
 
     def _price(self, tokens: float) -> str:
@@ -160,22 +164,22 @@ class Run:
 
 
 def _at_mean_rate(lines: Sequence[Mapping[str, Any]]) -> dict[float, float]:
-    """Tokens -> KL on held-out text. Each token counts by the rate that it was learnt with, as a multiple of a whole
-    run's mean rate: what the middle of a run has learnt takes a whole run more tokens.
+    """Tokens -> KL on held-out text, where a law can hold: once there was a rate, and where KL is above 0. Each token
+    counts by the rate that it was learnt with, as a multiple of a whole run's mean rate: what the middle of a run has
+    learnt takes a whole run more tokens.
     """
-    peak, points, counted_tokens, before, rates = (
-        max(line["learning_rate"] for line in lines),
-        {},
-        0.0,
-        0,
-        list[float](),
-    )
+    points: dict[float, float] = {}
+    rates: list[float] = []
+    learnt, before = 0.0, 0
     for line in lines:
-        rates.append(line["learning_rate"] / peak)
+        rates.append(line["learning_rate"])
         if HELD_OUT_KL in line:
-            counted_tokens += (line["tokens"] - before) * fmean(rates) / MEAN_RATE
-            points[counted_tokens], before, rates = line[HELD_OUT_KL], line["tokens"], []
-    return points
+            learnt += (line["tokens"] - before) * fmean(rates)
+            before, rates = line["tokens"], []
+            if learnt > 0 and 0 < line[HELD_OUT_KL] < math.inf:
+                points[learnt] = line[HELD_OUT_KL]
+    mean_rate = MEAN_RATE * max(line["learning_rate"] for line in lines)
+    return {learnt / mean_rate: kl for learnt, kl in points.items()}
 
 
 def loss_lines(file: Path) -> list[dict[str, Any]]:
@@ -188,19 +192,23 @@ def loss_lines(file: Path) -> list[dict[str, Any]]:
 
 def outlook_of_planned(stage: Stage, store: Store) -> str | None:
     """``Run.outlook`` for the tokens of a training that hasn't run, by the longest run of the same recipe on the same
-    model; None without such a number or such a run.
+    inputs; None without such a run, or if something else than ``tokens`` says how long it goes on.
     """
-    wanted, runs = _whatever_the_length(stage.to_json()), []
+    recipe, runs = stage.params.to_json()["recovery"], []
+    if not recipe.get("tokens") or recipe.get("max_steps"):
+        return None
     for folder in listed(store.root / stage.kind, "[!.]*"):
         handle = store.handle(f"{stage.kind}/{folder.name}")
         made = handle.manifest()
-        if made is not None and _whatever_the_length(made["stage"]) == wanted and (run := Run.read(handle)) is not None:
-            runs.append(run)
-    tokens = stage.params.to_json()["recovery"].get("tokens")
-    return max(runs, key=lambda run: run.tokens).outlook(tokens) if tokens and runs else None
+        with suppress(UserError):  # of another version
+            alike = made and _whatever_the_length(Stage.from_json(made["stage"])) == _whatever_the_length(stage)
+            if alike and (run := Run.read(handle)) is not None:
+                runs.append(run)
+    return max(runs, key=lambda run: run.tokens).outlook(recipe["tokens"]) if runs else None
 
 
-def _whatever_the_length(stage: Mapping[str, Any]) -> list[Any]:
-    """The settings of a training but for its length, and what it trains."""
-    recipe = {name: value for name, value in stage["params"]["recovery"].items() if name not in LENGTH}
-    return [recipe, stage["params"]["seed"], stage["inputs"]["model"]["identity"]]
+def _whatever_the_length(stage: Stage) -> list[Any]:
+    """All that a training depends on but for its length."""
+    params = stage.params.to_json()
+    recipe = {name: value for name, value in params["recovery"].items() if name not in LENGTH}
+    return [recipe, params["seed"], {role: source.identity for role, source in stage.inputs.items()}]

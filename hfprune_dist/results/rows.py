@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -132,10 +133,12 @@ class _Rows:
         return digest_of([evaluation.params.to_json(), inputs])[:12]
 
     def _outlook(self, cell: Cell) -> str | None:
-        """What more of a row's last training would give; None if it measured nothing on the way."""
+        """What more of a row's last training would give; None if it measured nothing on the way that a law fits."""
         trained = [made for made in cell.producers if KINDS[kind_of(made)].trains]
-        run = Run.read(self._store.handle(trained[-1])) if trained and cell.ratio is not None else None
-        return None if run is None else run.outlook()
+        with suppress(ArithmeticError, ValueError):  # also LinAlgError: no fit is worth a row
+            run = Run.read(self._store.handle(trained[-1])) if trained and cell.ratio is not None else None
+            return None if run is None else run.outlook()
+        return None
 
     def _checkpoint(self, cell: Cell) -> str | None:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:

@@ -50,6 +50,11 @@ def test_recipes_read_back_as_they_were_and_take_their_own_texts_alone(tmp_path)
         assert (small.rank, small.path, large.rank, large.path, large.dataset) == (8, "/x.jsonl", 32, None, "a/b")
 
 
+def test_patience_that_recipes_share_is_for_those_that_evaluate():
+    found = trainings_of(patience=2, recipes={"a": {"evaluate_every": "1k"}, "b": {}})
+    assert (found["a"].patience, found["b"].patience) == (2, None)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -57,6 +62,7 @@ def test_recipes_read_back_as_they_were_and_take_their_own_texts_alone(tmp_path)
         ({"text": "documents", "dataset": "a/b"}, "recovery: documents of a data set have no end: set tokens"),
         ({"text": "documents", "tokens": "1M"}, "recovery: documents need a path or a dataset; MBZUAI"),
         ({"recipes": {"a": {"patience": 2}}}, "recipes.a: patience counts evaluations on the way: set evaluate_every"),
+        ({"patience": 2}, "recovery: patience counts evaluations on the way: set evaluate_every"),
         ({"recipes": {"a": {"method": "none"}, "b": {"method": "none"}}}, "recipes.b: another recipe has method none"),
         ({"recipes": {"none": {}}}, "choose another name"),
         ({"recipes": {"via": {}}}, "recipes.via: in tables this word means something else; choose another name"),
