@@ -177,6 +177,7 @@ LEFT_OUT = {
     r"hf ": "needs the hub",
     r"slurm/cluster\.sh|.*--profile local-cluster": "needs root: slurm",
     r".*paper\.yaml --status": "follows a submission: slurm",
+    r".*efficiency\.engine=vllm": "needs vLLM: stages/test_efficiency.py",
     r"python launch/compare\.py": "needs hours of sweeps: results/test_comparison.py",
 }
 DRY = r"sweep\b.*(paper\.yaml|runs/rivals|fidelity\.yaml|Qwen/)"  # needs hours, GPUs, a cluster or the hub
