@@ -44,19 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pythons = {arguments.engine: arguments.python}
     (found,) = check(arguments.checkpoint, pythons, exported=arguments.exported).values()
-    line = f"{arguments.engine}: {found.line()}"
-    print(line)
-    note_in_card(arguments.checkpoint, line)
+    print(f"{arguments.engine}: {found.line()}")
+    note_in_card(arguments.checkpoint, arguments.engine, found.line())
     return 1 if found.failure else 0
 
 
-def note_in_card(checkpoint: Path, line: str) -> None:
+def note_in_card(checkpoint: Path, engine: str, found: str) -> None:
     """Replace an engine's line in a checkpoint's card. The card of a sweep is the sweep's, which has ``engines``."""
-    card, engine = checkpoint / CARD, line.partition(":")[0]
+    card = checkpoint / CARD
     if not card.exists() or made_checkpoint(checkpoint):
         return
     text = card.read_text(encoding="utf-8")
-    noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {line}", text, flags=re.MULTILINE)
+    noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {engine}: {found}", text, flags=re.MULTILINE)
     if noted != text:
         write_text(card, noted)
         print(f"written to {card}")

@@ -7,6 +7,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from hfprune_launch.hfprune import COMMANDS
+
 from hfprune_dist.config.parameters import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,19 +18,7 @@ ROOMS = {
     *("methods", "scoring", "refit", "training", "evaluation", "report", "results", "stages", "structures"),
     *("engines", "export"),
 }
-COMMANDS = [
-    "hfprune",
-    "sweep",
-    "prune",
-    "report",
-    "compare",
-    "bench",
-    "check",
-    "clean",
-    "demo_assets",
-    "export",
-    "schema",
-]
+MODULES = ["hfprune", *(name.replace("-", "_") for name in COMMANDS)]
 SHARED = ["command", "dry_run", "start", "project", "api", "build_steps", "sweep_folder", "prepare", "run", "screen"]
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
@@ -102,7 +92,7 @@ def rooms(package, *names):
 
 
 PHASES = rooms("hfprune_dist", "scoring", "refit", "training", "evaluation")
-BACKENDS, COMMAND_ROOMS = rooms("hfprune_launch", "local", "slurm"), rooms("hfprune_launch", *COMMANDS)
+BACKENDS, COMMAND_ROOMS = rooms("hfprune_launch", "local", "slurm"), rooms("hfprune_launch", *MODULES)
 LIBRARY, LAUNCH = rooms("hfprune_dist", *ROOMS, "errors"), {room_of(name) for name in modules("hfprune_launch")}
 # Rooms -> those that they import nothing from, besides themselves.
 NEVER = [(LIBRARY, LAUNCH), (PHASES, PHASES), (BACKENDS, BACKENDS | COMMAND_ROOMS), (COMMAND_ROOMS, COMMAND_ROOMS)]
@@ -117,7 +107,7 @@ def test_the_rooms_are_these():
     packages = {path.name for path in (ROOT / "hfprune_dist").iterdir() if (path / "__init__.py").is_file()}
     files = {path.name for path in (ROOT / "hfprune_dist").glob("*.py")}
     assert packages == ROOMS and files == {"__init__.py", "errors.py"}
-    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {"__init__", *COMMANDS, *SHARED}
+    assert {path.stem for path in (ROOT / "launch").glob("*.py")} == {"__init__", *MODULES, *SHARED}
 
 
 def test_tests_mirror_the_rooms():

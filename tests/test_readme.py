@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hfprune_launch.hfprune import COMMANDS
 from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.profile import load_profile
 from hfprune_launch.sweep import overrides_of
@@ -26,19 +27,7 @@ from hfprune_dist.planning.model_sources import shipped_aliases
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
 READMES = sorted([ROOT / "README.md", *(file for top in TOP for file in (ROOT / top).rglob("README.md"))])
-COMMANDS = [
-    "hfprune",
-    "sweep",
-    "prune",
-    "report",
-    "compare",
-    "bench",
-    "check",
-    "clean",
-    "demo_assets",
-    "export",
-    "schema",
-]
+MODULES = ["hfprune", *(name.replace("-", "_") for name in COMMANDS)]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -51,7 +40,7 @@ def parsers():
     """Return each command's parser, captured where the command is about to use it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", _hand_over)
-        return {command: _parser_of(command, patch) for command in COMMANDS}
+        return {command: _parser_of(command, patch) for command in MODULES}
 
 
 class HandedOver(Exception):  # noqa: N818

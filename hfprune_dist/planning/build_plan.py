@@ -183,10 +183,6 @@ class _Planner:
             return (
                 f"parts: {too_deep[0]} of {checkpoint.num_layers}; choose at most last_{checkpoint.num_layers}_layers"
             )
-        windows = self._config.calibration  # of other texts, rows aren't known yet
-        step = min(training.batch_size, windows.samples) * windows.sequence_length
-        if training.text == "calibration" and training.tokens and training.tokens < step and not training.max_steps:
-            return f"tokens {training.tokens} are fewer than the {step} of a step; lower batch_size, or raise tokens"
         return ""
 
     def _methods_for(self, model: ModelSource) -> dict[str, Method]:

@@ -345,29 +345,10 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
     assert last.params.recovery.tokens is None and trained[0.2, "beside"].params.recovery.evaluate_every == 30_000
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"method": "parts"}, "parts: parts: last_3_layers of 2; choose at most last_2_layers"),
-        (
-            {"tokens": 9, "text": "calibration", "batch_size": 1},
-            "lora: tokens 9 are fewer than the 1024 of a step; lower",
-        ),
-    ],
-)
-def test_trainings_that_no_model_or_not_this_one_can_have(world, settings, told):
-    with pytest.raises(UserError, match=rf"recovery {told}.* \(model 'a'\)"):
-        plan_of(world, models=["a"], **{f"recovery__{key}": value for key, value in settings.items()})
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"recovery__tokens": 9}, {"recovery__tokens": 2048, "recovery__text": "calibration", "calibration__samples": 2}],
-)
-def test_a_step_has_no_more_tokens_than_its_text(world, settings):
-    """Which is read when training begins, except for calibration windows."""
-    stages = plan_of(world, models=["a"], **settings).stages.values()
-    assert {stage.params.recovery.batch_size for stage in stages if stage.kind == "recover"} == {128}
+def test_layers_that_a_model_lacks_are_not_for_training(world):
+    told = r"recovery parts: parts: last_3_layers of 2; choose at most last_2_layers \(model 'a'\)"
+    with pytest.raises(UserError, match=told):
+        plan_of(world, models=["a"], recovery__method="parts")
 
 
 def test_norms_without_weights_are_not_for_training(world, tmp_path):
