@@ -203,11 +203,13 @@ class RecoveryConfig(Recipe):
         if self.method == "none":
             return {"none": None}
         found: dict[str, Training | None] = {}
+        evaluates = self.evaluate_every or any(recipe.evaluate_every for recipe in (self.recipes or {}).values())
         for name, recipe in (self.recipes or {"": Recipe()}).items():
             own = recipe.model_dump(exclude_unset=True)
-            # A recipe with a text of its own takes none of the section's; one without evaluations no shared patience.
+            # A recipe with a text of its own takes none of the section's; one without evaluations no patience that is
+            # for others.
             others = {"recipes", *(TextSource.model_fields if {"path", "dataset"} & own.keys() else ())}
-            others |= {"patience"} if name and not own.get("evaluate_every", self.evaluate_every) else set()
+            others |= {"patience"} if evaluates and not own.get("evaluate_every", self.evaluate_every) else set()
             try:
                 whole = Recipe(**self.model_dump(exclude=others) | own)
                 training = None if whole.method == "none" else whole.complete()

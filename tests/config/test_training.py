@@ -63,6 +63,7 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
         ({"text": "documents", "tokens": "1M"}, "recovery: documents need a path or a dataset; MBZUAI"),
         ({"recipes": {"a": {"patience": 2}}}, "recipes.a: patience counts evaluations on the way: set evaluate_every"),
         ({"patience": 2}, "recovery: patience counts evaluations on the way: set evaluate_every"),
+        ({"patience": 2, "recipes": {"a": {}}}, "recipes.a: patience counts evaluations on the way"),
         ({"recipes": {"a": {"method": "none"}, "b": {"method": "none"}}}, "recipes.b: another recipe has method none"),
         ({"recipes": {"none": {}}}, "choose another name"),
         ({"recipes": {"via": {}}}, "recipes.via: in tables this word means something else; choose another name"),
