@@ -75,12 +75,13 @@ class ProgressLines:
         """Print how far a stage is, if a line is due, and return the line; to be called on every sign of progress.
 
         Args:
-            progress: e.g. "calibration 3/9"; empty while the stage starts.
+            progress: e.g. "calibration 3/9"; empty before a stage's first words, and after its last.
             left: the time left; empty if it isn't known.
         """
         line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S:
+        is_due = now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S
+        if progress and is_due and not self._console.is_terminal:
             self._told_at[stage.id] = now
             say(self._console, line)
         return line
