@@ -22,9 +22,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -56,13 +55,20 @@ class Leftover:
 
     path: Path
     reason: str  # why nothing needs it
-    remove: Callable[[], None] | None = None  # removes files as far as possible, by default all; another user's stay
-    stays: str = ""  # the name of a file that isn't removed
+    emptied: StageHandle | None = None  # of an artifact whose manifest stays
 
-    def file_sizes(self) -> list[int]:
-        """Return the size of each file that is to be removed, in bytes."""
-        files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != self.stays]
-        return [file.lstat().st_size for file in files if os.path.lexists(file)]
+    def bytes(self) -> int:
+        """Return the size of the files that are to be removed, or that could not be: another user's stay."""
+        stays = MANIFEST if self.emptied else ""
+        files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != stays]
+        return sum(file.lstat().st_size for file in files if os.path.lexists(file))
+
+    def remove(self) -> None:
+        """Remove the files, as far as that is possible."""
+        if self.emptied:
+            self.emptied.empty()
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 @command
@@ -78,13 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = sweep.store
     _refuse_while_needed(store)
     found = list(_leftovers(sweep, arguments.intermediates))
-    sizes = [sum(leftover.file_sizes()) for leftover in found]
+    sizes = [leftover.bytes() for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
     for leftover in found if not dry_run else ():
-        (leftover.remove or partial(shutil.rmtree, leftover.path, ignore_errors=True))()
-    now = () if dry_run else _leftovers(sweep, arguments.intermediates)  # failed removals leave drafts of that name
-    staying = [leftover for leftover in now if any(asked.path.name in leftover.path.name for asked in found)]
-    freed = sum(sizes) - sum(sum(leftover.file_sizes()) for leftover in staying)
+        leftover.remove()
+    staying = {} if dry_run else {leftover.path: left for leftover in found if (left := leftover.bytes())}
+    freed = sum(sizes) - sum(staying.values())
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
     console = make_console()
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for remark in remarks:
         say(console, f"note: {remark}")
     if staying:
-        paths = ", ".join(str(leftover.path) for leftover in staying)
+        paths = ", ".join(map(str, staying))
         raise UserError(f"{paths}: part of it can't be removed; is it another user's, or in use?")
     return 0
 
@@ -121,7 +126,7 @@ def _leftovers(sweep: Sweep, intermediates: bool) -> Iterator[Leftover]:
             yield Leftover(draft, "a draft of a stage that ended early")
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
-                yield Leftover(handle.artifact, "an artifact of no row of the tables", handle.discard)
+                yield Leftover(handle.artifact, "an artifact of no row of the tables")
         for handle in _handles(store, store.root / "work" / kind):
             if handle.id not in kept:
                 yield Leftover(handle.work, "progress of a stage of no row of the tables")
@@ -147,6 +152,6 @@ def _intermediates(sweep: Sweep) -> Iterator[Leftover]:
     kept = {*plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
-        leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty, MANIFEST)
-        if "config.json" in (handle.manifest() or {}).get("files", {}) and leftover.file_sizes():
+        leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", emptied=handle)
+        if "config.json" in (handle.manifest() or {}).get("files", {}) and leftover.bytes():
             yield leftover
