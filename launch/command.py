@@ -51,11 +51,7 @@ def make_parser(doc: str | None) -> ArgumentParser:
 
 
 def folder(argument: str) -> Path:
-    """Argument type for folders.
-
-    Raises:
-        UserError: for an empty argument, e.g. from an unset shell variable; it would mean the current folder.
-    """
+    """Argument type for folders. An empty one, as of an unset shell variable, would mean the current folder."""
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
     return place(argument)

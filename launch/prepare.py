@@ -78,13 +78,8 @@ class Prepared:
 
 
 def prepare(request: Request, *, download: bool) -> Prepared:
-    """Plan a sweep, and check which of its artifacts exist.
-
-    Args:
-        download: fetch models from the hub that are not in the local cache; otherwise only their shapes are looked up.
-
-    Raises:
-        UserError: for bad input; nothing has been written.
+    """Plan a sweep, and check which of its artifacts exist; nothing is written. Unless it may ``download`` models that
+    are not in the hub's cache, only their shapes are looked up.
     """
     out, profile = request.out, request.profile
     require_folder(out)
@@ -157,13 +152,9 @@ class Text(NamedTuple):
 
 
 def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
-    """Check that the missing stages can run, and what they will read for every model.
-
-    Args:
-        looks_only: whether it is for a dry run, which needs no Slurm and asks for no data sets.
-
-    Raises:
-        UserError: for input that a stage would otherwise refuse only after hours of other stages' work.
+    """Refuse what a stage would otherwise refuse only after hours of other stages' work: check that the missing stages
+    can run, and what they will read for every model. A dry run, which ``looks_only``, needs no Slurm and asks for no
+    data sets.
     """
     config, plan, profile = prepared.config, prepared.sweep.plan, prepared.request.profile
     stages, evaluation = [plan.stages[stage_id] for stage_id in prepared.todo], config.evaluation

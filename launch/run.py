@@ -53,12 +53,7 @@ def only(prepared: Prepared, stage_ids: Iterable[str]) -> Prepared:
 
 
 def make(prepared: Prepared) -> None:
-    """Run the missing stages.
-
-    Raises:
-        UserError: for bad input, also if a stage finds it.
-        StageFailedError: if a stage fails.
-    """
+    """Run the missing stages; if one fails, this is a UserError about bad input, or a StageFailedError."""
     plan, ledger = prepared.sweep.plan, Ledger(prepared.sweep.store)
     run_missing(prepared)
     for stage_id in prepared.todo:
@@ -71,10 +66,7 @@ def make(prepared: Prepared) -> None:
 
 def run_missing(prepared: Prepared) -> int | None:
     """Run missing stages, and write report.html whenever one has ended; return an exit code if leaving before the last
-    one has.
-
-    Raises:
-        UserError: if stages can't run as asked for; nothing has been written.
+    one has. If they can't run as asked for, nothing is written.
     """
     require_runnable(prepared)
     sweep, config, request = prepared.sweep, prepared.config, prepared.request

@@ -49,10 +49,8 @@ def say(console: Console, text: str) -> None:
 
 
 def plain_table(*headers: str, numbers: Collection[str] = ()) -> Table:
-    """Return a table in which text breaks over lines where it doesn't fit, rather than being cut off.
-
-    Args:
-        numbers: the headers of columns of numbers.
+    """Return a table in which text breaks over lines where it doesn't fit; ``numbers`` are headers of right-aligned
+    columns.
     """
     columns = (RichColumn(name, overflow="fold", justify="right" if name in numbers else "left") for name in headers)
     return Table(*columns, box=None, pad_edge=False)
@@ -72,11 +70,8 @@ class ProgressLines:
         self._told_at: dict[str, float] = {}
 
     def tell(self, stage: Stage, progress: str, left: str) -> str:
-        """Print how far a stage is, if a line is due, and return the line; to be called on every sign of progress.
-
-        Args:
-            progress: e.g. "calibration 3/9"; empty before a stage's first words, and after its last.
-            left: the time left; empty if it isn't known.
+        """Print how far a stage is ("calibration 3/9", time left), if a line is due, and return the line; to be called
+        on every sign of progress, which is empty before a stage's first words, and after its last.
         """
         line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
         now = time.monotonic()
@@ -113,10 +108,8 @@ class StageScreen:
 
 
 def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> None:
-    """Show the table of results, notes on its meaning, and the reasons why rows have no result.
-
-    Args:
-        wide: show all columns, however wide it gets, instead of a few that fit the terminal.
+    """Show the table of results, notes on its meaning, and the reasons why rows have no result; a ``wide`` one with all
+    columns, instead of a few that fit the terminal.
     """
     shown = columns(rows, wide)
     for spare in () if wide else SPARE:
@@ -152,10 +145,8 @@ def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
 
 
 def show_table(console: Console, table: Table, wide: bool = False) -> None:
-    """Show a table within the terminal's width, or within 80 characters where there is none.
-
-    Args:
-        wide: show it as wide as it is, and let the terminal break its lines.
+    """Show a table within the terminal's width, or within 80 characters where there is none; a ``wide`` one as wide as
+    it is, so that the terminal breaks its lines.
     """
     if wide:
         table.width = _whole_width(console, table)

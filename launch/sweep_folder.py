@@ -150,10 +150,8 @@ def require_folder(out: Path) -> None:
 
 
 def require_apart(out: Path, plan: Plan) -> None:
-    """Check that a sweep's own files don't become part of what it reads.
-
-    Raises:
-        UserError: if ``out`` is a folder that a stage reads, or lies in one whose subfolders are read as well.
+    """Refuse a folder for a sweep that a stage reads, or that lies in one whose subfolders are read as well: a sweep's
+    own files must not become part of what it reads.
     """
     place = out.resolve()
     for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
@@ -163,12 +161,8 @@ def require_apart(out: Path, plan: Plan) -> None:
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:
-    """Return the configuration of a run, and a remark on where it comes from (empty if that is obvious).
-
-    Without ``files``, ``overrides`` are applied to the configuration of the last run in the folder.
-
-    Raises:
-        UserError: for bad input.
+    """Return the configuration of a run, and a remark on where it comes from (empty if that is obvious): without
+    ``files``, ``overrides`` are applied to the configuration of the last run in the folder.
     """
     own = out / CONFIG_FILE
     if not files and not own.is_file() and "models" not in overrides and (out / SWEEP_FILE).is_file():

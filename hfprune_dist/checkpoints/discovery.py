@@ -81,13 +81,8 @@ _PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_la
 def discover(
     config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str, *, has_vision: bool = False
 ) -> tuple[Family, dict[str, Any]]:
-    """Find the parts of a model.
-
-    Args:
-        shapes: shapes of all tensors in the checkpoint's files; for a model of images and text, of its text decoder's.
-
-    Returns:
-        Its family; and the values that hold for keys that its config.json lacks or that mean something else there.
+    """Find the parts of a model, given the shapes of all tensors in its files, or those of its text decoder. Return its
+    family, and the values that hold for keys that its config.json lacks or that mean something else there.
     """
     refuse, model_type = partial(not_supported, config, where), str(config["model_type"])
     shapes = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(_BUFFERS)}

@@ -32,9 +32,6 @@ def load_config(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Pa
         overrides: dotted key -> value, e.g. ``{"calibration.samples": 16}``; wins over every file.
         shipped: the folder of the project's own configurations. A file named ``configs/...`` that doesn't exist is
             taken from there; its relative paths are resolved as if it existed where it was named.
-
-    Raises:
-        UserError: for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     contents = [with_absolute_paths(_content_of(file, shipped), file.resolve().parent) for file in files]
     merged: dict[str, Any] = {}
@@ -178,11 +175,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def absolute_path(path: str, base: Path) -> str:
-    """The absolute form of a path that is relative to ``base`` or begins with ``~``. Links aren't followed: tables call
-    a model or a method by the name that it was given.
-
-    Raises:
-        UserError: if it isn't UTF-8, which logs, tables and cards that name it are.
+    """The absolute form of a path that is relative to ``base`` or begins with ``~``; one that isn't UTF-8 is refused.
+    Links aren't followed: tables call a model or a method by the name that it was given.
     """
     found = os.path.normpath(base / os.path.expanduser(path))  # noqa: PTH111  which leaves an unknown user's home
     try:

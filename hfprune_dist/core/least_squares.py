@@ -96,12 +96,10 @@ class Ridge(NamedTuple):
 def best_ridge(
     fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES, *, largest: Tensor | bool = False
 ) -> Ridge:
-    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others; the first of equals.
+    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others, the first of equals; or
+    the last of the ridges, if ``largest``.
 
     Ridges are left out with which the Gram matrix isn't positive definite; larger ones may do where smaller ones don't.
-
-    Args:
-        largest: whether the last of the ridges is to be taken instead.
     """
     best_CK = fitted.old_CK
     best = torch.full((2,), torch.inf, dtype=torch.float64, device=best_CK.device)  # its error and the ridge

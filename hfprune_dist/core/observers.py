@@ -102,10 +102,8 @@ class UnitSums:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Hook the modules for one forward and its backwards, then add what they saw to the sums.
-
-        Raises:
-            NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
+        """Hook the modules for one forward and its backwards, then add what they saw to the sums, unless a layer saw
+        NaN or infinity (NonFiniteError).
         """
         handles: list[RemovableHandle] = []
         for units in self._units:

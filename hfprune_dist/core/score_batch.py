@@ -35,15 +35,10 @@ class ScoredModel:
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, float]:
-    """Add a micro-batch to ``sums``, for all kinds of units in the same passes.
+    """Add a micro-batch to ``sums``, for all kinds of units in the same passes; return loss name -> sum over the
+    batch's windows of the loss per token. If a layer saw NaN or infinity (NonFiniteError), the sums are unchanged.
 
     Losses of a student cost the same passes again. The dense model runs first and is unaffected by the student.
-
-    Returns:
-        Loss name -> sum over the batch's windows of the loss per token.
-
-    Raises:
-        NonFiniteError: if a layer saw NaN or infinity; the sums are then unchanged.
     """
     losses = losses_of(sums.criteria)
     of_dense = [loss for loss in losses if not loss.of_student]

@@ -42,10 +42,8 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
-    """Yield the examples of a source, given as for ``read_records``, with the settings of recovery.
-
-    Raises:
-        UserError: also for a record that is neither a chat nor a pair, or a document without text.
+    """Yield the examples of a source, given as for ``read_records``, with the settings of recovery. A record that is
+    neither a chat nor a pair, or a document without text, is refused.
     """
     if source["text"] == "documents":
         field = source["text_field"]

@@ -48,13 +48,10 @@ class Encoded:
 
 def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) -> list[Encoded | None]:
     """Tokenize examples (at least one), cut to ``sequence_length``, but documents divided into pieces of this length;
-    None for one without a token left to train on.
+    None for one without a token left to train on. A chat that the tokenizer has no template for is refused.
 
     Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
     token that holds one of its characters.
-
-    Raises:
-        UserError: naming the example, if it is a chat that the tokenizer has no template for, or refuses.
     """
     bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
     prompts = plain_ids(tokenizer, [example.prompt for example in examples])

@@ -95,7 +95,7 @@ def _format_of(file: Path) -> tuple[str, str]:
 def read_records(
     source: Mapping[str, Any], path: Path | None, fields: Sequence[str], seed: int, where: str
 ) -> Iterator[Placed]:
-    """Yield records, with their places for messages.
+    """Yield records (at least one, or they are refused), with their places for messages.
 
     Args:
         source: settings of a hub data set (``dataset``, ``name``, ``split``, ``revision``).
@@ -103,9 +103,6 @@ def read_records(
             ``seed``.
         fields: those that are wanted. Plain text has a single field, the only one of these.
         where: what the records are for, for messages.
-
-    Raises:
-        UserError: if they can't be read, or there are none.
     """
     is_empty = True
     for place, record in _stream(source, seed) if path is None else _read_files(path, fields):
@@ -116,11 +113,7 @@ def read_records(
 
 
 def read_texts(source: Mapping[str, Any], path: Path | None, field: str, seed: int, where: str) -> Iterator[str]:
-    """Yield the text in a field of each record; arguments are those of ``read_records``.
-
-    Raises:
-        UserError: also if a record has no text in the field.
-    """
+    """Yield the text in a field of each record, which has to be there; arguments are those of ``read_records``."""
     return (text_in(record, field, place) for place, record in read_records(source, path, [field], seed, where))
 
 

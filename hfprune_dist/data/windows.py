@@ -93,12 +93,8 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Tensor:
-    """Cut one random window from each document that is long enough; start again if documents run out.
-
-    Args:
-        where: the source, for messages.
-        order: for each document, its place in the order in which they are used; None: they come in order, and no more
-            are read than are needed.
+    """Cut one random window from each document that is long enough; start again if documents run out. Without an
+    ``order``, which is each document's place, they are used as they come, and no more are read than are needed.
     """
     body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated

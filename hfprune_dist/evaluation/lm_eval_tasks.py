@@ -21,10 +21,8 @@ _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULT
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
-    """Refuse names of tasks, groups and tags that lm-eval doesn't know; and tasks whose data set can't be had.
-
-    Args:
-        data: whether to look for data sets, on the hub or in the cache of what was downloaded from it.
+    """Refuse names of tasks, groups and tags that lm-eval doesn't know; and, if ``data`` matters, tasks whose data set
+    is neither on the hub nor in the cache of what was downloaded.
     """
     known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
@@ -149,11 +147,9 @@ def plain(value: Any) -> Any:
 
 
 def scores_of(name: str, result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The scores of a task or group under its name; if it has none of its own (a tag, a group that doesn't aggregate),
-    those of its members. Members of a member that has scores are left out: averages would count them twice.
-
-    Args:
-        result: result of ``lm_eval.evaluator.evaluate`` for ``name``, converted by ``plain``.
+    """The scores of a task or group under its name, from the result of ``lm_eval.evaluator.evaluate``, converted by
+    ``plain``; if it has none of its own (a tag, a group that doesn't aggregate), those of its members. Members of a
+    member that has scores are left out: averages would count them twice.
     """
     cleaned = {member: clean_metrics(metrics) for member, metrics in result["results"].items()}
     wanted = [name] if name in cleaned else list(cleaned)

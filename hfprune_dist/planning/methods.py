@@ -141,13 +141,8 @@ MODEL_RULES = (
 
 
 def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
-    """Return the sweep's methods by name: shipped ones or YAML files, with the ``prune`` section's keys on top.
-
-    Args:
-        shipped: folder with the methods that come with the project, ``<name>.yaml``.
-
-    Raises:
-        UserError: for an unknown method, a file that isn't one, or settings that don't go together.
+    """Return the sweep's methods by name: those that come with the project, as ``<name>.yaml`` in the folder
+    ``shipped``, or YAML files, with the ``prune`` section's keys on top. What isn't a method is refused.
     """
     files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
     on_top = config.prune.model_dump(exclude_none=True)
@@ -169,11 +164,7 @@ def resolve_methods(config: SweepConfig, shipped: Path) -> dict[str, Method]:
 
 
 def refuse_method(method: Method, where: str) -> None:
-    """Refuse settings that don't go together.
-
-    Raises:
-        UserError: naming one that isn't possible, and what is.
-    """
+    """Refuse settings that don't go together: name one that isn't possible, and what is."""
     for rule in RULES:
         if all(getattr(method, name) in values for name, values in rule.given.items()):
             for told in _broken(rule.takes, method):
@@ -182,11 +173,7 @@ def refuse_method(method: Method, where: str) -> None:
 
 
 def refuse_rounds(methods: Mapping[str, Method], recovery: RecoveryConfig) -> None:
-    """Refuse rounds between which nothing is trained, or with a method that can't prune what is left of a model.
-
-    Raises:
-        UserError: naming the first one, and why.
-    """
+    """Refuse rounds between which nothing is trained, or with a method that can't prune what is left of a model."""
     if not any(recovery.trainings().values()):
         raise UserError("rounds: nothing is trained between them; set recovery.method, or leave rounds out")
     for name, method in methods.items():
@@ -200,11 +187,7 @@ def refuse_rounds(methods: Mapping[str, Method], recovery: RecoveryConfig) -> No
 
 
 def refuse_model(method: Method, checkpoint: Checkpoint, where: str) -> None:
-    """Refuse a model that doesn't take a method.
-
-    Raises:
-        UserError: naming the setting, and what is possible.
-    """
+    """Refuse a model that doesn't take a method: name the setting, and what is possible."""
     for told in why_not(method, checkpoint):
         raise UserError(f"{where}: {checkpoint.family.model_type} {told}")
 
@@ -242,11 +225,7 @@ def why_groups_stay(method: Method, checkpoint: Checkpoint) -> str:
 
 
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
-    """Refuse further criteria that score nothing that is pruned in a model, or a student, which only a method chooses.
-
-    Raises:
-        UserError: naming the first one, and what is possible.
-    """
+    """Refuse further criteria that score nothing that is pruned in a model, or a student: only methods choose one."""
     kinds = {EXPERT_NEURONS if checkpoint.family.experts and name == NEURONS else name for name in structures}
     possible = [name for name in scoring(*(kinds - {KV_GROUPS})) if CRITERIA[name].student_of is None]
     for name in criteria:

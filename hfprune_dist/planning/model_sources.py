@@ -87,14 +87,11 @@ class ModelSource:
 
 
 def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, download: bool) -> list[ModelSource]:
-    """Find the folder and identity of every model of the sweep.
+    """Find the folder and identity of every model of the sweep; unknown aliases and damaged checkpoints are refused.
 
     Args:
         shipped: folder with the alias files that come with the project.
         download: fetch hub models that are not in the local cache; otherwise stand-ins take their places.
-
-    Raises:
-        UserError: for an unknown alias or a damaged checkpoint.
     """
     aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
     from_hub = partial(_hub_model, download=download)

@@ -61,11 +61,8 @@ class Plan:
     asked: tuple[str, ...] = ()
 
     def lacking(self, is_done: Callable[[str], bool], wanted: Iterable[str] | None = None) -> list[str]:
-        """Ids of the stages that must run, in order. Stages that only serve existing results may lack their artifacts.
-
-        Args:
-            is_done: whether the stage with this id has its artifact.
-            wanted: ids of the stages whose artifacts are wanted; None: those of all rows, and those asked for.
+        """Ids of the stages that must run, in order, for the artifacts of the stages in ``wanted`` (None: of all rows,
+        and those asked for). Stages that only serve existing results may lack their artifacts.
         """
         results = (stage_id for cell in self.cells for stage_id in cell.results)
         left, missing = [*self.asked, *results] if wanted is None else list(wanted), set()
@@ -126,14 +123,8 @@ def with_earlier_rows(today: Plan, earlier: Plan) -> Plan:
 
 
 def refuse_other_checkpoints(today: Plan, earlier: Plan, out: Path) -> None:
-    """Refuse a model if earlier rows of another checkpoint with its name would stay in the folder: what rows say of
-    their dense model is known by its name alone, so they would be described as made from today's.
-
-    Args:
-        out: the folder, for the message.
-
-    Raises:
-        UserError: naming both checkpoints, and a row that would stay.
+    """Refuse a model if earlier rows of another checkpoint with its name would stay in the folder ``out``: what rows
+    say of their dense model is known by its name alone, so they would be described as made from today's.
     """
     now = {cell.model: _dense(today, cell) for cell in today.cells}
     for cell in _not_replaced(today, earlier):

@@ -54,11 +54,7 @@ def _what_auto_is(method: Method, checkpoint: Checkpoint) -> int:
 
 
 def check_ratios(checkpoint: Checkpoint, ratios: Iterable[float], method: Method, where: str) -> None:
-    """Refuse ratios that a method can't reach on a model.
-
-    Raises:
-        UserError: naming the nearest ratio that it reaches; or what of the model the method can't prune.
-    """
+    """Refuse ratios that a method can't reach on a model, naming the nearest, or what of the model it can't prune."""
     method = suited(method, checkpoint)
     refuse_model(method, checkpoint, where)
     if checkpoint.ranks:

@@ -55,10 +55,8 @@ def remarks_on_method(checkpoint: Checkpoint, method: Method, where: str) -> lis
 
 
 def planned_sizes(checkpoint: Checkpoint, ratio: float, method: Method, where: str) -> dict[str, str]:
-    """``sizes_of`` the shapes that a method may make of a model, and a ``note`` on what decides among them.
-
-    Raises:
-        UserError: as ``check_ratios``.
+    """``sizes_of`` the shapes that a method may make of a model, and a ``note`` on what decides among them; a ratio
+    that it can't reach is refused.
     """
     target = Target.from_settings(checkpoint, with_numbers(method, checkpoint), ratio, where)
     shapes = shapes_for(target)

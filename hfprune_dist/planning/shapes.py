@@ -72,12 +72,10 @@ def nearest(target: Target, line: Line) -> Nearest | None:
 
 
 def shapes_for(target: Target) -> list[Shape]:
-    """The shapes that compete for a ratio: a single one if the ratio decides; none if scores or a search do.
+    """The shapes that compete for a ratio: a single one if the ratio decides; none if scores or a search do. A ratio
+    that no shape comes to is refused.
 
     With ``allocation: plain``, which layers stay is measured, and the shapes have the first ones.
-
-    Raises:
-        UserError: if no shape comes to the ratio.
     """
     if target.competes:
         largest = target.counts.ratio(target.smallest()) if target.splits_groups else 0.0

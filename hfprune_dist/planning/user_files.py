@@ -21,15 +21,9 @@ class ChangedInputError(UserError):
 
 
 def require_planned(inputs: Iterable[Input], hashes: FileHashes, when: str) -> None:
-    """Check that the user's files among a stage's inputs have the content that was planned; for a commit of the hub,
-    which never changes, that the files are there. Files that were hashed before and look untouched aren't read again.
-
-    Args:
-        when: what a change would have happened during, for messages.
-
-    Raises:
-        ChangedInputError: naming what has changed.
-        UserError: naming what is gone or can't be read.
+    """Refuse files of the user's, among a stage's inputs, that have other content than was planned (ChangedInputError)
+    or are gone; those of a commit on the hub never change. Files that were hashed before and look untouched aren't read
+    again. ``when`` says, for the message, during what they changed.
     """
     for source in inputs:
         location = Path(source.location)
@@ -47,11 +41,7 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
-    """The user's lm-eval tasks as input of an evaluation: their folder, with the files elsewhere that they read.
-
-    Raises:
-        UserError: if there is no such folder, or a file can't be read.
-    """
+    """The user's lm-eval tasks as input of an evaluation: their folder, with the files elsewhere that they read."""
     if include_path is None:
         return {}
     return {"tasks": Input(_identity("tasks", Path(include_path), hashes), include_path, content="tasks")}
@@ -73,9 +63,6 @@ def outside_files(folder: Path) -> list[Path]:
 
     Any text in them that is the path of a file or of a folder counts, but no patterns; what functions read isn't known.
     Tasks that can't be read are passed over: where they are evaluated, they are refused.
-
-    Raises:
-        UserError: if the folder, or one with data, can't be listed.
     """
     inside = {(folder / name).resolve() for name in files_below(folder)}
     found = [file.resolve() for file in sorted(folder.glob("**/*.yaml"))]

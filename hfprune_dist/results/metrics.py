@@ -97,11 +97,8 @@ HEADLINES = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pa
 
 
 def headline_metric(scores: Mapping[str, Any]) -> str | None:
-    """Name of the score that stands for a task; None if there is no suitable one.
-
-    Args:
-        scores: name -> value, as in the manifest of an evaluation; lm-eval's filters are part of a name, as in
-            ``exact_match[strict-match]``, and the strictest one counts.
+    """Name of the score that stands for a task; None if there is no suitable one. lm-eval's filters are part of names,
+    as in ``exact_match[strict-match]``, and the strictest one counts.
     """
     for metric in HEADLINES:
         names = [name for name in scores if name.partition("[")[0] == metric and not name.endswith("_stderr")]

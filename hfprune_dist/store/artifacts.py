@@ -52,12 +52,8 @@ class Store:
 
 
 class StageHandle:
-    """One stage in a store: its artifact, its work folder, and the right to run it.
-
-    A handle keeps no state: each answer reflects the file system at that moment.
-
-    Args:
-        id: ``<kind>/<fingerprint>``.
+    """One stage in a store, by its id ``<kind>/<fingerprint>``: its artifact, its work folder, and the right to run it.
+    It keeps no state: each answer reflects the file system at that moment.
 
     Attributes:
         artifact: the folder of its artifact.
@@ -90,10 +86,8 @@ class StageHandle:
         return self.verify().state == "done"
 
     def verify(self, thorough: bool = False) -> Verdict:
-        """Check its artifact against the manifest.
-
-        Args:
-            thorough: read every file; otherwise a file whose size and modification time are as committed is trusted.
+        """Check its artifact against the manifest: files whose size or time of change is another, or all
+        (``thorough``), are read.
         """
         if not self.artifact.is_dir():
             return Verdict("missing", "not made yet")
@@ -128,11 +122,8 @@ class StageHandle:
 
     def set_aside(self, claim: Claim) -> Path | None:
         """Move its corrupt artifact to the quarantine, so that another can take its place, and return its new path;
-        None if it isn't corrupt (any more).
-
-        Raises:
-            OSError, UserError: if part of it can't be read at present, which says nothing about it.
-            ClaimLostError: if another process has claimed the stage since.
+        None if it isn't corrupt (any more). An OSError that keeps part of it from being read says nothing about it, and
+        is raised.
         """
         if self.verify(thorough=True).state != "corrupt":
             return None
@@ -143,10 +134,8 @@ class StageHandle:
         return target
 
     def open_draft(self, claim: Claim) -> Path:
-        """Create the folder in which its artifact is written; drafts left by earlier holders of the claim are removed.
-
-        Raises:
-            ClaimLostError: if another process has claimed the stage since.
+        """Create the folder in which its artifact is written; drafts that earlier holders of the claim left are
+        removed.
         """
         # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
         found = listed(self.artifact.parent, f".draft-{self.artifact.name}-*")
@@ -173,13 +162,10 @@ class StageHandle:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim) -> None:
-        """Turn a draft into its artifact: fsync, manifest last, one rename.
+        """Turn a draft into its artifact, while the claim is held: fsync, manifest last, one rename.
 
         If another attempt committed first, its artifact is verified and the draft is dropped; if that artifact is
         corrupt, it is set aside and the draft takes its place.
-
-        Raises:
-            ClaimLostError: if another process has claimed the stage since.
         """
         try:
             _seal(stage, draft, record)

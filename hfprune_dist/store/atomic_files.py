@@ -31,12 +31,8 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}  # each takes milliseconds to 
 
 
 def unless_stale(read: Callable[[], T]) -> T:
-    """Read something, from its opening on, and do so again if NFS says that what was opened is stale.
-
-    A file becomes stale when another host replaces or removes it, a folder when another host removes it.
-
-    Raises:
-        OSError: if it can't be read for another reason, or is stale every time.
+    """Read something, from its opening on, and do so again if NFS says that what was opened is stale: a file that
+    another host has replaced or removed since, or a folder that it has removed.
     """
     for _ in range(READING_ATTEMPTS - 1):
         try:
@@ -48,11 +44,8 @@ def unless_stale(read: Callable[[], T]) -> T:
 
 
 def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True) -> None:
-    """Replace ``file`` atomically: write a sibling, fsync it, and rename it over ``file``.
-
-    Args:
-        mode: the file's permissions, from which the umask takes some.
-        durable: whether it has to survive a crash of the machine, after which it may be damaged otherwise.
+    """Replace ``file`` atomically: write a sibling, with ``mode`` less the umask, fsync it, and rename it over
+    ``file``. One that isn't ``durable`` may be damaged after a crash of the machine.
     """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -68,10 +61,8 @@ def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True
 
 
 def write_json(file: Path, value: Any, *, sort_keys: bool = True, durable: bool = True) -> None:
-    """Replace ``file`` atomically with a JSON value; ``durable`` as for ``write_text``.
-
-    Raises:
-        ValueError: if it holds a number that isn't finite, which JSON has no word for; None stands for these.
+    """Replace ``file`` atomically with a JSON value, in which None stands for numbers that aren't finite; ``durable``
+    as for ``write_text``.
     """
     write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n", durable=durable)
 
@@ -85,10 +76,8 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or if it is damaged or holds something else.
-
-    Raises:
-        OSError: if the file system does not answer, which says nothing about the file.
+    """The JSON object in a file; None if there is no such file, or if it is damaged or holds something else. An OSError
+    of a file system that doesn't answer says nothing about the file, and is raised.
     """
     try:
         value = read_json(file)
@@ -115,10 +104,8 @@ def as_record(kind: type[T], value: dict[str, Any] | None) -> T | None:
 
 
 def listed(folder: Path, pattern: str) -> list[Path]:
-    """Files in a folder that match a pattern, sorted by name; empty if there is no such folder (any more).
-
-    Raises:
-        OSError: if the folder can't be listed, which says nothing about its files; ``Path.glob`` would find none.
+    """Files in a folder that match a pattern, sorted by name; empty if there is no such folder (any more). Unlike by
+    ``Path.glob``, a folder that can't be listed is an OSError.
     """
     try:
         return unless_stale(lambda: sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern)))
@@ -183,11 +170,7 @@ def usual_mode() -> int:
 
 
 def require_usable(root: Path) -> None:
-    """Create a folder and check that it can be written to and has hard links, with which stages are claimed.
-
-    Raises:
-        UserError: if not; the message names the folder and the reason.
-    """
+    """Create a folder, and refuse one that can't be written to or has no hard links, with which stages are claimed."""
     lacks = "can't be written to"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -248,12 +248,8 @@ class Ledger:
         leader: Attempt | None = None,
         needs: Iterable[str] = (),
     ) -> Attempt:
-        """Record the next attempt; the caller must hold the stage's claim.
-
-        Args:
-            time_minutes: time limit of its job, which gets a unique name; 0 on this machine.
-            leader: the attempt at the first stage of its job, if that is another one.
-            needs: ids of the stages without which the job doesn't start.
+        """Record the next attempt; the caller must hold the stage's claim. An attempt in a job has a time limit, the
+        ids of the stages without which the job doesn't start and, if it isn't the job's first, the ``leader`` that is.
         """
         folder = self._root / stage.id
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)

@@ -59,11 +59,8 @@ class Holder:
 
 
 class Claim:
-    """The right to run one stage, held until ``release``, or until another process takes the holder for dead.
-
-    Args:
-        folder: the stage's work folder.
-        token: random; a rank that its launcher tells the token can check the claim.
+    """The right to run one stage, held until ``release``, or until another process takes the holder for dead. It has a
+    random token; a rank that its launcher tells the token can check the claim.
     """
 
     def __init__(self, folder: Path, token: str) -> None:
@@ -77,11 +74,8 @@ class Claim:
         return False
 
     def require_held(self) -> Path:
-        """Check the claim, and return its file; to be called before anything that must not collide with the work of a
-        successor.
-
-        Raises:
-            ClaimLostError: if the claim is no longer held.
+        """Raise ClaimLostError unless the claim is in force, and return its file; to be called before anything that
+        must not collide with the work of a successor.
         """
         file, record = _newest(self._folder)
         if record.get("token") != self.token or record.get("released"):
@@ -115,11 +109,7 @@ def keep_renewed(claim: Claim) -> threading.Event:
 
 
 def try_claim(folder: Path, job: str | None = None) -> Claim | Holder:
-    """Claim ``folder`` (created if needed), or return its holder.
-
-    Args:
-        job: the batch job that claims; a requeued job succeeds itself.
-    """
+    """Claim ``folder`` (created if needed), or return its holder; a batch ``job`` that was requeued succeeds itself."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # removed by a holder that finishes
         newest, record = _newest(folder)
@@ -139,10 +129,7 @@ def holder_of(folder: Path) -> Holder | None:
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The claim of the highest generation, ``claim.0`` if there is none, and its content; empty if it is gone or
-    damaged.
-
-    Raises:
-        OSError: if it can't be read, in which case its holder may well be alive.
+    damaged. One that can't be read is an OSError, as its holder may well be alive.
     """
     files = [file for file in listed(folder, CLAIM_FILES) if file.suffix[1:].isdecimal()]
     file = max(files, key=_generation, default=folder / "claim.0")

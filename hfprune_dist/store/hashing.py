@@ -30,11 +30,8 @@ def digest_of(value: Any) -> str:
 
 
 class FileHashes:
-    """sha256 of files, remembered by path, size, times of change and inode, so that a re-run doesn't read them again.
-
-    Args:
-        cache: folder with one small JSON file per file hashed before; with None, nothing is recalled from earlier runs.
-            Nothing is written to it before ``save``.
+    """sha256 of files, remembered by path, size, times of change and inode, so that a re-run doesn't read them again:
+    in the folder ``cache``, one small JSON file for each, written by ``save``; None recalls nothing of earlier runs.
     """
 
     def __init__(self, cache: Path | None) -> None:
@@ -42,11 +39,7 @@ class FileHashes:
         self._fresh: dict[str, dict[str, Any]] = {}  # by name of the entry, those that are not in the cache
 
     def of_file(self, file: Path) -> str:
-        """sha256 of a file's content.
-
-        Raises:
-            UserError: if the file can't be read.
-        """
+        """sha256 of a file's content."""
         try:
             return unless_stale(lambda: self._digest(file))
         except OSError as error:
@@ -88,11 +81,7 @@ def _sha256_of(file: Path) -> str:
 
 
 def for_each_file(files: Iterable[Path], work: Callable[[Path], T]) -> dict[Path, T]:
-    """Return the result of ``work`` for each file; large files are processed in parallel threads, up to one per core.
-
-    Raises:
-        Exception: the one that ``work`` raised for a file.
-    """
+    """Return the result of ``work`` for each file; large files are processed in parallel, up to one per core."""
     files, pool = list(files), ThreadPoolExecutor(usable_cores())
     try:
         large = {file: pool.submit(work, file) for file in files if _is_large(file)}
@@ -109,13 +98,7 @@ def _is_large(file: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of the files below a folder, relative to it, without hidden ones and Python's ``__pycache__``.
-
-    Links to files and folders are followed.
-
-    Raises:
-        UserError: if there is no such folder, or part of it can't be listed.
-    """
+    """Names of the files below a folder, relative to it, links followed, without hidden ones and ``__pycache__``."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:

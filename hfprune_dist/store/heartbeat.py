@@ -43,11 +43,9 @@ class Heartbeat:
 
 
 class Progress:
-    """Writes the heartbeat of a stage, at most twice a second and at the end of each phase.
-
-    Args:
-        work: the stage's work folder; None writes nothing (all ranks but one).
-        guard: called before each heartbeat; an exception that it raises ends the stage.
+    """Writes the heartbeat of a stage to its work folder, at most twice a second and at the end of each phase; without
+    a folder, as on all ranks but one, nothing. ``guard`` is called before each: an exception that it raises ends the
+    stage.
     """
 
     def __init__(self, work: Path | None, guard: Callable[[], object] | None = None) -> None:

@@ -84,11 +84,7 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read a record written by ``to_json``.
-
-        Raises:
-            UserError: if another version of the code wrote it.
-        """
+        """Read a record written by ``to_json``; that of another version of the code is refused."""
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         with suppress(KeyError, ValidationError):
             stage = cls(record["kind"], record["label"], parameters_of(record["kind"])(**record["params"]), inputs)

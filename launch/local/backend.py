@@ -44,11 +44,8 @@ OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
 class LocalBackend:
-    """Runs stages on this machine, on ranks of a process that goes on until ``close``.
-
-    Args:
-        logs: folder that receives one log per stage and attempt.
-        cancellation: tells whether stages are still wanted.
+    """Runs stages on this machine, on ranks of a process that goes on until ``close``, as long as they are not
+    cancelled; ``logs`` is the folder for one log per stage and attempt.
     """
 
     def __init__(self, store: Store, logs: Path, provenance: Provenance, cancellation: Cancellation) -> None:
@@ -64,10 +61,8 @@ class LocalBackend:
         self._warm.close()
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
-        """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact.
-
-        Raises:
-            KeyboardInterrupt: if another command has cancelled the sweep.
+        """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact. If
+        another command has cancelled the sweep, this is a KeyboardInterrupt.
         """
         handle = self._store.handle(stage.id)
         while isinstance(claim := handle.claim(), Holder):  # another sweep works on it

@@ -59,13 +59,9 @@ class WarmProcess:
         self._connection: Connection | None = None
 
     def start(self, main: str, arguments: Sequence[str], size: int, environment: Mapping[str, str], log: Path) -> None:
-        """Start ranks that call a function, once those before them have ended.
-
-        Args:
-            main: ``module:function``.
-            arguments: of the function, as a list.
-            environment: of each rank, together with what torch.distributed needs (RANK, WORLD_SIZE, ...).
-            log: the output of all ranks is appended to it.
+        """Start ranks that call a function, ``module:function``, with a list of arguments, once those before them have
+        ended. To the environment is added what torch.distributed needs (RANK, WORLD_SIZE, ...), to the log what ranks
+        print.
         """
         if self._connection is not None and self._connection.poll():
             self.close()  # it says nothing when nothing runs: it was killed
@@ -76,11 +72,9 @@ class WarmProcess:
             self._connection.send((main, list(arguments), size, dict(environment), Path.cwd(), log.resolve()))
 
     def ended(self, timeout: float) -> dict[int, int] | None:
-        """Wait for the end of all ranks, up to some seconds.
-
-        Returns:
-            rank -> exit code, negative for a signal; without those that were ended because another had failed, and
-            empty if the process was killed and they with it. None if they go on.
+        """Wait for the end of all ranks, up to some seconds; return rank -> exit code, negative for a signal, or None
+        if they go on. Ranks that were ended because another had failed aren't there, and none is if the process was
+        killed.
         """
         assert self._connection is not None, "no ranks were started"
         if not self._connection.poll(timeout):
@@ -168,13 +162,8 @@ def _has_imported_safely() -> bool:
 def run_ranks(
     main: Callable[[], None], size: int, environment: Mapping[str, str], launcher: Connection | None = None
 ) -> dict[int, int]:
-    """Call a function on ranks that are forks of this process, and wait for all of them.
-
-    Args:
-        launcher: a connection whose end kills the ranks.
-
-    Returns:
-        as ``WarmProcess.ended``.
+    """Call a function on ranks that are forks of this process, and wait for all of them; an end of the connection to
+    the ``launcher`` kills them. Returns as ``WarmProcess.ended``.
     """
     from hfprune_dist.distributed.world import meeting_place
 

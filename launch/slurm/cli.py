@@ -53,11 +53,8 @@ def run_on_slurm(
     on_end: Callable[[], None],
 ) -> int | None:
     """Submit missing stages and adopt running jobs, and stay until nothing more can be done; without ``follow``, return
-    the exit code at once.
-
-    Args:
-        new_jobs: returns the settings for new jobs, given the copy of the code that they run.
-        on_end: called after a round in which stages' jobs have ended.
+    the exit code at once. New jobs get their settings from ``new_jobs``, given the copy of the code that they run;
+    ``on_end`` is called after a round in which stages' jobs have ended.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
     every = counted(len(sweep.plan.stages), "stage")

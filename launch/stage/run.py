@@ -95,11 +95,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when the process that started it dies, for whatever reason.
-
-    Args:
-        parent: its id, if known; it may be dead by now.
-    """
+    """Ask Linux to kill this process when the one that started it (``parent``, if known) dies, for whatever reason."""
     parent = parent or os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -134,13 +130,8 @@ def run_stage(
 ) -> None:
     """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
 
-    Args:
-        should_run: called on every rank once all have joined; returns whether the stage has to run, and on rank 0 the
-            claim under which it does.
-
-    Raises:
-        ClaimLostError: if another process has claimed the stage in the meantime.
-        Interrupted: if the ranks have saved their work because ``interruption`` asked them to end.
+    Once all have joined, ``should_run`` says on every rank whether the stage has to run, and on rank 0 under which
+    claim.
     """
     with quick_imports():
         from hfprune_dist.distributed.world import join_world, leave_world
