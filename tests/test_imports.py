@@ -154,31 +154,6 @@ def test_stages_are_imported_by_none_of_their_room():
             assert not f"{name}.".startswith(others), f"{module} imports {name}"
 
 
-def test_a_stage_in_a_store_is_reached_by_its_handle_alone():
-    """Outside the store, no code looks up a stage's folders or claims by its id."""
-    by_id, of_a_work_folder = {"path", "work"}, {"try_claim", "holder_of"}
-    for package in PACKAGES:
-        for module, file in modules(package).items():
-            if room_of(module) == "hfprune_dist.store":
-                continue
-            assert not {name.rpartition(".")[2] for name in imports_of(file)} & of_a_work_folder, module
-            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-            of_stores = {call.attr for call in calls if isinstance(call, ast.Attribute) and is_store(call.value)}
-            assert not of_stores & by_id, module
-
-
-def is_store(node):
-    """Return whether an expression is a variable or attribute that holds a store."""
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return name.strip("_") == "store"
-
-
-def test_every_package_is_installed():
-    packages = {module for package in PACKAGES for module, file in modules(package).items() if file.stem == "__init__"}
-    text = (ROOT / "pyproject.toml").read_text()
-    assert all(f'"{package}",' in text for package in packages)
-
-
 def test_the_login_node_never_waits_for_torch():
     """All imports in one process, which reports the first that brings in a large library."""
     names = [

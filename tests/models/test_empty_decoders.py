@@ -4,7 +4,6 @@ import pytest
 import torch
 from families import save_model
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.models import single_layer
@@ -13,22 +12,6 @@ from hfprune_dist.models.single_layer import LAYER, LayerReader
 
 def decoder(checkpoint, number, dtype=torch.float32):
     return LayerReader(checkpoint, dtype, torch.device("cpu"))._empty(number)
-
-
-def test_layers_of_one_configuration_are_copies(tmp_path, monkeypatch):
-    """Two layers of three have a sliding window, which is not in their weights."""
-    monkeypatch.setattr(single_layer, "_MADE", {})
-    made = []
-    make = AutoModelForCausalLM.from_config
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_config", lambda *args, **opts: made.append(1) or make(*args, **opts)
-    )
-    checkpoint = open_checkpoint(save_model(tmp_path, "gemma2"))
-    made.clear()
-    for _ in range(2):
-        attention = [decoder(checkpoint, number).get_submodule(f"{LAYER}.self_attn") for number in (0, 1, 2)]
-        assert [module.sliding_window for module in attention] == [4, None, 4] and len(made) == 2
-    assert decoder(checkpoint, 0, torch.bfloat16).dtype == torch.bfloat16 and len(made) == 3
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "bamba"])

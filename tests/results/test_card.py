@@ -44,9 +44,9 @@ def fill(store, plan, config=None):
                 (draft / name).write_text("content")
 
 
-def cards_of(config, out):
+def cards_of(config, out, **settings):
     """Map the name of each checkpoint of a sweep to its card."""
-    made_by, plan = planned(config)
+    made_by, plan = planned(config, **settings)
     store = Store(out / "store")
     fill(store, plan, made_by.model_dump(mode="json"))
     return {name: made.texts["README.md"] for name, made in contents_of_checkpoints(plan, store, DENSE).items() if made}
@@ -114,6 +114,13 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(card_of):
     assert "`trust_remote_code` loads the class in" in card and "trust_remote_code=True" in card
     card = card_of(dense=replace(DENSE["alpha"], has_vision=True))
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
+
+
+def test_a_method_that_prunes_while_it_trains_is_told_as_such(config, tmp_path):
+    card = cards_of(config, tmp_path, methods=["loraprune"], ratios=[0.1])["alpha-0.1-loraprune"]
+    assert "pruned by the method `loraprune`, while it was fine-tuned with LoRA to recover." in card
+    assert "adapter too, of the base model, `alpha`, a local checkpoint, before units were cut" in card
+    assert "calibrated on" not in card
 
 
 @pytest.mark.parametrize("own_method", [False, True])

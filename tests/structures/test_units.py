@@ -5,8 +5,6 @@ import torch
 from tiny import FAMILY, VARIANTS, tiny_model
 from unit_outputs import outputs_of
 
-from hfprune_dist.structures.units import LAYER_SIZES
-
 
 def units_of(config):
     return FAMILY.structures({"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, **config})
@@ -41,19 +39,6 @@ def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, kind):
     if kind == "neurons":
         mlp = larger.model.layers[1].mlp
         assert torch.equal(larger.get_parameter(names[0]), mlp.gate_proj.weight) and len(names) == 3
-
-
-def test_what_config_json_says_is_read_back():
-    for kind, field, size in (("neurons", "intermediate_size", 1), ("kv_groups", "num_attention_heads", 2)):
-        for counts in ([3], [4, 1, 2], [3, 3]):
-            config = {"model_type": "llama", "num_hidden_layers": len(counts), "intermediate_size": 80}
-            units = units_of(config)[kind]
-            assert units_of(config | {LAYER_SIZES: units.values(counts)})[kind].counts == tuple(counts)
-            stated = units.sizes(counts)
-            assert stated[f"{field}_by_layer" if field.endswith("s") else f"{field}s"] == [
-                count * size for count in counts
-            ]
-            assert stated[field] == (size * counts[0] if len({*counts}) == 1 else None)
 
 
 def test_layers_without_units_have_no_say_in_the_one_size_that_results_state():

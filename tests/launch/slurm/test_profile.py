@@ -70,17 +70,6 @@ def test_mistakes_are_explained(tmp_path, text, expected):
         assert part in f"{caught.value}\n"
 
 
-def test_any_language_is_taken(tmp_path):
-    """With what some scripts have between words and letters; a separator of lines isn't among it."""
-    comment = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH SPACE}"
-    assert (
-        load_profile(write(tmp_path, f"account: 'a{comment}b'"), SHIPPED).resources["prune"].account == f"a{comment}b"
-    )
-    for separator in ("\\L", "\\P", "\\N", "\\x7f"):
-        with pytest.raises(UserError, match="has a character that a line"):
-            load_profile(write(tmp_path, f'account: "a{separator}b"'), SHIPPED)
-
-
 def test_efficiency_is_measured_on_what_is_asked_for(tmp_path):
     common = "partition: gpu\nnodes: 2\ntasks_per_node: 8\ngpus_per_node: 8\nconstraint: a100\ngpu_type: a100\n"
     efficiency = load_profile(write(tmp_path, common), SHIPPED).resources["efficiency"]

@@ -7,7 +7,6 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
-from fake_slurm import Controller
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
@@ -123,14 +122,6 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
     for at, shown in ((60, "here"), (-60, "in a job")):
         os.utime(local, (attempt.intent.created + at,) * 2)
         assert shown_log() == shown
-
-
-def test_who_follows_asks_anew_only_once_a_job_has_begun(store, tmp_path, monkeypatch):
-    attempt, fake, asked = Ledger(store).begin(STAGE, time_minutes=1), Controller().install(monkeypatch), []
-    run = Run("101", 0, "n1", 1.0)
-    monkeypatch.setattr(cli, "sleep", lambda _: asked.append(len(fake.calls("squeue"))) or attempt.record_run(run))
-    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
-    assert asked == [1, 2, 2]
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
