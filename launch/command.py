@@ -41,9 +41,7 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
-    """Return the parser of a command, whose help is the docstring of its module: started as a sub-command of
-    ``hfprune``, it has such examples.
-    """
+    """Return the parser of a command, whose help is its module's docstring, with examples as it was called."""
     text = doc or ""
     if sys.argv[0].startswith("hfprune "):
         text = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", text)

@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse_other_settings(sweeps: Sequence[Path]) -> None:
-    """Refuse sweeps that differ in more than the seed, since their mean would be one of seeds; and that don't even
-    differ in the seed.
-    """
+    """Refuse sweeps that differ in more than the seed, or not in the seed."""
     known: dict[int, Path] = {}
     first: dict[str, Any] = {}
     for out in sweeps:

@@ -121,9 +121,7 @@ def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], No
 
 
 def _clean_up(prepared: Prepared) -> None:
-    """Set aside corrupt artifacts that are to be made again; discard the leftovers of finished stages, and close their
-    attempts, whose ends no launcher has seen.
-    """
+    """Set aside corrupt artifacts that are to be made again; discard leftovers of stages that nobody saw end."""
     ledger = Ledger(prepared.sweep.store)
     for stage_id, verdict in prepared.verdicts.items():
         handle = prepared.sweep.store.handle(stage_id)

@@ -49,9 +49,7 @@ def say(console: Console, text: str) -> None:
 
 
 def plain_table(*headers: str, numbers: Collection[str] = ()) -> Table:
-    """Return a table in which text breaks over lines where it doesn't fit; ``numbers`` are headers of right-aligned
-    columns.
-    """
+    """Return a table whose text breaks over lines; ``numbers`` are headers of right-aligned columns."""
     columns = (RichColumn(name, overflow="fold", justify="right" if name in numbers else "left") for name in headers)
     return Table(*columns, box=None, pad_edge=False)
 
@@ -108,9 +106,7 @@ class StageScreen:
 
 
 def show_results(console: Console, rows: Sequence[Row], wide: bool = False) -> None:
-    """Show the table of results, notes on its meaning, and the reasons why rows have no result; a ``wide`` one with all
-    columns, instead of a few that fit the terminal.
-    """
+    """Show the table of results, notes, and why rows have no result; a ``wide`` one has all columns."""
     shown = columns(rows, wide)
     for spare in () if wide else SPARE:
         if _whole_width(console, table_of(rows, shown)) > _width(console):
@@ -145,9 +141,7 @@ def table_of(rows: Sequence[T], shown: Sequence[Column[T]]) -> Table:
 
 
 def show_table(console: Console, table: Table, wide: bool = False) -> None:
-    """Show a table within the terminal's width, or within 80 characters where there is none; a ``wide`` one as wide as
-    it is, so that the terminal breaks its lines.
-    """
+    """Show a table within the terminal's width, or within 80 characters without one, or as ``wide`` as it is."""
     if wide:
         table.width = _whole_width(console, table)
     console.print(table, soft_wrap=wide, width=None if wide else _width(console))

@@ -75,9 +75,7 @@ class Sweep:
 
 
 def recorded_sweep(out: Path) -> Sweep | None:
-    """The sweep left by the last run in a folder, with the rows of earlier runs; None if there was no run. A damaged
-    record is a UserError.
-    """
+    """The sweep left by the last run in a folder, with all of its rows; None if there was no run."""
     try:
         record = read_json(out / SWEEP_FILE)
         if record is None:
@@ -102,9 +100,7 @@ def read_sweep(out: Path) -> Sweep:
 
 
 def write_page(out: Path, console: Console) -> None:
-    """Write the report on all rows of a folder. If it can't be written, a note says so: the results are complete all
-    the same.
-    """
+    """Write the report on all rows of a folder; if that fails, a note says so, as the results are complete."""
     try:
         sweep = read_sweep(out)
         write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), time.time()))
@@ -150,9 +146,7 @@ def require_folder(out: Path) -> None:
 
 
 def require_apart(out: Path, plan: Plan) -> None:
-    """Refuse a folder for a sweep that a stage reads, or that lies in one whose subfolders are read as well: a sweep's
-    own files must not become part of what it reads.
-    """
+    """Refuse a sweep's folder that a stage reads, or that lies in one whose subfolders are read as well."""
     place = out.resolve()
     for source in (source for stage in plan.stages.values() for source in stage.inputs.values() if source.content):
         read = Path(source.location).resolve()

@@ -112,16 +112,12 @@ class Checkpoint:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether transformers has a class for it: all layers have the same sizes, and no projection has a bias that it
-        doesn't have in other models of its family.
-        """
+        """Whether transformers has a class for it: layers of the same sizes, no biases but those of its family."""
         return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES) and self.is_uniform
 
     @cached_property
     def max_positions(self) -> int | None:
-        """The longest sequence that config.json says the model is for, including positions added by rope scaling; None
-        if it doesn't say.
-        """
+        """The longest sequence that config.json says the model is for, rope scaling included; None if it doesn't."""
         stated: int | None = self.config.get("max_position_embeddings")
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         stretches = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")

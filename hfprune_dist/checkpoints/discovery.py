@@ -293,9 +293,7 @@ def _separate(
 
 
 def _adapted_linears(attention: str, parts: Sequence[Shapes], *, of_mixture: bool) -> tuple[str, ...]:
-    """Names within a layer of the linear layers that get an adapter, in attention of whatever kind; short convolutions
-    and state-space blocks are none.
-    """
+    """Names within a layer of attention's linear layers that get an adapter; convolutions and states have none."""
     linears = {
         name.removesuffix(".weight")
         for there in parts
@@ -307,9 +305,7 @@ def _adapted_linears(attention: str, parts: Sequence[Shapes], *, of_mixture: boo
 
 
 def _norms(config: Mapping[str, Any], parts: Sequence[Shapes], mlp: str) -> dict[str, Any]:
-    """The norms of layers with these tensors, as attributes of ``Family``, or why their blocks can't be refitted one
-    after another.
-    """
+    """The norms of these layers, as attributes of ``Family``, or why their blocks can't be refitted in turn."""
     found = {
         frozenset(
             name.removesuffix(".weight")

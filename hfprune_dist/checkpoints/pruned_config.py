@@ -104,9 +104,7 @@ def _has_bias(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
-    """Fields of config.json that say how many units there are -> their value in each layer that stays; 0 if the layer
-    has no such units.
-    """
+    """Fields of config.json that say how many units there are -> their value in each layer that stays, perhaps 0."""
     values: dict[str, list[int]] = {}
     for units in checkpoint.structures.values():
         for field, row in units.values(shape.counts(units)).items():
@@ -183,9 +181,7 @@ def _written_and_read(content: Mapping[str, Any], folder: Path) -> dict[str, Any
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Write ``kept.json``, in the numbering of the model that was cut: ``layers`` and, for each kind, the units kept in
-    each.
-    """
+    """Write ``kept.json``: layers and, by kind, the units kept in each, as the model that was cut numbers them."""
     units = {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
     write_json(folder / KEPT, {"layers": list(kept.layers), **units})
 

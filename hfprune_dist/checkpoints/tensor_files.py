@@ -25,9 +25,7 @@ class DamagedFileError(Exception):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file, with ``texts`` in its header; its readers see the old content or the new, even if the
-    node dies meanwhile.
-    """
+    """Replace a safetensors file, with ``texts`` in its header, at once and durably."""
     about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
     with naming(file):
@@ -83,9 +81,7 @@ def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 
 class SavedLayers:
-    """Tensors of finished layers, out of these ``layers``, from which a later attempt resumes: one file per layer,
-    written by the rank that has the layer.
-    """
+    """Tensors of those of these ``layers`` that are finished, for a later attempt; each in a file by its rank."""
 
     def __init__(self, folder: Path, layers: Iterable[int]) -> None:
         self._folder = folder

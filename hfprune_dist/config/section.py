@@ -47,9 +47,7 @@ def without_null(annotation: Any) -> Any:
 
 
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
-    """What completes a section's JSON schema: keys without an explanation get that of the same key in a section
-    that theirs inherits from, or in another one.
-    """
+    """What explains keys of a section's JSON schema by the same key where they are inherited from, or in others."""
 
     def explain(schema: dict[str, Any], section: type[BaseModel]) -> None:
         known = [model.model_fields for model in (*section.__mro__, *others) if issubclass(model, BaseModel)]

@@ -107,9 +107,7 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens, of which the logits of only one chunk exist at a time, and are computed
-    once if both are the same model.
-    """
+    """Compare two models on the same tokens; the logits of only one chunk exist at a time."""
     total = FidelitySums()
     chunks = None if model is dense else model.logits()
     for rows, dense_NV in dense.logits():

@@ -101,9 +101,7 @@ class Linearized:
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
-        """Return the bytes that an instance keeps: the inputs; and for each token and kept neuron its activation, and
-        the derivative of that by each row projection.
-        """
+        """Return the bytes that an instance keeps: inputs and, for each neuron, its activation and its derivatives."""
         tokens, hidden_size = input_NC.shape
         return tokens * (len(weights.tensors()) * weights.down_CK.shape[1] + hidden_size) * input_NC.itemsize
 

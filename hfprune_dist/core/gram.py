@@ -29,9 +29,7 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
 
 
 def add_gram(sum_DD: Tensor, vectors_ND: Tensor) -> None:
-    """Add ``gram_matrix`` to a sum that is to be ``mirrored`` in the end: a CPU computes and adds only blocks on and
-    above the diagonal, in half the time.
-    """
+    """Add ``gram_matrix`` to a sum that is to be ``mirrored`` in the end: a CPU adds half of the blocks."""
     if vectors_ND.device.type != "cpu":
         sum_DD += wide_product(vectors_ND, vectors_ND)
         return

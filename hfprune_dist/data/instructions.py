@@ -77,9 +77,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
 
 
 def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool]]:
-    """The assistant's tokens are those between the template's marks; without marks, those that a turn adds to what the
-    template makes of the messages before it.
-    """
+    """Train on what is between the template's marks; without marks, on what an assistant's turn adds to the text."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{example.where}: a chat, and the tokenizer of {tokenizer.name_or_path} has no chat template; put one "
@@ -133,9 +131,7 @@ def require_trainable(encoded: Sequence[Encoded | None], sequence_length: int, w
 
 
 def assign_rows(lengths: Sequence[int], sequence_length: int, seed: int) -> list[list[int]]:
-    """The numbers of the examples that share each row, given their ``lengths``: best-fit-decreasing inside buffers of
-    shuffled ones.
-    """
+    """The numbers of the examples that share each row: best-fit-decreasing inside buffers of shuffled ones."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: list[list[int]] = []
     for start in range(0, len(order), PACKING_BUFFER):

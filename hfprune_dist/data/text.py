@@ -64,9 +64,7 @@ class Beginning(Generic[T]):
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that a path stands for: itself or, in order, a folder's files that end as ``SUPPORTED`` says.
-    Pipes and devices, which can't be read twice, are refused.
-    """
+    """A path's files: itself or, in order, a folder's that end as ``SUPPORTED`` says. Pipes are refused."""
     with _explaining(path):
         path.stat()
         if path.is_file():

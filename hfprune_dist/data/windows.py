@@ -139,9 +139,7 @@ def load_windows(folder: Path) -> Tensor:
 
 
 def check_length(beginning: Beginning[str], tokenizer: Any, sampling: Sampling, where: str) -> None:
-    """Refuse a source from which ``read_windows`` could cut no window, as far as can be told from
-    ``TOKENIZED_CHARACTERS`` of its longest documents.
-    """
+    """Refuse a source from which ``read_windows`` could cut no window, as far as its beginning tells."""
     longest, tokenized = 0, 0
     for text in sorted(beginning.records, key=lambda text: -len(text)):
         longest = max(longest, len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS])))

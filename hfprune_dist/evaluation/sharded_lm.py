@@ -242,9 +242,7 @@ def _log_likelihoods(
 
 
 def cut_where_it_pays(lengths: Sequence[int], first: int = 0) -> list[slice]:
-    """Cut sequences, of which the longest come first, into slices that are padded to their longest each: as long as a
-    cut saves the tokens that a forward is worth.
-    """
+    """Cut sequences, longest first, into slices that are padded alike, where that saves more than a forward takes."""
     rows = len(lengths)
     saved, cut = max(((rows - cut) * (lengths[0] - lengths[cut]), cut) for cut in range(rows))
     if saved < WORTH_A_FORWARD:

@@ -30,9 +30,7 @@ def cross_entropy(batch: Batch) -> LogitGradient:
 
 
 def first_order(_sums: Tensor, layer: ScoredLayer) -> Tensor:
-    """Sum of |W * dCE/dW| over a unit's rows of each weight that makes its channels, and its columns of the one that
-    reads them.
-    """
+    """Sum of |W * dCE/dW| over all rows and columns of weights that a unit owns."""
     *gradients, of_columns = layer.read_gradients
     scores_U: Tensor = _products(layer.read_columns(), of_columns()).unflatten(1, (layer.units, -1)).sum(dim=(0, 2))
     for weight, read in zip(layer.read_rows(), gradients, strict=True):

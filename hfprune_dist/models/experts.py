@@ -34,9 +34,7 @@ class ExpertProjections(nn.Module):
         self._owner = (experts,)  # not as a module within this one
 
     def forward(self, hidden_SD: Tensor, expert_S: Tensor, weights_S: Tensor, routes: _Routes) -> Tensor:
-        """Project experts' activations [tokens, channels] to their outputs [tokens, hidden_size]; hooks see the experts
-        and weights that are in ``routes``, too.
-        """
+        """Project experts' activations [tokens, channels] to outputs [tokens, hidden_size], in view of hooks."""
         (experts,) = self._owner
         biases = experts.down_proj_bias if experts.has_bias else None
         return _grouped_linear(hidden_SD, experts.down_proj, biases, routes, experts.is_transposed)

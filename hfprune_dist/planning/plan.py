@@ -41,9 +41,7 @@ class Cell:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Ids of the stages whose artifacts make up the row: its checkpoint (except for the dense model) and its
-        measurements.
-        """
+        """Ids of the stages whose artifacts make up the row: its checkpoint, if it isn't dense, and measurements."""
         measured = (self.check, self.efficiency, self.evaluate)
         return *self.producers[-1:], *(stage_id for stage_id in measured if stage_id is not None)
 

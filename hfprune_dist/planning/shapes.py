@@ -179,9 +179,7 @@ def _plain_lines(target: Target) -> list[Line]:
 
 
 def _plain_line(target: Target, layers: Iterable[int], groups: int) -> Line:
-    """Shapes with these layers. With ``multiple_of`` 1, parameters come as near to the ratio as possible; with larger
-    multiples, at least the ratio is removed.
-    """
+    """Shapes with these layers. With a ``multiple_of`` above 1, at least the ratio is removed, else what is nearest."""
     kept, multiple_of = tuple(layers), target.multiple_of
     step = _parameters_of_a_step(target, len(kept))
 
@@ -193,9 +191,7 @@ def _plain_line(target: Target, layers: Iterable[int], groups: int) -> Line:
 
 
 def with_layers(target: Target, layers: Iterable[int], groups: int) -> Shape | None:
-    """The plain shape with these layers of the dense model, once it is known which stay, and the width that the ratio
-    asks for; None if no width comes to it.
-    """
+    """The plain shape with the layers that turn out to stay, at the ratio; None if no width comes to it."""
     found = nearest(target, _plain_line(target, layers, groups))
     return found.shape if found is not None and found.fits else None
 

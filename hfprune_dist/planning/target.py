@@ -150,9 +150,7 @@ class Target:
         return KV_GROUPS not in self.structures or gcd(*self.groups.counts) % self.tensor_parallel == 0
 
     def smallest(self) -> Shape:
-        """What is left where layers compete when everything that may go is gone, of layers the smallest ones, since
-        measurements decide which go.
-        """
+        """What is left where layers compete when all that may go is gone; of layers, the smallest ones."""
         smallest_first = sorted(self.droppable, key=self.counts.layers.__getitem__)
         gone = smallest_first[: self.dense.num_layers - self.fewest_layers]
         layers = tuple(layer for layer in range(self.dense.num_layers) if layer not in gone)

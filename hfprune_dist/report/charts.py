@@ -68,9 +68,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A section of the page, with ``id`` as its anchor; ``about`` describes it in a sentence or two, and ``found`` says
-    what follows from it.
-    """
+    """A section of the page, with ``id`` as its anchor; ``about`` describes it, ``found`` says what follows from it."""
 
     id: str
     title: str
@@ -205,9 +203,7 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
 
 
 def training_losses(file: Path, x: str = "step", y: str = "loss") -> Mapping[int, float]:
-    """Step -> loss, or others of a line's values, thinned to about ``MOST_POINTS``; none if the file was removed to
-    make room.
-    """
+    """Step -> loss, or others of a line's values, thinned to about ``MOST_POINTS``; none without the file."""
     losses = [(line[x], line[y]) for line in loss_lines(file) if math.isfinite(line.get(y) or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])

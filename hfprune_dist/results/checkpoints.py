@@ -75,9 +75,7 @@ class File:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a row's folder should hold: the files of an artifact, that of the stage with the id ``checkpoint``, and
-    further texts, each by its name.
-    """
+    """What a row's folder should hold: files of the artifact of the stage ``checkpoint``, and texts, by name."""
 
     checkpoint: str
     artifact: Path

@@ -52,8 +52,6 @@ def _short(value: float, units: Mapping[str, int], limit: float) -> str:
 
 
 def _scaled(value: float, units: Mapping[str, int], limit: float) -> tuple[float, str]:
-    """A value in the first unit in which it is below ``limit``, from where it would be rounded to a further digit; and
-    that unit.
-    """
+    """A value in the first unit in which it is below ``limit``, and that unit."""
     unit = next((unit for unit, size in units.items() if value < limit * size), [*units][-1])
     return value / units[unit], unit

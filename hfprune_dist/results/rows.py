@@ -46,9 +46,7 @@ BY_LAYER = tuple(map(plural_of, SIZE_FIELDS))
 
 @dataclass(frozen=True)
 class DenseModel:
-    """Facts in a dense row that no stage measures; ``sizes`` are the fields of config.json in ``SIZES``, and
-    ``has_vision`` says whether it is a model of images and text.
-    """
+    """Facts in a dense row that no stage measures; ``sizes`` are the fields of config.json in ``SIZES``."""
 
     parameters: int
     sizes: Mapping[str, int]

@@ -28,9 +28,7 @@ MEASURED_OTHERWISE = "not to be compared with the first rows of their models, si
 
 
 def metrics_shown(rows: Sequence[Row], wide: bool) -> list[Metric]:
-    """The metrics that tables of these rows have: a few or all, as far as any row has them. The column of KL also says
-    that a result is missing.
-    """
+    """The metrics that tables of these rows have, if any row does; KL's column also says that a result is missing."""
     wanted = [metric for metric in METRICS.values() if wide or metric.brief is not None]
     return [metric for metric in wanted if metric.key == "kl" or metric.is_known(rows)]
 
@@ -210,9 +208,7 @@ def write_reports(rows: Sequence[Row], out: Path) -> None:
 
 
 def flat_row(row: Row) -> Row:
-    """A row with columns ``fidelity/<text>/<metric>``, ``<task>/<metric>`` and ``efficiency/<workload>/<metric>``
-    instead of nested results.
-    """
+    """A row with columns such as ``<task>/<metric>`` instead of nested results of texts, tasks and workloads."""
     flat = {key: value for key, value in row.items() if key not in NESTED}
     nested = {f"fidelity/{text}": found for text, found in row[OTHER_TEXTS].items()} | row["tasks"]
     nested |= {f"{ENGINES}/{engine}": found for engine, found in row[ENGINES].items()}

@@ -86,9 +86,7 @@ class StageHandle:
         return self.verify().state == "done"
 
     def verify(self, thorough: bool = False) -> Verdict:
-        """Check its artifact against the manifest: files whose size or time of change is another, or all
-        (``thorough``), are read.
-        """
+        """Check its artifact against the manifest; read files whose size or time is another, or all (``thorough``)."""
         if not self.artifact.is_dir():
             return Verdict("missing", "not made yet")
         manifest = self.manifest()
@@ -134,9 +132,7 @@ class StageHandle:
         return target
 
     def open_draft(self, claim: Claim) -> Path:
-        """Create the folder in which its artifact is written; drafts that earlier holders of the claim left are
-        removed.
-        """
+        """Create the folder in which its artifact is written; remove drafts of earlier holders of the claim."""
         # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
         found = listed(self.artifact.parent, f".draft-{self.artifact.name}-*")
         claim.require_held()

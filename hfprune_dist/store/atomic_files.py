@@ -61,9 +61,7 @@ def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True
 
 
 def write_json(file: Path, value: Any, *, sort_keys: bool = True, durable: bool = True) -> None:
-    """Replace ``file`` atomically with a JSON value, in which None stands for numbers that aren't finite; ``durable``
-    as for ``write_text``.
-    """
+    """Replace ``file`` atomically with a JSON value of finite numbers; ``durable`` as for ``write_text``."""
     write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n", durable=durable)
 
 

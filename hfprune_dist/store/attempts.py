@@ -136,9 +136,7 @@ class End:
 
     @property
     def in_one_line(self) -> str:
-        """The essence of the message: the last line of a traceback, otherwise the first; the rest is from a log, which
-        a colon announces.
-        """
+        """The last line of a traceback, else the first of the message; a colon there announces a log."""
         lines = self.message.strip().splitlines() or [""]
         return lines[-1 if lines[0].startswith(("Traceback", 'File "')) else 0].strip().removesuffix(":")
 

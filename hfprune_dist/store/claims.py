@@ -74,9 +74,7 @@ class Claim:
         return False
 
     def require_held(self) -> Path:
-        """Raise ClaimLostError unless the claim is in force, and return its file; to be called before anything that
-        must not collide with the work of a successor.
-        """
+        """Raise ClaimLostError unless the claim is in force: before anything that a successor may do, too."""
         file, record = _newest(self._folder)
         if record.get("token") != self.token or record.get("released"):
             raise ClaimLostError(

@@ -86,9 +86,7 @@ def chosen_experts(config: Mapping[str, Any]) -> Any:
 
 
 def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the key for the shared expert's width, and the multiple of its value that the width is, None if no key
-    states it.
-    """
+    """Return the key for the shared expert's width, and what its value is multiplied by, None if no key says it."""
     own = next((key for key in SHARED_WIDTHS if config.get(key)), None)
     if own:
         return own, 1

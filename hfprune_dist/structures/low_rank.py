@@ -27,16 +27,12 @@ def read_ranks(config: Mapping[str, Any], block: str, projections: Sequence[str]
 
 
 def linear_modules(projection: str, low_rank: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modules that compute a projection, the one with its bias last: itself, or its factors if it is one of
-    those of low rank.
-    """
+    """Return the modules that compute a projection, the one with its bias last: itself, or its two factors."""
     return tuple(f"{projection}.{factor}" for factor in FACTORS) if projection in low_rank else (projection,)
 
 
 def with_products(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Return the tensors of a layer, name within it -> shape, with the projections replaced by whole ones that have a
-    low rank according to config.json.
-    """
+    """Return a layer's tensors, name -> shape, with one matrix in place of the factors that config.json tells of."""
     sizes, whole = config.get(LAYER_SIZES) or {}, dict(shapes)
     for name in shapes:
         projection = name.removesuffix(f".{FACTORS[0]}.weight")

@@ -71,9 +71,7 @@ def _description(block: str) -> str:
 
 
 def _own_paragraphs(topics: Mapping[str, str]) -> list[list[str]]:
-    """Return the paragraphs of each topic, longest topic first, without those that share text with an earlier topic:
-    topics quote each other at length.
-    """
+    """Return the paragraphs of each topic, longest first, without those that share text with an earlier topic."""
     owned: list[list[str]] = []
     earlier: set[str] = set()
     for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -89,9 +87,7 @@ def shingles(text: str) -> set[str]:
 
 
 def _divided(topics: Sequence[list[str]]) -> dict[str, list[str]]:
-    """Join the paragraphs of topics into documents of at least ``DOCUMENT_CHARACTERS``; a shorter remainder joins the
-    last one.
-    """
+    """Join topics' paragraphs into documents of at least ``DOCUMENT_CHARACTERS``; the last ones may be longer."""
     parts: dict[str, list[list[str]]] = {"calibration": [[]], "heldout": [[]]}
     for number, topic in enumerate(topics, 1):
         documents = parts["calibration" if number % HELD_OUT_EVERY else "heldout"]
@@ -254,9 +250,7 @@ def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documen
 
 
 def multiple_choice(pairs: Sequence[tuple[str, str]]) -> list[dict[str, object]]:
-    """Draw documents from pairs of context and answer, with other documents' answers as wrong choices; the same ones on
-    every machine.
-    """
+    """Draw documents from pairs of context and answer, with answers of others as wrong choices; always the same."""
     generator = random.Random(SEED)
     documents: list[dict[str, object]] = []
     for context, answer in [pairs[index] for index in generator.sample(range(len(pairs)), DOCUMENTS)]:

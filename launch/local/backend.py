@@ -114,9 +114,7 @@ class LocalBackend:
             raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
 
     def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
-        """Wait until all ranks have ended and return their exit codes; end them if this is interrupted, cancelled or
-        loses its claim.
-        """
+        """Wait for all ranks and return their exit codes; end them if interrupted, cancelled or without the claim."""
         looked_at, _ = time.monotonic(), keep_renewed(claim)
         try:
             while (codes := self._warm.ended(POLL_S)) is None:

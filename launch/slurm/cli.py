@@ -213,9 +213,7 @@ class _Screen:
         return jobs is None or any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:
-        """Print an event; a message about waiting, of which every round tells, only once in ``REMIND_S``, whichever
-        stage it is about.
-        """
+        """Print an event; one about waiting, of which every round tells, only once in ``REMIND_S``."""
         self.has_ends |= event.what in ("done", "ended")
         if event.what == "waiting":
             if time.monotonic() - self._told_at.get(event.message, -math.inf) < REMIND_S:

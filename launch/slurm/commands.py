@@ -125,9 +125,7 @@ class SlurmCommands:
         raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}")
 
     def jobs(self) -> dict[str, JobInfo]:
-        """Return all jobs of this user's sweeps that squeue lists, by name: of those with one name a live one. A job
-        that it does not list need not be over.
-        """
+        """Return the jobs that squeue lists of this user's sweeps, by name; one that isn't there need not be over."""
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
         text = self._query(command, is_whole=lambda text: "JOBID|" in text)
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]

@@ -227,9 +227,7 @@ class Launcher:
         )
 
     def _submit(self, chain: list[Stage], queue: list[str]) -> None:
-        """Submit a job that runs stages one after another, up to the first that another launcher has or submits, and
-        add it to the queue.
-        """
+        """Submit a job that runs a chain of stages, up to the first that another launcher has, and queue it."""
         needs = {need for stage in chain for need in stage.needs} - {stage.id for stage in chain}
         needed = [self.ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
         jobs = [None if attempt is None else attempt.job_id for attempt in needed]
