@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import Variable
+from torch.autograd import Function, Variable
 from torch.cuda._sanitizer import StreamSynchronizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -364,6 +364,8 @@ class _Calls(TorchFunctionMode):
                 return self._here(first, is_there)
             if name == "to" and first is not None:
                 return self._moved(first, is_there, args[1:], kwargs)
+            if name == "rms_norm" and is_there:
+                return _Norm.apply(first, args[1], kwargs["eps"], gpu)
             if name == "histc":  # its counts of integers exist only on a GPU
                 args = first.float(), *args[1:]
             is_pinned, target = kwargs.pop("pin_memory", False), kwargs.get("device")
@@ -427,6 +429,26 @@ class _Calls(TorchFunctionMode):
         self._gpu.wait("copy to the host")
         with _disable_current_modes():
             return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+class _Norm(Function):
+    """``rms_norm`` as a GPU has it: a kernel forwards, and one backwards."""
+
+    @staticmethod
+    def forward(ctx, x, shape, epsilon, gpu):
+        with _disable_current_modes(), torch.enable_grad():
+            ctx.x, ctx.gpu = x.detach().requires_grad_(), gpu
+            ctx.normal = torch.nn.functional.rms_norm(ctx.x, shape, eps=epsilon)
+            normal = gpu.put(ctx.normal.detach())
+        gpu.run("rms_norm", [x], [normal])
+        return normal
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with _disable_current_modes():
+            (slope,) = torch.autograd.grad(ctx.normal, ctx.x, gradient, retain_graph=True)
+        ctx.gpu.run("rms_norm", [ctx.x, gradient], [ctx.gpu.put(slope)])
+        return slope, None, None, None
 
 
 @contextmanager

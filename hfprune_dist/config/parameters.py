@@ -46,11 +46,11 @@ KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 10, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "prune": StageKind("prune.PruneParameters", 8, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 4, trains=True),
+    "recover": StageKind("training.RecoverParameters", 5, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 2, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 4, cuts=True, trains=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 5, cuts=True, trains=True),
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available, logging
@@ -41,7 +42,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Need, Placement, Sizes, most_at_once
 from hfprune_dist.kinds.training import HELD_OUT_KL, UNTRAINED_KL, training_need
 from hfprune_dist.models.loading import after_head, packed_rows
-from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights
+from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights, replace_norms
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Shape
@@ -401,10 +402,12 @@ def rows_at_once(task: FineTuning, sharding: Sharding, world: World) -> int:
 
 
 def use_fused_kernels(model: nn.Module, device: torch.device) -> bool:
-    """Let Liger's kernels compute a model's norms, rotations and gates, on a GPU, where the package is installed and
-    knows the architecture; return whether they do. Its losses are left out, since they replace the forward that
-    returns logits.
+    """On a GPU, let torch's kernel compute a model's norms; or Liger's kernels norms, rotations and gates, where the
+    package is installed and knows the architecture: return whether they do. Its losses are left out, since they replace
+    the forward that returns logits.
     """
+    if device.type == "cuda":
+        replace_norms(model)
     if device.type == "cuda" and is_liger_kernel_available():
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     return any(str(module.forward.__module__).startswith("liger_kernel") for module in model.modules())
@@ -454,5 +457,15 @@ def add_lora(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter]:
         target_modules=lora_targets(task.checkpoint.family, task.checkpoint.ranks),
     )
     inject_adapter_in_model(adapter, model, PEFT_NAME)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.forward = partial(_adapted, module)
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {f"{PEFT_PREFIX}{name}": parameter for name, parameter in trained}
+
+
+def _adapted(layer: Any, x_BTI: Tensor) -> Tensor:
+    """What peft's forward computes; but the scale multiplies the few channels between the factors, not all outputs."""
+    between_BTR = layer.lora_A[PEFT_NAME](layer.lora_dropout[PEFT_NAME](x_BTI)) * layer.scaling[PEFT_NAME]
+    output_BTO: Tensor = layer.base_layer(x_BTI) + layer.lora_B[PEFT_NAME](between_BTR)
+    return output_BTO

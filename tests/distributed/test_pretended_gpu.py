@@ -202,13 +202,13 @@ QWEN3_MOE = {"kinds": ["experts"], "variant": "qwen3_moe"}
 # Each count has its floor: what would be left if the host read only what it decides by or writes to files, and norms,
 # rotations, gates and sums were fused with what they follow.
 CASES = {
-    "entropy": (partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (106, 26), (2, 1)),
-    "surgeon": (partial(scored, criteria=["surgeon"]), (0, 0), (123, 32), (2, 1)),
-    "llm-pruner": (partial(scored, criteria=["weight_taylor"]), (0, 0), (123, 33), (2, 1)),
-    "sdmprune": (partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (117, 29), (2, 1)),
-    "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (162, 41), (2, 1)),
-    "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (197, 38), (2, 1)),
-    "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (62, 14), (1, 1)),
+    "entropy": (partial(scored, criteria=["entropy"], kinds=KINDS[:1]), (0, 0), (74, 26), (2, 1)),
+    "surgeon": (partial(scored, criteria=["surgeon"]), (0, 0), (91, 32), (2, 1)),
+    "llm-pruner": (partial(scored, criteria=["weight_taylor"]), (0, 0), (91, 33), (2, 1)),
+    "sdmprune": (partial(scored, criteria=["coupled_taylor"], kinds=KINDS[:1]), (0, 0), (85, 29), (2, 1)),
+    "distilled": (partial(scored, criteria=["coupled_taylor_distilled"], kinds=KINDS[:1]), (0, 0), (116, 41), (2, 1)),
+    "experts": (partial(scored, criteria=["entropy", "reap"], **QWEN3_MOE), (0, 0), (133, 38), (2, 1)),
+    "flap": (partial(scored, criteria=["fluctuation", "activation_l1"]), (0, 0), (48, 14), (1, 1)),
     "dense refit": (partial(refitted, method="dense", stay=True), (4, 4), (515, 64), (0, 0)),
     "experts' refit": (partial(refitted, method="dense", variant="qwen3_moe", stay=True), (5, 4), (1009, 64), (0, 0)),
     "layerwise refit": (partial(refitted, method="layerwise", stay=True), (5, 4), (974, 112), (0, 0)),
@@ -217,9 +217,9 @@ CASES = {
     "fidelity": (measured, (0, 0), (38, 12), (1, 1)),
     "lm-eval": (answered, (0, 0), (85, 24), (1, 1)),
     "generation": (generated, (0, 0), (108, 36), (3, 3)),
-    "labels": (partial(trained, goal="labels"), (0, 0), (224, 66), (2, 1)),
-    "distillation": (partial(trained, goal="distillation"), (0, 0), (224, 66), (2, 1)),
-    "loraprune": (partial(trained, goal="loraprune"), (0, 0), (351, 80), (3, 2)),
+    "labels": (partial(trained, goal="labels"), (0, 0), (188, 66), (2, 1)),
+    "distillation": (partial(trained, goal="distillation"), (0, 0), (188, 66), (2, 1)),
+    "loraprune": (partial(trained, goal="loraprune"), (0, 0), (315, 80), (3, 2)),
 }
 
 

@@ -7,9 +7,12 @@ from functools import partial
 import pytest
 import torch
 from fine_tunings import ROWS, TOKENS, make_task, train
+from peft.tuners.lora import Linear
+from pretended_gpu import GPU, pretended_gpu
 from ranks import SoloWorld
 from tiny import save_tiny
 from torch.nn.functional import cross_entropy, kl_div
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
@@ -17,6 +20,7 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement
 from hfprune_dist.models.loading import load_causal_lm
+from hfprune_dist.models.memory_efficient_backward import replace_norms
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.training import trainer
 from hfprune_dist.training.teacher_states import DENSE
@@ -285,3 +289,24 @@ def test_fused_kernels_are_for_gpus_and_leave_the_loss_alone(monkeypatch):
     monkeypatch.setattr(trainer, "apply_liger_kernel", apply)
     used = [trainer.use_fused_kernels(model, torch.device(device)) for device in ("cpu", "cuda")]
     assert used == [False, True] and applied == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+
+
+def test_norms_of_gpus_and_adapters_compute_as_those_they_replace(checkpoints):
+    norm, x_TC, slope_TC = LlamaRMSNorm(16), *torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+    def results(device):
+        norm.weight.data, norm.weight.grad = torch.linspace(0.5, 2, 16).to(device), None
+        leaf = x_TC.clone().to(device).requires_grad_()
+        norm(leaf).backward(gradient=slope_TC.to(device))
+        return [each.detach().cpu() for each in (norm(leaf), leaf.grad, norm.weight.grad)]
+
+    expected = results("cpu")
+    replace_norms(norm)
+    with pretended_gpu():
+        torch.testing.assert_close(results(GPU), expected)
+    model = load_causal_lm(checkpoints[0].path, torch.float32)
+    add_lora(model, task_of(checkpoints, "lora, labels"))
+    adapted = next(module for module in model.modules() if isinstance(module, Linear))
+    torch.nn.init.ones_(adapted.lora_B["default"].weight)
+    x_TC = torch.randn(5, adapted.in_features)
+    torch.testing.assert_close(adapted(x_TC), type(adapted).forward(adapted, x_TC))
