@@ -45,7 +45,7 @@ class StageKind:
 KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 10, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
-    "prune": StageKind("prune.PruneParameters", 8, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 5, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),

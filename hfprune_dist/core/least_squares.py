@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.portions import widened
 
 # Candidate ridges, as shares of the kept channels' mean energy; the best one on held-out tokens is used.
@@ -51,17 +50,10 @@ class LeastSquares:
     gram_KK: Tensor  # E[h_S h_S^T]
     old_CK: Tensor  # the kept columns of W
 
-    def weight(self, ridge: float) -> Tensor:
-        """Return the refitted weight [hidden_size, kept], the old one if the kept channels are silent; raise
-        ``UnresolvedError`` if the Gram matrix, with the ridge, isn't positive definite.
-        """
-        weight_CK, problem = self.solved(ridge)
-        if problem:
-            raise UnresolvedError
-        return weight_CK
-
     def solved(self, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``weight``, and a scalar that isn't 0 if it means nothing: for a GPU, the host needn't wait."""
+        """Return the refitted weight [hidden_size, kept], the old one if the kept channels are silent; and a scalar,
+        which isn't 0 if the weight means nothing: the Gram matrix, with the ridge, isn't positive definite then.
+        """
         mean = self.gram_KK.diagonal().mean()
         strength = (ridge * mean).where(mean != 0, 1.0)  # of silent channels, any ridge leaves the old weight
         damped_KK = self.gram_KK.to(self.old_CK, copy=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import resource
 import socket
 import sys
@@ -100,13 +101,14 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
         reproducible: whether what GPUs compute must have the same bits each time.
 
     Raises:
-        UserError: if ranks would share a GPU.
+        UserError: if ranks would share a GPU, or torch has no kernels for it.
     """
     if reproducible and torch.cuda.is_available():
         compute_deterministically()
     device = claim_device(environment)
     threads = threads_allowed(environment) or usable_cores()
     if device.type == "cuda":
+        require_kernels(device)
         stay_near(device, threads)
     torch.set_num_threads(threads)
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -181,6 +183,19 @@ def require_usable_gpus() -> None:
         "built for a CUDA that the driver supports (nvidia-smi shows it) or a newer driver, or set "
         "CUDA_VISIBLE_DEVICES='' to compute on the CPU"
     )
+
+
+def require_kernels(gpu: torch.device) -> None:
+    """Refuse a GPU that torch sees, but has no kernels for: those of its generation, or what its driver compiles."""
+    own, built = torch.cuda.get_device_capability(gpu), " ".join(torch.cuda.get_arch_list())
+    kernels = [(kind, int(major), int(minor)) for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", built)]
+    if kernels and not any(
+        (major, minor) <= own and (kind == "compute" or major == own[0]) for kind, major, minor in kernels
+    ):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(gpu)} (sm_{own[0]}{own[1]}), "
+            f"only for {built}; install a torch built for an older or newer CUDA, or use other GPUs"
+        )
 
 
 def require_own_gpus(device: torch.device, rank: int, size: int, store: Any) -> None:

@@ -137,8 +137,8 @@ def _run(experts: Any, down: ExpertProjections, hidden_NC: Tensor, index_NK: Ten
 @torch.no_grad()
 def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor) -> list[Tensor]:
     """The inputs of the down projections of a layer's experts, multiplied for each token by the weight of the expert's
-    output: so what a projection loses of these, the layer's output loses. For each expert, they are float32 [tokens,
-    channels], of the tokens that it was given.
+    output: so what a projection loses of these, the layer's output loses. For each expert, they are [tokens, channels],
+    of the tokens that it was given, in the model's dtype.
 
     Args:
         experts: the module of all experts; the other arguments are its inputs (see ``_run``).
@@ -146,7 +146,7 @@ def weighted_activations(experts: Any, hidden_NC: Tensor, index_NK: Tensor, weig
     _require_known(experts)
     routes = _Routes.of_tokens(experts.num_experts, index_NK, weights_NK)
     hidden_SD = _activations(experts, routed(hidden_NC, routes.order_S), routes)
-    weighted_SD = hidden_SD.float() * routes.weights_S.float()[:, None]
+    weighted_SD = (hidden_SD * routes.weights_S.float()[:, None]).to(hidden_SD)
     return list(weighted_SD.tensor_split(routes.ends_E[:-1].long().cpu()))
 
 

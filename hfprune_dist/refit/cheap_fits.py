@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.devices import send
+from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -87,14 +88,17 @@ def _fitted(
 ) -> dict[int, Tensor]:
     """The output projection for every number of units; ranks take turns at them."""
     weight_CD = output_of(layer, units).weight.data
-    projection, weights = Projection(weight_CD, gram_DD), dict[int, Tensor]()
+    projection, weights, problems = Projection(weight_CD, gram_DD), dict[int, Tensor](), list[Tensor]()
     for place, (count, kept_U) in enumerate(kept.items()):
         channels_K = send(entries_of(kept_U, units.channels_per_unit), weight_CD.device)
         if place % world.size == world.rank:
-            with explaining(number):
-                weights[count] = projection.keeping(channels_K).weight(ridge)
+            weights[count], problem = projection.keeping(channels_K).solved(ridge)
+            problems.append(problem)
         else:
             weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
+    with explaining(number):
+        if problems and torch.stack(problems).any():  # only now does a GPU's host wait
+            raise UnresolvedError
     for place, weight_CK in enumerate(weights.values()):
         world.broadcast_tensor(weight_CK, place % world.size)
     return weights

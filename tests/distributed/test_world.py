@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worlds import Ranks
 
 from hfprune_dist.distributed import world as worlds_of_ranks
-from hfprune_dist.distributed.world import World, claim_device, require_own_gpus, stay_near
+from hfprune_dist.distributed.world import World, claim_device, require_kernels, require_own_gpus, stay_near
 from hfprune_dist.errors import UserError
 
 
@@ -54,6 +54,26 @@ def test_gpus_that_torch_cannot_use_are_an_error_instead_of_a_run_on_the_cpu(mon
 
 
 @pytest.mark.parametrize(
+    ("own", "built", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_90"], True),
+        ((7, 0), ["sm_75", "sm_80", "compute_120"], False),
+        ((12, 1), ["sm_90", "compute_100"], True),
+        ((12, 0), ["sm_90"], False),
+        ((9, 4), ["gfx942"], True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_named(monkeypatch, own, built, runs):
+    for name, value in {"get_device_capability": own, "get_arch_list": built, "get_device_name": "a V100"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with (
+        contextlib.nullcontext() if runs else pytest.raises(UserError, match=r"no kernels for a V100 \(sm_\d+\), only")
+    ):
+        require_kernels(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
     ("gpus", "message"),
     [("abc", None), ("aba", "ranks 0 and 2 are on one GPU, a of node "), ("abb", "ranks 1 and 2 are on one GPU, b ")],
 )
@@ -93,7 +113,8 @@ def test_a_rank_joins_with_its_own_gpu_and_memory_in_segments_that_grow(monkeypa
     joined, environment = {}, {"LOCAL_RANK": "1", "OMP_NUM_THREADS": str(torch.get_num_threads()), **own}
     store = torch.distributed.HashStore()
     with monkeypatch.context() as patch:
-        for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        answers = {"is_available": True, "device_count": 2, "set_device": None, "get_device_capability": (9, 0)}
+        for name, value in {**answers, "get_arch_list": ["sm_90"]}.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
         patch.setattr(worlds_of_ranks, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
