@@ -48,10 +48,7 @@ class LostInputError(UserError):
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` if a valid word begins with ``word`` or is close to it, otherwise ``""``.
-
-    Upper and lower case count as the same.
-    """
+    """Return ``"; did you mean 'x'?"`` if a valid word begins with ``word``, or is close to it, else ``""``."""
     words, given = {name.lower(): name for name in valid}, word.lower()
     begun = sorted((name for name in words if given and name.startswith(given)), key=len)
     close = begun or difflib.get_close_matches(given, words, n=1)
@@ -59,10 +56,7 @@ def did_you_mean(word: str, valid: Iterable[str]) -> str:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """Errors that a request to the Hugging Face hub raises: it is refused, its connection breaks, or a name is invalid.
-
-    The client's own errors derive from those of its HTTP library, and which library that is depends on its version.
-    """
+    """Errors of a request to the hub: its client's derive from those of an HTTP library that depends on its version."""
     from huggingface_hub.errors import HfHubHTTPError  # which most commands do without
 
     return (*HfHubHTTPError.__bases__, OSError, ValueError)

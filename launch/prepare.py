@@ -78,9 +78,7 @@ class Prepared:
 
 
 def prepare(request: Request, *, download: bool) -> Prepared:
-    """Plan a sweep, and check which of its artifacts exist; nothing is written. Unless it may ``download`` models that
-    are not in the hub's cache, only their shapes are looked up.
-    """
+    """Plan a sweep, and see what exists; models not in the hub's cache are looked up, or downloaded if it may."""
     out, profile = request.out, request.profile
     require_folder(out)
     store = Store(out / "store")

@@ -65,9 +65,7 @@ def make(prepared: Prepared) -> None:
 
 
 def run_missing(prepared: Prepared) -> int | None:
-    """Run missing stages, and write report.html whenever one has ended; return an exit code if leaving before the last
-    one has. If they can't run as asked for, nothing is written.
-    """
+    """Run missing stages, and write report.html after each; return an exit code if leaving before the last one ends."""
     require_runnable(prepared)
     sweep, config, request = prepared.sweep, prepared.config, prepared.request
     out, hashes = sweep.out, sweep.store.hashes
@@ -90,10 +88,7 @@ def run_missing(prepared: Prepared) -> int | None:
 
 
 def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
-    """Run missing stages in plan order; stages that need a missing artifact are skipped.
-
-    If a stage finds an artifact that it reads damaged, that one is made again, and then the stage has another try.
-    """
+    """Run missing stages in plan order. What one finds damaged is made again, and then it has another try."""
     sweep, request, todo = prepared.sweep, prepared.request, prepared.todo
     stages, store, waiting = sweep.plan.stages, sweep.store, deque(todo)
     tries: Counter[str] = Counter()

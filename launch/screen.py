@@ -68,9 +68,7 @@ class ProgressLines:
         self._told_at: dict[str, float] = {}
 
     def tell(self, stage: Stage, progress: str, left: str) -> str:
-        """Print how far a stage is ("calibration 3/9", time left), if a line is due, and return the line; to be called
-        on every sign of progress, which is empty before a stage's first words, and after its last.
-        """
+        """Print how far a stage is, if a line is due, and return it; called on every sign of progress."""
         line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
         now = time.monotonic()
         is_due = now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S

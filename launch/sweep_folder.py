@@ -109,9 +109,7 @@ def write_page(out: Path, console: Console) -> None:
 
 
 def record_run(today: Sweep, config: SweepConfig, models: Sequence[ModelSource]) -> None:
-    """Write a run's configuration, in which models are named so that they can be found from any folder, and add its
-    rows to the folder's record; they replace those of earlier runs that are for the same cells.
-    """
+    """Write a run's configuration, valid in any folder, and its rows, in place of earlier ones of the same cells."""
     out, plan = today.out, today.plan
     write_text(out / CONFIG_FILE, to_yaml(config.model_dump() | {"models": [model.spelling for model in models]}))
     dense = {model.name: DenseModel.from_checkpoint(model.checkpoint) for model in models}

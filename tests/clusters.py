@@ -42,12 +42,7 @@ LAUNCHERS: list[subprocess.Popen[str]] = []
 
 
 class Cluster:
-    """A cluster of ``slurm/cluster.sh``.
-
-    Args:
-        port_base: the first of its ports.
-        cpus: number of CPUs of each node.
-    """
+    """A cluster of ``slurm/cluster.sh``, by the first of its ports and each node's number of CPUs."""
 
     def __init__(self, folder: Path, port_base: int, cpus: int) -> None:
         self.folder = folder

@@ -90,9 +90,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 class TogetherByFile(LoadScopeScheduling):
-    """Where several workers run the tests, keeps those of one file together, and those of files that share something
-    expensive: the one Slurm cluster or the GPUs.
-    """
+    """Keeps tests of one file with one worker, and those of files that share the Slurm cluster or the GPUs."""
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]
@@ -103,10 +101,7 @@ class TogetherByFile(LoadScopeScheduling):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run the longest tests first, so that no worker is left with only those at the end; all workers in one order.
-
-    Thorough ones are left out unless they are asked for: with --all, by their marker, or by a test's name.
-    """
+    """The longest tests first, in one order for all workers; thorough ones with --all, their marker or their name."""
     named = any("::" in argument for argument in config.args)
     if not (config.option.all or named or "thorough" in config.option.markexpr):
         thorough = [item for item in items if item.get_closest_marker("thorough")]

@@ -113,9 +113,7 @@ ROWS = {
 
 
 def weight_taylor(model, windows, units, output=NEURONS):
-    """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW| over the weights that each owns, L the
-    mean cross-entropy of all windows at once.
-    """
+    """Scores of every layer's units, float64 [layers, units]: sum |W * dL/dW|, L all windows' mean cross-entropy."""
     model = copy.deepcopy(model).double().requires_grad_()
     logits = model(input_ids=windows).logits
     torch.stack([cross_entropy(*pair) for pair in zip(logits, windows, strict=True)]).mean().backward()
@@ -174,9 +172,7 @@ def _cut(mlp, numbers):
 
 
 def moments(model, windows, seed=0, channels=1, output=NEURONS):
-    """For every layer: mean h h^T, mean g g^T at the output of the projection, and mean (h dL/dh)^2, where L is the
-    random signs' loss and h dL/dh is added up for each unit.
-    """
+    """For every layer: mean h h^T, mean g g^T at the projection's output, and mean (h dL/dh)^2 of each unit."""
     model = copy.deepcopy(model).double().requires_grad_()
     layers = layers_of(model)
     grams, curvatures, fishers = ([0.0] * len(layers) for _ in range(3))

@@ -19,12 +19,7 @@ BEGIN = 1_800_000_000.0
 
 
 class DrawnSweep:
-    """Every model pruned by every method at every ratio, with and without recovery, plus the dense models.
-
-    Args:
-        missing: labels of rows that have no evaluation.
-        timed: whether the efficiency of each shape was measured.
-    """
+    """Models x methods x ratios, with and without recovery, and dense ones; rows ``missing`` have no evaluation."""
 
     def __init__(self, out: Path, models=("m",), methods=("hfprune", "other"), ratios=(0.2, 0.5), **settings):
         self.out, self.methods, self.ratios = out, methods, ratios

@@ -46,10 +46,7 @@ class OwnProcess(WarmProcess):
 
 
 def forked(command: Sequence[str | Path]) -> list[str]:
-    """Return ``python script.py ...`` as a command that runs in a fork instead.
-
-    Where a fork would not work the command stays as it is: a GPU's driver that has been queried does not survive one.
-    """
+    """Return ``python script.py ...`` as a command that runs in a fork, unless a GPU's driver does not survive one."""
     command = [str(part) for part in command]
     if sys.platform != "linux" or count_gpus():
         return command
@@ -135,10 +132,7 @@ def run_rank(arguments: list[str]) -> None:
 
 
 def run_command(client: socket.socket, streams: list[int]) -> None:
-    """Run a command in a fork of this process: tell its client the process id, and then the exit code.
-
-    The client sends the command's environment, folder and arguments, and signals it; with the client, it ends.
-    """
+    """Run a client's command, with its environment and folder, in a fork; send its process id, then its exit code."""
     environment, folder, *command = json.loads(client.makefile("r").readline())
     os.chdir(folder)
     for number, stream in enumerate(streams):

@@ -36,9 +36,7 @@ def experts_of(model):
 
 
 def some_kept(checkpoint, share, structure=NEURONS, *, groups=False):
-    """Keep this share, at random, of every MLP's neurons (equally many of every expert) or of each group's experts;
-    and one KV group, if ``groups``.
-    """
+    """Keep a share, at random, of every MLP's neurons or each group's experts; and one KV group, if ``groups``."""
     generator = torch.Generator().manual_seed(1)
     units = {}
     for pruned in checkpoint.pruned_kinds([structure]):
@@ -146,10 +144,7 @@ def routed_outputs(model, windows):
 
 
 def definition(model, windows, criterion, seed=0, *, others=None):
-    """(kind, layer) -> sums over windows and tokens, float64 [units]; of activations not for whole experts.
-
-    See ``Definition``.
-    """
+    """(kind, layer) -> sums over windows and tokens, float64 [units]; of activations not for whole experts."""
     dense = copy.deepcopy(model).double().requires_grad_()
     scored = Definition(dense, others)
     sums = defaultdict(float)

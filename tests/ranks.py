@@ -106,11 +106,7 @@ def run_stage(
 def run_ranks(
     store: Store, stage: Stage, ranks: int = 1, *, fresh: bool = False, environment: Environment | None = None
 ) -> Ended:
-    """Run a stage that is already laid out to its end, with one thread per rank so that its bits can be compared.
-
-    Args:
-        fresh: whether each rank is an interpreter of its own, which imports everything.
-    """
+    """Run a stage that is laid out, with a thread per rank, so that bits compare; ``fresh``: as new interpreters."""
     environment = {**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})}
     arguments = [str(store.root), stage.id]
     with tempfile.NamedTemporaryFile() as log:
@@ -130,10 +126,7 @@ def run_ranks(
 
 
 def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
-    """Run ``action`` on ranks that are forks of this process, each with one thread, and return their exit codes.
-
-    These are 0, INTERRUPTED, 1 for errors, or minus a signal.
-    """
+    """Run ``action`` on ranks that are forks; their exit codes: 0, INTERRUPTED, 1 for errors, or minus a signal."""
     with tempfile.TemporaryDirectory() as folder:
 
         def be_rank() -> None:

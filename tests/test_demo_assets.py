@@ -1,4 +1,4 @@
-"""The demo's assets: real text in disjoint parts, tasks that lm-eval can load from anywhere, real models."""
+"""The demo's assets: real text in disjoint parts, tasks with one right answer, real models."""
 
 import json
 import sys
@@ -57,19 +57,6 @@ def test_documents_have_one_right_answer_that_nothing_was_trained_or_calibrated_
         answer = question["choices"][question["label"]]
         assert answer.casefold() not in responses
         assert calibration_shingles.isdisjoint(shingles(f"{question['context']} {answer}"))
-
-
-def test_lm_eval_loads_the_suite_from_another_folder(real_assets, tmp_path, monkeypatch):
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.chdir(tmp_path)
-    manager = TaskManager(include_path=str(real_assets / "tasks"), include_defaults=False)
-    loaded = manager.load(["demo_continuation", "demo_docstring"])["tasks"]
-    continuation, docstring = loaded["demo_continuation"], loaded["demo_docstring"]
-    first = next(iter(continuation.test_docs()))
-    assert continuation.doc_to_text(first) == first["context"]
-    assert continuation.doc_to_choice(first) == first["choices"]
-    assert (continuation.config.target_delimiter, docstring.config.target_delimiter) == (" ", "")
 
 
 def test_absent_weights_are_a_message_and_exit_code_2(tmp_path, monkeypatch, capsys):

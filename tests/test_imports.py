@@ -23,25 +23,11 @@ SHARED = ["command", "dry_run", "start", "project", "api", "build_steps", "sweep
 # These don't wait for torch, so that a login node answers at once.
 TORCH_FREE = [
     *(f"hfprune_dist.{room}" for room in ("config", "store", "kinds", "planning", "report", "results", "structures")),
-    *("hfprune_dist.engines", "hfprune_dist.checkpoints.engines"),
+    *("hfprune_dist.engines", "hfprune_dist.checkpoints.engines", "hfprune_dist.core.criterion"),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("checkpoint", "families", "weight_files")),
     *(f"hfprune_dist.checkpoints.{name}" for name in ("layer_settings", "pruned_config")),
-    "hfprune_dist.core.criterion",
-    *(
-        f"hfprune_launch.{name}"
-        for name in (
-            "hfprune",
-            "sweep",
-            "prune",
-            "check",
-            "export",
-            "report",
-            "compare",
-            "clean",
-            "schema",
-            "local.backend",
-        )
-    ),
+    *(f"hfprune_launch.{name}" for name in ("hfprune", "sweep", "prune", "check", "export", "report", "compare")),
+    *(f"hfprune_launch.{name}" for name in ("clean", "schema", "local.backend")),
 ]
 # Libraries that take a rank some tenths of a second each to import -> kinds of stages that import them in any case.
 # Others do so only in what needs them: sharding a model, running lm-eval's tasks, a data set of the hub.

@@ -44,14 +44,7 @@ class Death(BaseException):
 
 
 class Ranks:
-    """Several ranks, each a thread, and the place where they meet.
-
-    Args:
-        deaths: rank -> number, from 0, of the collective before which it dies.
-
-    Attributes:
-        logs: the collectives of every rank, in order.
-    """
+    """Ranks that are threads, and where they meet; ``deaths``: rank -> number of the collective it dies before."""
 
     def __init__(self, size: int, deaths: Mapping[int, int] | None = None) -> None:
         self.size = size

@@ -13,11 +13,7 @@ _made: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
 
 
 def write_once(folder: Path, key: str, make: Callable[[Path], object]) -> Path:
-    """Let a folder have the files that ``make`` writes into an empty one, and leave torch's random state as it does.
-
-    Args:
-        key: of all that the files depend on; ``make`` is called only if none of the last ``MOST`` keys was the same.
-    """
+    """Let a folder have what ``make`` writes, and torch its random state; it runs once per ``key``, of the last few."""
     if key not in _made:
         with tempfile.TemporaryDirectory() as name:
             make(Path(name))

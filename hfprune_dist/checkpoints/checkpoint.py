@@ -264,9 +264,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _check_tensors(path: Path, config: Mapping[str, Any], family: Family, found: Mapping[str, TensorInfo]) -> None:
-    """Check that no tensor of the model is missing, since transformers would fill it with random values, and that those
-    of units have the shapes that follow from the config's numbers of units.
-    """
+    """Refuse files without a tensor, which transformers would make up, or whose units' shapes aren't the config's."""
     needed = family.tensors - ({family.head_tensor} if config.get("tie_word_embeddings") else set())
     if missing := sorted(needed - found.keys()):
         raise UserError(f"{path}: tensor {missing[0]} is missing from the weight files ({len(missing)} in all)")

@@ -81,9 +81,7 @@ _PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_la
 def discover(
     config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str, *, has_vision: bool = False
 ) -> tuple[Family, dict[str, Any]]:
-    """Find the parts of a model, given the shapes of all tensors in its files, or those of its text decoder. Return its
-    family, and the values that hold for keys that its config.json lacks or that mean something else there.
-    """
+    """A model's family by the shapes of its tensors, and values for keys that config.json lacks or means otherwise."""
     refuse, model_type = partial(not_supported, config, where), str(config["model_type"])
     shapes = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
     task = WITH_VISION if has_vision else CAUSAL
@@ -173,9 +171,7 @@ def by_layer(config: Mapping[str, Any], shapes: Shapes, layers: str) -> list[dic
 
 
 def _outside_layers(config: Mapping[str, Any], outside: Shapes, body: str, refuse: Refuse) -> tuple[str, str]:
-    """Names of the table of token embeddings and of the final norm; after checking that no other part acts between
-    layers, which passes that run one layer at a time would miss.
-    """
+    """Names of the embedding's table and of the final norm; other parts that act between layers are refused."""
     hidden, shared = config["hidden_size"], config.get("num_kv_shared_layers")
     if (embedded := config.get("word_embed_proj_dim")) not in (None, hidden):
         raise refuse(f"its embeddings are of another size than its layers (word_embed_proj_dim {embedded})")
@@ -243,9 +239,7 @@ def _mlp(parts: Mapping[int, Shapes], refuse: Refuse) -> tuple[str, Projections]
 
 
 def _attention(config: Mapping[str, Any], parts: Sequence[Shapes]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attention of layers with these tensors: attributes of ``Family``, and what the tensors say about the keys of
-    config.json for the number of key-value heads and their size. It is that of the first layer that has a known kind.
-    """
+    """``Family``'s attributes of attention, by the first layer of a known kind, and what tensors say of KV heads."""
     for there in parts:
         for name in dict.fromkeys(own.partition(".")[0] for own in there if re.fullmatch(r"\w+\.q_proj\.weight", own)):
             for output in _OUTPUTS:

@@ -174,9 +174,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 
 
 def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with ``intermediate_size`` and ``num_hidden_layers``, whatever its architecture calls them, and
-    with one number in place of a list of equal ones, one for each layer (``hunyuan_v1_moe``).
-    """
+    """A config.json with ``intermediate_size`` and ``num_hidden_layers``, and a number for a list of equal ones."""
     told = dict(config)
     if OTHER_LAYERS in config:
         told.setdefault("num_hidden_layers", config[OTHER_LAYERS])

@@ -58,9 +58,7 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
 
 
 def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
-    """The complete settings of a checkpoint that is pruned to this shape, in the form of ``Checkpoint.config``; output
-    projections that are ``biased``, by their names within a layer, have biases after pruning.
-    """
+    """Settings, as in ``Checkpoint.config``, of a checkpoint of this shape; ``biased`` projections get biases."""
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
     assert not needed, f"layers {sorted(needed)} can't be dropped"
@@ -136,9 +134,7 @@ def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Write config.json into a draft, with what transformers 5 has renamed under the earlier names too, which other
-    engines read: each of them unless it would change what transformers reads.
-    """
+    """Write config.json, with names from before transformers 5 too, unless one would change what transformers reads."""
     content = copy.deepcopy(dict(config))
     text = content.get("text_config", content)
     expected = _written_and_read(content, folder)

@@ -36,9 +36,7 @@ class TokenCosts:
     cached_channels: int
 
     def flops(self, context: int) -> int:
-        """Floating-point operations of one token's forward pass: two for each parameter that it is multiplied by, and
-        attention's two products with each of ``context`` tokens, itself included.
-        """
+        """Operations of a token's forward: two for each parameter, and attention's with ``context`` tokens."""
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
 
@@ -79,9 +77,7 @@ def _idle(checkpoint: Checkpoint) -> int:
 
 
 def _channels_of(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
-    """For a layer with tensors of these shapes, channels of its queries, of the values that its heads add up, and of
-    what it caches; zeros if it has no attention, or carries a state along (with rates of decay) in place of a cache.
-    """
+    """Channels of a layer's queries, values and cache; zeros if it has no attention or carries a state along."""
     family, config = checkpoint.family, checkpoint.family.completed(checkpoint.config)
     block, projections = family.attention, family.attention_modules
     if any(re.match(r"(self_attn|attention)\.(\w+\.)?A_log$", name) for name in shapes):

@@ -175,9 +175,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def absolute_path(path: str, base: Path) -> str:
-    """The absolute form of a path that is relative to ``base`` or begins with ``~``; one that isn't UTF-8 is refused.
-    Links aren't followed: tables call a model or a method by the name that it was given.
-    """
+    """A path's absolute form, from ``base`` or ``~``; links aren't followed: tables show the name that was given."""
     found = os.path.normpath(base / os.path.expanduser(path))  # noqa: PTH111  which leaves an unknown user's home
     try:
         found.encode()

@@ -18,9 +18,7 @@ class NotYamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that reads 5e-4 as a number; PyYAML follows YAML 1.1, where it is a string. A repeated key is an error;
-    PyYAML drops the first.
-    """
+    """Reads 5e-4 as a number, which is a string in PyYAML's YAML 1.1, and refuses a key that is repeated."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read a section; what it merges (``<<``) stands in it only later, and may repeat its keys."""
@@ -54,9 +52,7 @@ def yaml_value(text: str) -> Any:
 
 
 def read_yaml(file: Path, flag: str, expected: str) -> dict[str, Any]:
-    """The keys and values of a YAML file; none if it is empty. A file that can't be read, or holds something else, is
-    refused in a message that names it by the option ``flag`` and tells what was ``expected``.
-    """
+    """A YAML file's keys and values; a refusal names it by the option ``flag``, and tells what was ``expected``."""
     try:
         raw = yaml_value(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -42,9 +42,7 @@ def next_ids(input_ids_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens of a batch, as a loss sees them: logits, which it may overwrite, numbers within the batch, and the
-    dense model's logits, if the model is not the dense one.
-    """
+    """Some tokens of a batch: logits, which a loss may overwrite, numbers in the batch, and a teacher's logits."""
 
     logits_NV: Tensor
     numbers: slice

@@ -65,9 +65,7 @@ def _differentiate(
     hidden_BTC: Tensor,
     teacher_NC: Tensor | None = None,
 ) -> dict[str, float]:
-    """Run one pass over the logits, then one backward for each loss through the graph of one forward, which the last
-    one frees; return the losses' values.
-    """
+    """One pass over the logits, then each loss's backward through the graph of one forward; return the losses."""
     with model.head() as (weight_VC, bias_V):
         of_batch = [loss.of_batch(batch) for loss in losses]
         hidden_NC = hidden_BTC.detach().flatten(0, 1)

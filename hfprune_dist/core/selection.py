@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def top_units(scores_U: Tensor, count: int, parts: int = 1) -> Tensor:
-    """Return the ascending int64 indices of the ``count`` highest scores, the same number of them from each of some
-    equal consecutive parts. Among equal scores, lower indices win.
-    """
+    """Ascending int64 indices of the ``count`` highest scores, equally many from each part; the lower wins a tie."""
     assert 0 <= count <= len(scores_U), f"{count} of {len(scores_U)} units"
     assert count % parts == len(scores_U) % parts == 0, f"{count} of {len(scores_U)} units in {parts} parts"
     width = len(scores_U) // parts

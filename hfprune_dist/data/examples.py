@@ -42,9 +42,7 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
-    """Yield the examples of a source, given as for ``read_records``, with the settings of recovery. A record that is
-    neither a chat nor a pair, or a document without text, is refused.
-    """
+    """Yield a source's examples; a record that is neither a chat nor a pair, or a document without text, is refused."""
     if source["text"] == "documents":
         field = source["text_field"]
         records = read_records(source, path, [field], seed, "recovery")

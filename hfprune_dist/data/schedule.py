@@ -20,9 +20,7 @@ RowReader = Callable[[int], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps whose sizes differ by one row at most.
-    So, with fewer rows than ``batch_size``, each epoch is one step over all of them.
-    """
+    """An epoch is a shuffle of all rows, cut into ceil(rows / batch_size) steps of sizes that differ by one at most."""
 
     rows: int
     batch_size: int

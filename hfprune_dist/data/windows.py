@@ -41,9 +41,7 @@ class Sampling:
 def read_windows(
     source: Mapping[str, Any], path: Path | None, tokenizer: Any, sampling: Sampling, where: str
 ) -> Tensor:
-    """Cut windows [samples, sequence_length] from a text, given as for ``read_texts``; its ``source`` has a
-    ``text_field`` too. A local file's documents are taken in random order.
-    """
+    """Cut windows [samples, sequence_length] from a text; a local file's documents are taken in random order."""
 
     def texts() -> Iterator[str]:
         return read_texts(source, path, source["text_field"], sampling.seed, where)
@@ -59,9 +57,7 @@ Source = tuple[Mapping[str, Any], Path | None, int]
 def read_mixture(
     sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
 ) -> Tensor:
-    """Cut windows from several texts, from each text as ``read_windows`` does, and interleave them; ``sampling`` is
-    that of all windows, and ``apart`` tells for each whether it will be kept apart from others.
-    """
+    """Cut windows from several texts and interleave them; ``apart`` tells which will be kept apart from others."""
     left = [
         iter(read_windows(settings, path, tokenizer, replace(sampling, samples=count), where))
         for settings, path, count in sources
@@ -93,9 +89,7 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Tensor:
-    """Cut one random window from each document that is long enough; start again if documents run out. Without an
-    ``order``, which is each document's place, they are used as they come, and no more are read than are needed.
-    """
+    """Cut a window from each document that is long enough, in ``order`` or as they come, and again if they run out."""
     body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
     longest = 0

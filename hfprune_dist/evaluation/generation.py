@@ -42,9 +42,7 @@ class Seconds(NamedTuple):
 
 @torch.inference_mode()
 def time_generation(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Seconds:
-    """Have a causal LM of transformers generate the most likely tokens one by one, with a cache of keys and values,
-    past any end-of-text token; the prompts are on its device.
-    """
+    """Have a causal LM generate the most likely tokens one by one, with a cache, past any end-of-text token."""
     started = _now(prompts_BT.device)
     next_B1, cache = _step(model, prompts_BT, None)
     first = _now(prompts_BT.device)

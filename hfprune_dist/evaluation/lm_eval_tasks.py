@@ -21,9 +21,7 @@ _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULT
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
-    """Refuse names of tasks, groups and tags that lm-eval doesn't know; and, if ``data`` matters, tasks whose data set
-    is neither on the hub nor in the cache of what was downloaded.
-    """
+    """Refuse names that lm-eval doesn't know; if ``data`` matters, also data sets neither on the hub nor cached."""
     known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
     if unknown:
@@ -90,9 +88,7 @@ class TaskLoader:
         self._cache = cache.resolve()
 
     def load(self, name: str, num_fewshot: int | None) -> Any:
-        """Load a task, or all tasks of a group or tag, with their data, for ``lm_eval.evaluator.evaluate``, with so
-        many examples in prompts, or each task's own number (None). What can't be loaded is refused, with its file.
-        """
+        """Load a task, or all of a group or tag, with data and so many examples in prompts (None: its own number)."""
         from lm_eval.defaults import DEFAULT_OTHER_SEED
 
         entry = self._index.task_index.get(name)
@@ -160,10 +156,7 @@ def scores_of(name: str, result: Mapping[str, Any]) -> dict[str, dict[str, float
 
 
 def clean_metrics(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Rename lm-eval's ``metric,filter`` keys: ``acc,none`` to ``acc``, ``f1,strict`` to ``f1[strict]``.
-
-    A standard error keeps its suffix at the end (``f1[strict]_stderr``) and is None where lm-eval has none.
-    """
+    """Rename lm-eval's keys: ``acc,none`` to ``acc``, ``f1_stderr,strict`` to ``f1[strict]_stderr`` (None: unknown)."""
     cleaned: dict[str, float | None] = {}
     for key, value in metrics.items():
         metric, separator, filter_name = key.partition(",")

@@ -170,9 +170,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     # On all ranks.
 
     def _answer_mine(self, task: str, method: str, first: int, batches: Sequence[Any]) -> dict[int, list[Any]]:
-        """Answer this rank's share of batches, of which ``first`` is the first's number; return all answers by number.
-        Requests that no model, or not this one, can answer are refused: too long, or with unknown options.
-        """
+        """Answer this rank's batches; return all answers by number. What can't be answered is refused."""
         self._interruption.stop_if_agreed(self._world)
         answer: Callable[..., list[Any]] = self._score if method == "loglikelihood" else self._generate
         mine = {}

@@ -152,10 +152,7 @@ def _definitions(node: ast.Module | ast.ClassDef, prefix: str, is_for_tasks: boo
 
 
 def instruction_pairs(library: Iterable[Documented]) -> list[dict[str, str]]:
-    """Return a question about each definition, answered by the beginning of its docstring; no answer occurs twice.
-
-    The order mixes modules, so that the first few hundred pairs are a fair sample.
-    """
+    """A question about each definition, answered by its docstring's beginning, modules mixed; no answer comes twice."""
     pairs: dict[str, dict[str, str]] = {}
     for item in (item for item in library if not item.is_for_tasks):
         for beginning in (item.paragraphs[:1], item.paragraphs[:2]):  # two if the first is only a line

@@ -44,9 +44,7 @@ OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
 class LocalBackend:
-    """Runs stages on this machine, on ranks of a process that goes on until ``close``, as long as they are not
-    cancelled; ``logs`` is the folder for one log per stage and attempt.
-    """
+    """Runs stages on this machine, on ranks of a process that goes on until ``close``; ``logs`` has one per attempt."""
 
     def __init__(self, store: Store, logs: Path, provenance: Provenance, cancellation: Cancellation) -> None:
         self._store = store
@@ -61,9 +59,7 @@ class LocalBackend:
         self._warm.close()
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
-        """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact. If
-        another command has cancelled the sweep, this is a KeyboardInterrupt.
-        """
+        """Run a stage on all ranks; return why it failed, if it did. A cancelled sweep is a KeyboardInterrupt."""
         handle = self._store.handle(stage.id)
         while isinstance(claim := handle.claim(), Holder):  # another sweep works on it
             self._require_wanted()

@@ -61,9 +61,7 @@ class SlurmUnavailableError(Exception):
 
 
 class NotNowError(Exception):
-    """A job can't be submitted now: the user has as many as the cluster allows, one on which it depends has just ended
-    and been forgotten, or it is not wanted any more.
-    """
+    """A job can't be submitted now: too many are queued, one that it needs is forgotten, or it is wanted no more."""
 
 
 class SubmissionRefusedError(UserError):
@@ -173,9 +171,7 @@ class SlurmCommands:
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a command of Slurm, without variables that change what it asks for or shows, and that
-    a job would inherit. They come from a user's shell, or from the job in which a launcher runs.
-    """
+    """The environment of Slurm's commands, without variables of shells or jobs that change what they do or show."""
     kept = {name: value for name, value in environment.items() if not name.startswith(OPTION_VARIABLES)}
     return kept | {name: environment[name] for name in CONNECTION_VARIABLES if name in environment}
 

@@ -88,9 +88,7 @@ def _can_not_start(job: JobInfo) -> bool:
 
 
 def to_submit(states: Mapping[str, StageState], resources: Callable[[str], object]) -> list[list[str]]:
-    """Return the jobs to submit, each after those that make what it needs: chains of stages of the same rows that want
-    the same resources, in plan order, which is that of ``states``.
-    """
+    """The jobs to submit, each after what it needs: chains of stages of the same rows and resources, in plan order."""
     groups: dict[frozenset[str], list[str]] = {}
     for stage_id in _submittable(states):
         groups.setdefault(states[stage_id].serves, []).append(stage_id)

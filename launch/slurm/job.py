@@ -86,10 +86,7 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def _interface_towards(address: str) -> str:
-    """Return the network interface of this node from which an address is reached.
-
-    By itself, gloo takes that of the node's own name, to which Debian gives an address that no other node reaches.
-    """
+    """The network interface from here to an address; on Debian, gloo's own choice is one that no other node reaches."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -111,10 +111,7 @@ def leave_process(code: int) -> NoReturn:
 
 
 def prepare_environment() -> None:
-    """Make a process that was not started as a rank the only rank, and keep libraries quiet and idle threads asleep.
-
-    Must be called before torch is imported, since OpenMP reads its settings then.
-    """
+    """Make a process the only rank, libraries quiet and idle threads sleep; before torch, as OpenMP reads it then."""
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
         os.environ.setdefault(key, value)
@@ -128,11 +125,7 @@ def prepare_environment() -> None:
 def run_stage(
     handle: StageHandle, interruption: Interruption, should_run: Callable[[World], tuple[bool, Claim | None]]
 ) -> None:
-    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``.
-
-    Once all have joined, ``should_run`` says on every rank whether the stage has to run, and on rank 0 under which
-    claim.
-    """
+    """Join the ranks, then run ``hfprune_dist.stages.<kind>`` if ``should_run`` says so, to rank 0 with a claim."""
     with quick_imports():
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context

@@ -88,9 +88,7 @@ def test_neither_chunks_nor_micro_batches_change_what_is_drawn_but_the_seed_does
 
 
 def test_many_draws_average_to_the_exact_fisher_of_the_whole_model():
-    """Also that effects of one token's neuron on several later tokens add up: sum over tokens s and t of
-    E[(h_s * dlog p(y_t)/dh_s)^2], with every word of the vocabulary in turn as y_t.
-    """
+    """Effects of a token's neuron on several later tokens add up, with every word of the vocabulary as their label."""
     model = tiny_model(vocab_size=9).double()
     window, draws, parts = torch.tensor([3, 8, 4, 7]), 960, 12
     p, products = label_terms(model, window)

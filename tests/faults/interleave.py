@@ -41,11 +41,7 @@ class Actor(threading.Thread):
 
 
 def interleave(actions, choices):
-    """Run actions together; ``choices`` say who continues next, and then the remaining actions take turns.
-
-    Returns:
-        The result of each action.
-    """
+    """The results of actions run together; ``choices`` say who continues next, and then the others take turns."""
     actors = [Actor(action) for action in actions]
     with _pausing():
         for actor in actors:

@@ -53,10 +53,7 @@ def refuse(match, condition):
 
 
 def slow_down(match, seconds, while_exists, condition):
-    """From now on, sleep before every replacement of a file whose path contains ``match``, if a condition holds.
-
-    While the file ``while_exists`` exists, sleep on.
-    """
+    """Sleep before each replacement of a file whose path contains ``match``, on a condition; on while a file exists."""
 
     def sleep():
         if condition():

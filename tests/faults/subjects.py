@@ -38,11 +38,7 @@ DRAFT_OF_RECORD = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 class Subject(ABC):
-    """A command on a folder.
-
-    Attributes:
-        prepared: the result of ``prepare``.
-    """
+    """A command on a folder; ``prepared`` is the result of ``prepare``."""
 
     prepared: Any
 

@@ -85,9 +85,7 @@ def test_a_wheel_has_all_configurations_profiles_and_code(installed, tmp_path):
 
 @pytest.mark.thorough
 def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
-    """A sweep begun in a clone lacks the pruned model's results; ranks of the wheel come to the
-    same ones, and nothing stays in the system's temporary folder.
-    """
+    """Its ranks come to the results that a clone's had, and leave nothing in the system's temporary folder."""
     config, out = make_inputs(tmp_path / "inputs"), tmp_path / "out"
     finish(config, out, *ONE_CELL, "--ranks", "1")
     before = [without_costs(row) for row in results(out)]

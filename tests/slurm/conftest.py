@@ -64,10 +64,7 @@ def new_cluster(_slurm):
 
 @pytest.fixture(scope="package")
 def cluster(new_cluster):
-    """Jobs that ask for nothing else run on n1 and n2: n3 and n4 are for tests that take nodes away from jobs.
-
-    Jobs sleep for much of their time, so there are more of them than this machine has CPUs.
-    """
+    """Jobs that ask for nothing else run on n1 and n2; n3 and n4 are for tests that take nodes away from jobs."""
     with new_cluster(PORT_BASE, cpus=3) as started:
         started.run("up")
         started.slurm("scontrol", "update", "partitionname=main", "nodes=n[1-2]")
@@ -109,10 +106,7 @@ def code(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def without(finished, code, tmp_path_factory):
-    """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense".
-
-    Launchers check its code, and need not compile it.
-    """
+    """Return a function that copies the finished sweep without some stages, e.g. "prune" or "evaluate alpha dense"."""
 
     def copy(*stages):
         out = tmp_path_factory.mktemp("part") / "out"

@@ -21,11 +21,6 @@ def test_shipped_profiles_are_valid(name):
     assert profile.name == name and set(profile.resources) == set(KINDS)
 
 
-def test_an_unknown_profile():
-    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
-        load_profile("local-clutser", SHIPPED)
-
-
 def test_a_kind_of_stage_overrides_single_settings(tmp_path):
     common = "partition: gpu\ntasks_per_node: 8\ngpus_per_node: 8\nmax_running: 3\n"
     profile = load_profile(write(tmp_path, common + "stages: {importance: {nodes: 4}}\n"), SHIPPED)
