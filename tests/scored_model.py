@@ -11,7 +11,7 @@ from unit_outputs import seen_units
 
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import Batch
-from hfprune_dist.core.observers import UnitSums
+from hfprune_dist.core.observers import UnitSums, inputs_of
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import (
@@ -77,23 +77,20 @@ def sums_of(
         head=lambda: contextlib.nullcontext((head.weight, head.bias)),
         student={NEURONS: list(a_student(model))},
     )
-    curvature, grams = ({kind: defaultdict(float) for kind in kinds} for _ in range(2))
+    grams = defaultdict(lambda: defaultdict(float))
 
-    def adding_to(totals):
-        def see(kind, layer, vectors):
-            totals[kind][layer] += gram_matrix(vectors.float())
-
-        return see
+    def add(name, layer, vectors):
+        grams[name][layer] += gram_matrix(vectors.float())
 
     criteria = [CRITERIA[name] for name in names]
-    sums = UnitSums(units_of(model, kinds), criteria, adding_to(grams), adding_to(curvature), linears(model))
+    sums = UnitSums(units_of(model, kinds), criteria, add, linears(model))
     for start in range(0, len(windows), at_once):
         input_ids = windows[start : start + at_once]
         numbers = range(start, start + len(input_ids))
         score_batch(scored, Batch(input_ids, numbers, head.out_features, seed, teaching), sums)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return {kind: Sums(stacked(sums, kind), curvature[kind], grams[kind]) for kind in kinds}
+    return {kind: Sums(stacked(sums, kind), grams[kind], grams[inputs_of(kind)]) for kind in kinds}
 
 
 def stacked(sums, kind):

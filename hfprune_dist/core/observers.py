@@ -31,10 +31,15 @@ class NonFiniteError(ValueError):
     """A layer's activations or gradients are NaN or infinite; the message says which."""
 
 
-# Called for the criterion that ``needs_moments`` with a kind of units, the layer's number and vectors: in the forward,
-# what the output projection reads [tokens, channels]; in the backward, from the last layer to the first, the gradients
-# at its output [tokens, hidden_size].
+# Called with the name of a Gram matrix, the layer's number and vectors to add to it: in the forward, ``inputs_of`` a
+# kind of units and what their output projection reads [tokens, channels]; in the backward of the criterion that
+# ``needs_moments``, from the last layer to the first, the kind and the gradients at its output [tokens, hidden_size].
 SeeVectors = Callable[[str, int, Tensor], None]
+
+
+def inputs_of(kind: str) -> str:
+    """The name of the sum of h h^T, h being what the output projection of a kind of units reads."""
+    return f"{kind}.inputs"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class UnitSums:
 
     Args:
         units: those of all kinds in all layers that have some, layer by layer.
-        see_inputs, see_output_gradients: None if no criterion needs moments, or if they aren't wanted here.
+        see_vectors: None if no criterion needs moments.
         linears: linear layers whose weights' gradients are observed, if a criterion needs them.
 
     Attributes:
@@ -80,8 +85,7 @@ class UnitSums:
         self,
         units: Sequence[SeenUnits],
         criteria: Sequence[Criterion],
-        see_inputs: SeeVectors | None = None,
-        see_output_gradients: SeeVectors | None = None,
+        see_vectors: SeeVectors | None = None,
         linears: Sequence[SeenLinear] = (),
     ) -> None:
         self.criteria = criteria
@@ -89,8 +93,7 @@ class UnitSums:
         self.phase = Phase()
         self._units = units
         self._first = {seen.kind: seen.layer for seen in reversed(units)}
-        self._see_inputs = see_inputs
-        self._see_output_gradients = see_output_gradients
+        self._see_vectors = see_vectors
         losses = losses_of(criterion for criterion in criteria if criterion.observes == "weight_gradients")
         self._linears = [(linear, loss) for loss in losses for linear in linears]
         for seen in units:
@@ -143,8 +146,8 @@ class UnitSums:
         if is_first_run and self.phase.student is None:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
             self._add(units, _ACTIVATIONS, hidden_ND.sum()[None])
-            if self._see_inputs is not None:
-                self._see_inputs(units.kind, units.layer, hidden_ND)
+            if self._see_vectors is not None:
+                self._see_vectors(inputs_of(units.kind), units.layer, hidden_ND)
             for criterion in self._observing(units, "inputs"):
                 for rows in row_blocks(hidden_ND, scratch_bytes=16):
                     self._reduce(units, criterion, of_experts, rows, widened(hidden_ND[rows]))
@@ -161,14 +164,14 @@ class UnitSums:
                 _, *of_experts = inputs
                 outputs_NC, weights_N = widened(output_BTC.detach()), of_experts[1].detach()
                 self._reduce(units, criterion, of_experts, slice(None), outputs_NC, weights_N)
-        if self._see_output_gradients is not None and output_BTC.requires_grad:
+        if self._see_vectors is not None and output_BTC.requires_grad:
             for criterion in self.criteria:
                 if criterion.needs_moments and criterion.has_sums_of(units.kind):
                     output_BTC.register_hook(partial(self._show_output_gradients, units, criterion.loss))
 
     def _show_output_gradients(self, units: SeenUnits, loss: Loss | None, gradient_BTC: Tensor) -> None:
-        if self.phase.backward_of is loss and self._see_output_gradients is not None:
-            self._see_output_gradients(units.kind, units.layer, gradient_BTC.flatten(0, -2))
+        if self.phase.backward_of is loss and self._see_vectors is not None:
+            self._see_vectors(units.kind, units.layer, gradient_BTC.flatten(0, -2))
 
     def _in_graph(self, units: SeenUnits, hidden_BTD: Tensor) -> Tensor:
         """Return h in a form whose gradient can be observed, masked if the student lacks some of these units.

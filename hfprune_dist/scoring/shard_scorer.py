@@ -15,7 +15,7 @@ from hfprune_dist.core.gram import add_gram
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
-from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums
+from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums, inputs_of
 from hfprune_dist.core.portions import wide_product
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel
@@ -66,11 +66,6 @@ def summed_matrices(
         weights = [(units, name) for units in kinds for name in units.weights]
         sizes |= {name: [tensors[units.tensor(layer, name)].shape for layer in layers] for units, name in weights}
     return sizes
-
-
-def inputs_of(kind: str) -> str:
-    """The name of the sum of h h^T, h being what the output projection of a kind of units reads."""
-    return f"{kind}.inputs"
 
 
 class GivenStudent(NamedTuple):
@@ -156,8 +151,7 @@ class ShardScorer:
         sums = UnitSums(
             self._seen_units,
             self._criteria,
-            partial(self._add_inputs, counts=counts),
-            partial(self._add_curvature, counts=counts),
+            partial(self._add_gram, counts=counts),
             self._adding_gradients(counts=counts),
         )
         losses: dict[str, Tensor] = {}
@@ -174,17 +168,10 @@ class ShardScorer:
                 losses[name] = losses.get(name, 0.0) + torch.tensor([value], dtype=torch.float64)
         return {score_name(layer, name, kind): it for (kind, layer, name), it in sums.sums.items()} | losses
 
-    def _add_inputs(self, kind: str, layer: int, hidden_ND: Tensor, *, counts: bool) -> None:
-        """Add h h^T of what an output projection reads, if it is summed in this pass."""
-        if self._totals is not None and inputs_of(kind) in self._totals.matrices:
-            add = partial(add_gram, vectors_ND=hidden_ND)
-            self._totals.add_to_matrix(inputs_of(kind), layer, add if counts else None)
-
-    def _add_curvature(self, kind: str, layer: int, gradients_NC: Tensor, *, counts: bool) -> None:
-        """Add g g^T of output gradients g; this rank's count only if it ``counts``."""
-        assert self._totals is not None
-        add = partial(add_gram, vectors_ND=gradients_NC)
-        self._totals.add_to_matrix(kind, layer, add if counts else None)
+    def _add_gram(self, name: str, layer: int, vectors_ND: Tensor, *, counts: bool) -> None:
+        """Add v v^T, if it is summed in this pass; this rank's counts only if it ``counts``."""
+        if self._totals is not None and name in self._totals.matrices:
+            self._totals.add_to_matrix(name, layer, partial(add_gram, vectors_ND=vectors_ND) if counts else None)
 
     def _add_gradient(
         self, weight: str, layer: int, inputs_BTI: Tensor, gradients_BTO: Tensor, *, counts: bool

@@ -20,6 +20,7 @@ from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
 from hfprune_dist.core.gram import mirrored
+from hfprune_dist.core.observers import inputs_of
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import (
     WINDOWS,
@@ -39,7 +40,7 @@ from hfprune_dist.kinds.memory import Need, Passes
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.accumulation import Accumulation
-from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, inputs_of, summed_matrices
+from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, cut_into_shards, summed_matrices
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures import NEURONS

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from gather_counter import SMALL_PARAMETER, counting_gathers
-from pretended_gpu import GPU, pretended_gpu
+from pretended_gpu import CPU, GPU, pretended_gpu
 from ranks import SoloWorld, on_ranks
 from refitting import KINDS, checkpoint_in, windows_of
 from tiny import save_tiny
@@ -32,7 +32,9 @@ def test_a_micro_batch_sends_its_sums_to_the_host_and_gets_keys_of_signs(tmp_pat
     with pretended_gpu() as gpu:
         scorer = ShardScorer(checkpoint, torch.bfloat16, windows_of(windows), used, **options)
         gpu.moved.clear()
-        scorer.score([range(windows)])
+        sums = scorer.score([range(windows)])
+        assert {sum_N.device for sum_N in sums.values()} == {CPU}, "over gloo"
+        assert {totals.matrix(name, 0).device for name in totals.matrices} == {GPU}, "over NCCL"
     # Of each layer and kind, the sums of both criteria, and one that tells whether activations are finite; two losses.
     numbers = sum(count * len(used) + 1 for units in kinds for count in units.counts) + len(used)
     assert gpu.moved == {"host": FLOAT64 * numbers, "GPU": FLOAT64 * windows}
@@ -52,7 +54,7 @@ def test_hidden_states_wait_in_main_memory_or_move_once(tmp_path, ranks, stay):
 
 
 class Counting:
-    """A rank's world that counts the bytes of tensors in its collectives."""
+    """A rank's world that counts the bytes of tensors in its collectives: over gloo, and, on GPUs, NCCL."""
 
     def __init__(self, world):
         self._world, self.bytes = world, {"broadcast_tensor": 0, "reduce": 0}
