@@ -214,6 +214,7 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     trainings = [*config.recovery.trainings().values()] if "recover" in kinds else []
     trainings += [config.recovery.complete()] if "loraprune" in kinds else []
     reading = [training for training in trainings if training is not None and training.text != "calibration"]
+    reading = [training for training in reading if training.answers == "given" or "answers" in kinds]
     for training in {str(training.row_settings()): training for training in reading}.values():
         yield text("recovery", training, training.sequence_length)
 

@@ -12,7 +12,7 @@ from typing import Any
 from hfprune_dist.config.parameters import Parameters, parameters_of
 from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
-from hfprune_dist.config.training import Training
+from hfprune_dist.config.training import Training, TrainingText
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, report_failure
 from hfprune_dist.store.stage import Input, Stage
@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "device": "a processor",
         "packages": {},
     },
+    "answers": {"dtype": "float32", "seed": 0},
     "check": {"engines": ["vllm"]},
     "loraprune": {
         "seed": 0,
@@ -46,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TEXTS = {
     "importance": ("calibration", CalibrationConfig),
+    "answers": ("recovery", TrainingText),
     "recover": ("recovery", Training),
     "loraprune": ("recovery", Training),
     "reference": ("text", FidelityConfig),

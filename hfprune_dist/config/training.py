@@ -31,7 +31,39 @@ def _token_count(value: object) -> object:
 TokenCount = Annotated[int, BeforeValidator(_token_count), Field(ge=1, lt=2**63)]
 
 
-class Recipe(TextSource):
+class TrainingText(TextSource):
+    """What a training reads."""
+
+    text: Literal["instructions", "documents", "calibration"] = "instructions"
+    """What is read. instructions: pairs and chats; a record with a field ``messages`` is a chat: a list of objects with
+    ``role`` and ``content``, of any number of turns, formatted by the tokenizer's chat template, with loss on the
+    assistant's turns only; all other records are pairs of an instruction and its response in Alpaca's template, which
+    also takes a field ``input``, if there is one; a response that is ``unfinished`` (true or false) is learnt without
+    its end. documents: any text, in ``text_field`` of a path or a dataset that must be given. calibration: the windows
+    that the model was pruned with; the keys of a text are without effect then, and so is sequence_length."""
+    dataset: Name | None = "MBZUAI/LaMini-instruction"
+    instruction_field: str = "instruction"
+    """Field that holds the instruction."""
+    response_field: str = "response"
+    """Field that holds the response; the loss is computed on its tokens only."""
+    answers: Literal["given", "dense"] = "given"
+    """Whose responses to instructions are learnt. given: the text's. dense: the dense model's, written once for all of
+    its rows; the text's aren't read, and a chat ends with the first. What is cut is learnt without an end."""
+    answer_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """answers dense: the most of sequence_length that an answer takes; instructions that leave less are left out."""
+    answer_temperature: Annotated[float, Field(ge=0)] = 0.0
+    """answers dense: the temperature at which tokens are drawn; 0 takes the most likely."""
+    answer_batch_size: Positive = 32
+    """answers dense: instructions that a rank answers at a time."""
+    samples: Positive | None = None
+    """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
+    them, or of documents as many as hold ``tokens``."""
+    sequence_length: Length = 1024
+    """Records are packed into rows of this many tokens, and longer instructions cut, longer documents divided;
+    attention does not cross them."""
+
+
+class Recipe(TrainingText):
     """A training: of which weights, on which text, towards what, and for how long."""
 
     method: Literal["none", "lora", "full", "parts"] = "lora"
@@ -41,29 +73,11 @@ class Recipe(TextSource):
     parts: list[Part] = Field(default=["lm_head", "last_3_layers"], min_length=1)
     """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers (all that
     pruning has left, if these are fewer)."""
-    text: Literal["instructions", "documents", "calibration"] = "instructions"
-    """What is read. instructions: pairs and chats; a record with a field ``messages`` is a chat: a list of objects with
-    ``role`` and ``content``, of any number of turns, formatted by the tokenizer's chat template, with loss on the
-    assistant's turns only; all other records are pairs of an instruction and its response in Alpaca's template, which
-    also takes a field ``input``, if there is one. documents: any text, in ``text_field`` of a path or a dataset that
-    must be given. calibration: the windows that
-    the model was pruned with; the keys of a text are without effect then, and so is sequence_length."""
     objective: Literal["labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "labels"
     """What is learnt. labels: the next token of the text; of instructions, of responses only. distill: the dense
     model's distribution of that token, by KL(dense || model); the dense model gets no row of its own then, since it
     would learn from itself. A number: that weight on the divergence, and the rest on labels. The dense model's hidden
     states are kept on disk for calibration windows, if these are few, and computed beside the model's otherwise."""
-    dataset: Name | None = "MBZUAI/LaMini-instruction"
-    instruction_field: str = "instruction"
-    """Field that holds the instruction."""
-    response_field: str = "response"
-    """Field that holds the response; the loss is computed on its tokens only."""
-    samples: Positive | None = None
-    """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
-    them, or of documents as many as hold ``tokens``."""
-    sequence_length: Length = 1024
-    """Records are packed into rows of this many tokens, and longer instructions cut, longer documents divided;
-    attention does not cross them."""
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the rows, if neither tokens nor max_steps is set."""
     tokens: TokenCount | None = None
@@ -128,6 +142,8 @@ class Recipe(TextSource):
         idle = set() if lora else {"rank", "alpha", "dropout"}
         idle |= set() if self.method == "parts" else {"parts"}
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
+        of_answers = {"answer_share", "answer_temperature", "answer_batch_size"}
+        idle |= of_answers if self.answers == "given" else {"response_field"}
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}
@@ -151,6 +167,8 @@ class Training(Recipe):
             raise ValueError(f"documents need a path or a dataset; {pairs}, the default, holds instructions")
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
+        if self.answers == "dense" and self.text != "instructions":
+            raise ValueError(f"answers dense: {self.text} ask nothing; set text to instructions, or answers to given")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts evaluations on the way: set evaluate_every, or leave patience out")
         return self
@@ -163,13 +181,13 @@ class Training(Recipe):
     @property
     def row_name(self) -> str:
         """What a row is called in the column of recoveries, if its recipe has no name."""
-        return self.method + {"labels": "", "distill": "-distill"}.get(str(self.objective), "-mixed")
+        answers = "-answers" if self.answers == "dense" else ""
+        return self.method + answers + {"labels": "", "distill": "-distill"}.get(str(self.objective), "-mixed")
 
     def row_settings(self) -> dict[str, Any]:
         """The settings that decide what is in the rows, with the path of their text, if that is a file."""
-        own = {"text", "instruction_field", "response_field", "samples", "sequence_length"}
         limit = {"tokens"} if self.text == "documents" else set()
-        return self.model_dump(include={*TextSource.model_fields, *own, *limit})
+        return self.model_dump(include={*TrainingText.model_fields, *limit})
 
     def steps(self, rows: int, sequence_length: int) -> int:
         """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or

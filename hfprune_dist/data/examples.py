@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hfprune_dist.data.text import read_records, text_in
 from hfprune_dist.errors import UserError
 
-# Fields of a chat, and of what an instruction is about; Alpaca's data has the second.
-MESSAGES, INPUT = "messages", "input"
+# Fields of a chat; of what an instruction is about, as in Alpaca's data; and, if true, of a response without its end.
+MESSAGES, INPUT, UNFINISHED = "messages", "input", "unfinished"
 # Alpaca's templates.
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -26,13 +27,21 @@ _PROMPT_WITH_INPUT = (
 class Example(NamedTuple):
     """A record to train on: the assistant's turns of ``messages`` (dictionaries with ``role`` and ``content``); if
     there are none, the ``response`` that follows a ``prompt``, or a document, without one. ``where`` tells its place,
-    for messages.
+    for messages, and ``question`` what the prompt was made of; what is ``unfinished`` lacks its end.
     """
 
     where: str
     prompt: str = ""
     response: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
+    question: Mapping[str, str] = {}
+    unfinished: bool = False
+
+    def answered(self, answer: str, unfinished: bool) -> dict[str, Any]:
+        """A record of it with another response or last turn, with the default names of fields."""
+        messages = [*self.messages[:-1], {"role": "assistant", "content": answer}]
+        record = {MESSAGES: messages} if self.messages else {**self.question, "response": answer}
+        return record | {UNFINISHED: unfinished}
 
 
 def prompt_for(instruction: str, about: str = "") -> str:
@@ -42,20 +51,29 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
-    """Yield a source's examples; a record that is neither a chat nor a pair, or a document without text, is refused."""
+    """Yield a source's examples; a record that is neither a chat nor a pair, or a document without text, is refused. If
+    the dense model answers, any word stands for a response, and a chat ends with the first.
+    """
     if source["text"] == "documents":
         field = source["text_field"]
         records = read_records(source, path, [field], seed, "recovery")
         yield from (Example(where, response=text_in(record, field, where)) for where, record in records)
         return
-    pair = [source["instruction_field"], source["response_field"]]
+    pair, asks = [source["instruction_field"], source["response_field"]], source["answers"] == "dense"
+    stand_in = "answer"
     for where, record in read_records(source, path, [*pair, MESSAGES, INPUT], seed, "recovery"):
+        record = {**record, pair[1]: stand_in} if asks else record
+        unfinished = record.get(UNFINISHED) is True
         if record.get(MESSAGES) is not None and MESSAGES not in pair:
-            yield Example(where, messages=_messages_in(record, where))
+            messages = _messages_in(record, where)
+            asked = takewhile(lambda message: message["role"] != "assistant", messages)
+            messages = (*asked, {"role": "assistant", "content": stand_in}) if asks else messages
+            yield Example(where, messages=messages, unfinished=unfinished)
         elif {*pair} <= record.keys():
             instruction, response = (text_in(record, field, where) for field in pair)
-            has_input = record.get(INPUT) is not None and INPUT not in pair
-            yield Example(where, prompt_for(instruction, text_in(record, INPUT, where) if has_input else ""), response)
+            about = text_in(record, INPUT, where) if record.get(INPUT) is not None and INPUT not in pair else ""
+            question = {"instruction": instruction, INPUT: about}
+            yield Example(where, prompt_for(instruction, about), response, question=question, unfinished=unfinished)
         else:
             raise UserError(
                 f"{where}: neither a chat, in field {MESSAGES!r}, nor a pair, in {pair[0]!r} and {pair[1]!r} (change "

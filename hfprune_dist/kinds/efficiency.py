@@ -5,13 +5,13 @@ Inputs: ``model``, and ``dense``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
-from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.config.method import EngineName
 from hfprune_dist.config.schema import EfficiencyConfig
 from hfprune_dist.config.section import Dtype
-from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters
+from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, StageParameters, generation
 from hfprune_dist.store.provenance import package_versions
 
 
@@ -46,11 +46,6 @@ class EfficiencyParameters(StageParameters):
 
     def need(self, planned: Planned) -> Need:
         """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
-        model, itemsize = Sizes.from_checkpoint(planned.dense), ITEMSIZE[self.dtype]
-        rows = max(self.batch_sizes)
-        of_a_token = token_costs(planned.dense).cached_channels + model.forward
-        return Need(
-            weights=2 * model.parameters * itemsize,
-            activations=rows * (max(self.prompt_tokens) + self.new_tokens) * of_a_token * itemsize,
-            temporary=rows * model.vocabulary * itemsize,
-        )
+        tokens = max(self.prompt_tokens) + self.new_tokens
+        need = generation(planned.dense, max(self.batch_sizes), tokens, ITEMSIZE[self.dtype])
+        return replace(need, weights=2 * need.weights, gathered=None)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import Sharding
 from hfprune_dist.config.section import PositiveOrAuto
@@ -224,6 +225,13 @@ def whole_forward(model: Sizes, tokens: int, itemsize: int) -> Need:
         tokens * model.vocabulary * logits_bytes(itemsize),
         gathered=model.gathered * itemsize,
     )
+
+
+def generation(checkpoint: Checkpoint, rows: int, tokens: int, itemsize: int) -> Need:
+    """The need of rows that grow to so many tokens, with their keys and values, and the logits of the last of each."""
+    model = Sizes.from_checkpoint(checkpoint)
+    of_a_token = (token_costs(checkpoint).cached_channels + model.forward) * itemsize
+    return replace(whole_forward(model, rows, itemsize), activations=rows * tokens * of_a_token)
 
 
 def logits_bytes(itemsize: int) -> int:

@@ -20,6 +20,7 @@ from hfprune_dist.config.texts import FIRST, reference_role
 from hfprune_dist.config.training import Training, layers_of
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.answers import AnswersParameters
 from hfprune_dist.kinds.check import CheckParameters
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
 from hfprune_dist.kinds.evaluate import EvaluateParameters
@@ -205,7 +206,7 @@ class _Planner:
             for name, method in numbered.items():
                 variant = _Variant(model.name, dense, ratio, name)
                 if method.prunes_in == "recovery":
-                    cells.append(self._pruned_in_recovery(variant, method, ratio))
+                    cells.append(self._pruned_in_recovery(variant, method, ratio, model.checkpoint))
                 else:
                     cells += self._finish(self._pruned(variant, method, importance), model.checkpoint, importance)
         recipes = [(name, training) for name, training in self._trainings.items() if training is not None]
@@ -255,12 +256,12 @@ class _Planner:
         params = PruneParameters.from_method(self._config, method, variant.ratio)
         return replace(variant, chain=(*chain, self._stage("prune", variant.label, params, inputs)))
 
-    def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float) -> Cell:
+    def _pruned_in_recovery(self, variant: _Variant, method: Method, ratio: float, dense: Checkpoint) -> Cell:
         """The training that prunes and recovers at the same time, and its evaluation."""
-        inputs = {"model": variant.dense, **self._text("text", self._config.recovery)}
+        inputs, before = self._inputs_of(self._config.recovery.complete(), variant, dense, None)
         params = LoraPruneParameters.from_method(self._config, method, ratio)
         trained = self._stage("loraprune", variant.label, params, inputs)
-        return self._row(replace(variant, recovery=OWN, chain=(trained,)))
+        return self._row(replace(variant, recovery=OWN, chain=(*before, trained)))
 
     def _finish(self, variant: _Variant, dense: Checkpoint, importance: Stage | None) -> list[Cell]:
         """Training by each recipe, and evaluation, of one checkpoint; the dense model is also evaluated as it is, and
@@ -294,8 +295,13 @@ class _Planner:
         if training.evaluate_every:
             inputs["held-out"] = next(iter(self._references_of_held_out(variant).values()))
         if training.text != "calibration":
-            inputs |= self._text("text", training) | ({"dense": variant.dense} if training.teacher_share else {})
-            return inputs, []
+            inputs |= {"dense": variant.dense} if training.teacher_share else {}
+            text = self._text("text", training)
+            if training.answers == "given":
+                return inputs | text, []
+            settings = AnswersParameters.of_training(training, self._config.seed)
+            answers = self._stage("answers", variant.model, settings, {"model": variant.dense, **text})
+            return inputs | {"answers": answers.as_input()}, [answers]
         if importance is None:
             raise UserError(
                 "recovery.text is calibration, and no method is scored on calibration windows; choose another text"

@@ -199,7 +199,7 @@ class Card:
         for stage in self.stages:
             for section, role in (("calibration", "calibration"), ("recovery", "text")):
                 settings = stage.params.to_json().get(section)
-                if settings and settings.get("text") != "calibration":
+                if settings and settings.get("text") != "calibration" and "answers" not in stage.inputs:
                     texts = settings.get("mixture")
                     for place, text in enumerate(texts or [settings], 1):
                         yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)
@@ -279,11 +279,12 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
 
 def _text(settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str]) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file, which the recipe may have given."""
+    answered = ", its instructions answered by the base model" if settings.get("answers") == "dense" else ""
     if source is not None:
-        return f"the file {code(names.get(source.location, Path(source.location).name))}"
+        return f"the file {code(names.get(source.location, Path(source.location).name))}{answered}"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]
     revision = f" at {escaped(settings['revision'])}" if settings.get("revision") else ""
-    return code("/".join(str(part) for part in parts if part)) + revision
+    return code("/".join(str(part) for part in parts if part)) + revision + answered
 
 
 def eval_results(row: Row) -> Iterator[EvalResult]:

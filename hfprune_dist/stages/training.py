@@ -16,7 +16,7 @@ from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.config.training import Training, rows_trained
+from hfprune_dist.config.training import Training, TrainingText, rows_trained
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import (
     EXAMPLES_AT_ONCE,
@@ -30,6 +30,7 @@ from hfprune_dist.data.schedule import RowReader, Schedule
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.world import World
+from hfprune_dist.kinds.answers import ANSWERS
 from hfprune_dist.kinds.training import LOSSES, RecoverParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics
@@ -184,7 +185,7 @@ def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -
         "version": KINDS["recover"].version,
         "settings": {name: value for name, value in context.params.recovery.row_settings().items() if name != "path"},
         "seed": context.params.seed,
-        "text": context.stage.inputs["text"].identity if context.has_input("text") else None,
+        "text": [source.identity for role, source in context.stage.inputs.items() if role in ("text", "answers")],
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
         "several_to_a_row": checkpoint.family.keeps_apart,
         "tokenizer": FileHashes(None).of_files(checkpoint.path, checkpoint.tokenizer_files),
@@ -199,7 +200,10 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded
         UserError: if none of them can be trained on.
     """
     settings, path = context.params.recovery, context.own_file("text")
-    examples = islice(read_examples(settings.model_dump(), path, context.params.seed), settings.samples)
+    source = settings.model_dump()
+    if context.has_input("answers"):  # pairs and chats of a text like any other
+        source, path = TrainingText().model_dump(), context.input_path("answers") / ANSWERS
+    examples = islice(read_examples(source, path, context.params.seed), settings.samples)
     encoded: list[Encoded | None] = []
     left = settings.tokens if settings.text == "documents" and settings.tokens else math.inf
     done = 0

@@ -17,7 +17,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE, Attempt, Ledger
 from hfprune_dist.store.stage import Stage
 
-PASSES = ("importance", "reference")  # kinds of passes through a dense model, which its rows share
+PASSES = ("importance", "reference", "answers")  # kinds of work of a dense model alone, which its rows share
 
 
 @dataclass
