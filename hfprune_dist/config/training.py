@@ -62,6 +62,10 @@ class TrainingText(TextSource):
     """Records are packed into rows of this many tokens, and longer instructions cut, longer documents divided;
     attention does not cross them."""
 
+    @property
+    def answer_tokens(self) -> int:
+        return ceil(self.answer_share * self.sequence_length)
+
 
 class Recipe(TrainingText):
     """A training: of which weights, on which text, towards what, and for how long."""
@@ -143,7 +147,7 @@ class Recipe(TrainingText):
         idle |= set() if self.method == "parts" else {"parts"}
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
         of_answers = {"answer_share", "answer_temperature", "answer_batch_size"}
-        idle |= of_answers if self.answers == "given" else {"response_field"}
+        idle |= {"response_field"} if self.answers == "dense" else of_answers
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}

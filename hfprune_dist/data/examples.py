@@ -60,14 +60,13 @@ def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> It
         yield from (Example(where, response=text_in(record, field, where)) for where, record in records)
         return
     pair, asks = [source["instruction_field"], source["response_field"]], source["answers"] == "dense"
-    stand_in = "answer"
     for where, record in read_records(source, path, [*pair, MESSAGES, INPUT], seed, "recovery"):
-        record = {**record, pair[1]: stand_in} if asks else record
+        record = {**record, pair[1]: "answer"} if asks else record
         unfinished = record.get(UNFINISHED) is True
         if record.get(MESSAGES) is not None and MESSAGES not in pair:
             messages = _messages_in(record, where)
             asked = takewhile(lambda message: message["role"] != "assistant", messages)
-            messages = (*asked, {"role": "assistant", "content": stand_in}) if asks else messages
+            messages = (*asked, {"role": "assistant", "content": "answer"}) if asks else messages
             yield Example(where, messages=messages, unfinished=unfinished)
         elif {*pair} <= record.keys():
             instruction, response = (text_in(record, field, where) for field in pair)

@@ -72,7 +72,9 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
             ids, trained = _encode_chat(tokenizer, example)
         if example.unfinished:  # what ends it here isn't the text's
             special = {*tokenizer.all_special_ids}
-            end = max((place for place, token in enumerate(ids) if trained[place] and token in special), default=len(ids))
+            end = max(
+                (place for place in range(len(ids)) if trained[place] and ids[place] in special), default=len(ids)
+            )
             trained[end:] = [False] * (len(ids) - end)
         trained_T = np.asarray(trained[:sequence_length], dtype=np.bool_)
         kept = Encoded(np.asarray(ids[:sequence_length], dtype=np.int32), trained_T)

@@ -300,7 +300,7 @@ class _Planner:
             if training.answers == "given":
                 return inputs | text, []
             settings = AnswersParameters.of_training(training, self._config.seed)
-            answers = self._stage("answers", variant.model, settings, {"model": variant.dense, **text})
+            answers = self._stage("answers", variant.model, settings, {"model": variant.dense} | text)
             return inputs | {"answers": answers.as_input()}, [answers]
         if importance is None:
             raise UserError(

@@ -7,11 +7,7 @@ folder: a killed stage goes on with the batches that are missing.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
-from functools import partial
 from itertools import islice, takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +15,6 @@ from transformers import GenerationConfig
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.training import TrainingText
-from hfprune_dist.core.devices import send
 from hfprune_dist.data.examples import UNFINISHED, Example, read_examples
 from hfprune_dist.data.instructions import encode
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
@@ -56,54 +51,47 @@ def run(context: Context) -> None:
         model.join_idle_forwards()
     world.barrier()  # all ranks have written theirs
     draft = context.open_draft()
-    context.commit(draft, world.on_rank0(lambda: _write(context, examples, batches, draft)))
 
+    def write() -> dict[str, int]:
+        found = {int(number): answer for name in batches for number, answer in read_json(context.work / name).items()}
+        records = [examples[number].answered(*answer) for number, answer in sorted(found.items()) if answer[0].strip()]
+        if not records:
+            raise UserError(
+                f"recovery: of {len(examples)} instructions, {len(found)} leave room for answers, and the dense model "
+                "gives none; raise sequence_length, lower answer_share, or set answers to given"
+            )
+        write_text(draft / ANSWERS, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+        unfinished = sum(record[UNFINISHED] for record in records)
+        return {"pairs": len(records), "dropped_pairs": len(examples) - len(records), "unfinished_pairs": unfinished}
 
-def _answer_tokens(text: TrainingText) -> int:
-    return math.ceil(text.answer_share * text.sequence_length)
+    context.commit(draft, world.on_rank0(write))
 
 
 def _questions(context: Context, tokenizer: Any) -> tuple[list[Example], dict[str, Batch]]:
-    """All examples; and those that leave an answer room, in batches, by the names of files for their answers. The
-    longest come first: memory runs out at once then, or never.
-    """
+    """All examples; and batches of those that leave an answer room, by the names of files for the answers."""
     text, path, seed = context.params.recovery, context.own_file("text"), context.params.seed
     examples = list(islice(read_examples(text.model_dump(), path, seed), text.samples))
-    encoded = encode(tokenizer, examples, text.sequence_length - _answer_tokens(text) + 1)
+    encoded = encode(tokenizer, examples, text.sequence_length - text.answer_tokens + 1)
     found = ((number, one.input_ids_T[: one.trained_T.argmax()].tolist()) for number, one in enumerate(encoded) if one)
+    # The longest come first: memory runs out at once then, or never.
     asked = sorted(((number, ids) for number, ids in found if ids), key=lambda question: -len(question[1]))
     batches = [asked[first : first + text.answer_batch_size] for first in range(0, len(asked), text.answer_batch_size)]
     return examples, {f"{digest_of([seed, batch])[:20]}.json": batch for batch in batches}
 
 
 def _answers(text: TrainingText, model: FrozenModel, tokenizer: Any, batch: Batch, seed: int) -> dict[int, Answer]:
-    """Answer a batch, padded on the left."""
+    """Answer a batch."""
     module: Any = model.module
-    eos, own, longest = tokenizer.eos_token_id, module.generation_config.eos_token_id, max(len(ids) for _, ids in batch)
+    eos, own = tokenizer.eos_token_id, module.generation_config.eos_token_id
     ends = {eos, *(own if isinstance(own, list) else [] if own is None else [own])}
     drawn = {"temperature": text.answer_temperature, "top_k": 0} if text.answer_temperature else {}
-    options = {"eos_token_id": sorted(ends), "pad_token_id": eos, "max_new_tokens": _answer_tokens(text), **drawn}
+    options = {"eos_token_id": sorted(ends), "pad_token_id": eos, "max_new_tokens": text.answer_tokens, **drawn}
     module.generation_config = GenerationConfig(do_sample=bool(drawn), **options)  # without the checkpoint's penalties
-    padded = [[eos] * (longest - len(ids)) + ids for _, ids in batch]
-    seen = [[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in batch]
-    ids_BT, seen_BT = send(torch.tensor([padded, seen]), model.world.device)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = tokenizer.pad({"input_ids": [ids for _, ids in batch]}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
-    found = module.generate(input_ids=ids_BT, attention_mask=seen_BT, use_cache=True)[:, longest:].tolist()
-    responses = (list(takewhile(lambda token: token not in ends, ids)) for ids in found)
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    answers = ((decode(ids), len(ids) == _answer_tokens(text)) for ids in responses)
+    found_BT = module.generate(**prompts.to(model.world.device), use_cache=True)[:, prompts["input_ids"].shape[1] :]
+    responses = [list(takewhile(lambda token: token not in ends, ids)) for ids in found_BT.tolist()]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answers = zip(texts, (len(ids) == text.answer_tokens for ids in responses), strict=True)
     return {number: answer for (number, _), answer in zip(batch, answers, strict=True)}
-
-
-def _write(context: Context, examples: list[Example], names: Iterable[str], draft: Path) -> dict[str, int]:
-    """Write the records of the examples that have an answer; return what the manifest has of them."""
-    found = {int(number): answer for name in names for number, answer in read_json(context.work / name).items()}
-    records = [examples[number].answered(*answer) for number, answer in sorted(found.items()) if answer[0].strip()]
-    if not records:
-        raise UserError(
-            f"recovery: of {len(examples)} instructions, {len(found)} leave room for answers, and the dense model "
-            "gives none; raise sequence_length, lower answer_share, or set answers to given"
-        )
-    write_text(draft / ANSWERS, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
-    counts = {"unfinished_pairs": sum(record[UNFINISHED] for record in records)}
-    return {"pairs": len(records), "dropped_pairs": len(examples) - len(records)} | counts

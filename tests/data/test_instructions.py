@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from hfprune_dist.config.training import Training
+from hfprune_dist.config.training import Training, TrainingText
 from hfprune_dist.data.examples import Example, read_examples
 from hfprune_dist.data.instructions import PackedRows, assign_rows, encode, save_rows
 from hfprune_dist.data.schedule import IGNORED
@@ -110,8 +110,7 @@ MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 def examples_in(folder, *records, **fields):
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    usual = {"text": "instructions", "instruction_field": "instruction", "response_field": "response"}
-    return list(read_examples({**usual, **fields}, file, 0))
+    return list(read_examples(TrainingText().model_dump() | fields, file, 0))
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by what turns add", "by the template's marks"])
@@ -127,6 +126,18 @@ def test_the_assistants_turns_of_a_chat_are_trained(tmp_path, template):
     first_turn = len(tokenize(["<system>s;<user>ab;<assistant>cd;"])[0])
     (cut,) = encode(tokenizer, examples[:1], first_turn + 1)
     assert cut.input_ids_T[cut.trained_T].tolist() == tokenize(["cd;"])[0]
+
+
+@pytest.mark.parametrize("template", [PLAIN, PLAIN.replace(";", "</s>"), MARKED.replace(";", "</s>\n")])
+def test_the_end_of_what_is_unfinished_is_not_trained(tmp_path, template):
+    """If it is a special token; otherwise nothing tells it from text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    records = {"messages": MESSAGES}, {"instruction": "ask", "response": "tell"}
+    examples = examples_in(tmp_path, *(record | {"unfinished": True} for record in records))
+    chat, pair = (one.input_ids_T[one.trained_T].tolist() for one in encode(tokenizer, examples, 256))
+    assert pair == tokenize(["tell"])[0]
+    assert tokenizer.decode(chat) == {PLAIN: "cd;f;"}.get(template, "cd</s>f" if "\n" not in template else "cd</s>\nf")
 
 
 def test_an_input_goes_into_alpacas_template(tmp_path):

@@ -21,7 +21,7 @@ def stages(tmp_path_factory):
     own.write_text(yaml.safe_dump({"prunes_in": "recovery", "allocation": "local"}))
     mixture = [{"path": str(folder / "calibration.jsonl")}, {"path": str(folder / "heldout.jsonl")}]
     of_texts = {"calibration__path": None, "calibration__mixture": mixture}
-    recipes = {"lora": {}, "both": {"text": "calibration", "objective": 0.5}}
+    recipes = {"lora": {}, "answers": {"answers": "dense"}, "both": {"text": "calibration", "objective": 0.5}}
     settings = {"efficiency__enabled": True, "engines": ["vllm"], "recovery__recipes": recipes}
     methods = ["hfprune", str(own)]
     plans = [planned(file, methods=methods, **settings, **texts)[1] for texts in ({}, of_texts)]

@@ -345,6 +345,28 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
     assert last.params.recovery.tokens is None and trained[0.2, "beside"].params.recovery.evaluate_every == 30_000
 
 
+def test_a_dense_model_answers_once_for_all_of_its_rows(world):
+    """Whatever is trained on its answers; another seed changes what is drawn alone, other responses nothing."""
+    recipes = {"lora": {}, "full": {"method": "full", "objective": 0.5}, "given": {"answers": "given"}}
+    settings = {"recovery__answers": "dense", "recovery__recipes": recipes}
+    plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-plain"], **settings)
+    (stage,) = stages_of(plan, "answers")
+    assert {*stage.inputs} == {"model", "text"} and stage.needs == []
+    read = {cell.label: plan.stages[cell.producers[-1]].inputs for cell in plan.cells if cell.recovery != "none"}
+    assert len(read) == 15
+    for label, inputs in read.items():
+        assert ("answers" in inputs, "text" in inputs) == ((False, True) if "given" in label else (True, False))
+        assert inputs.get("answers", stage.as_input()) == stage.as_input()
+    (alone,) = stages_of(
+        plan_of(world, models=["a"], methods=["loraprune"], ratios=[0.1], recovery__answers="dense", seed=3), "answers"
+    )
+    assert alone.id == stage.id
+    drawn = [{"recovery__answer_temperature": 0.7, "seed": seed} for seed in (0, 3)]
+    others = [{"recovery__answer_share": 0.2}, {"recovery__sequence_length": 512}, *drawn]
+    plans = [plan_of(world, recovery__answers="dense", **other) for other in others]
+    assert len({stage.id for plan in plans for stage in stages_of(plan, "answers")} | {stage.id}) == 9
+
+
 def test_layers_that_a_model_lacks_are_not_for_training(world):
     told = r"recovery parts: parts: last_3_layers of 2; choose at most last_2_layers \(model 'a'\)"
     with pytest.raises(UserError, match=told):
@@ -393,6 +415,7 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
         {"recovery__text_field": "response"},
         {"recovery__epochs": 7.0, "recovery__tokens": "300k"},
         {"recovery__rank": 4, "recovery__method": "full"},
+        {"recovery__answer_temperature": 0.7},
         {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
         {"prune__effort": "quick", "methods": ["hfprune"]},
         {"methods": ["loraprune"], "ratios": [0.1], "calibration__samples": 8},

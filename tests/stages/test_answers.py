@@ -25,7 +25,7 @@ NEW = 16
 
 def write_model(folder, ends=(2,)):
     """Write a model whose own settings of generation would change its answers but for the tokens that end them."""
-    save_tiny(folder)
+    save_tiny(folder, hidden_size=256, intermediate_size=416)  # DeepSpeed shards no smaller ones
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

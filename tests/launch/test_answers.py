@@ -1,0 +1,27 @@
+"""A sweep that learns what the dense model answers, from planning to the card."""
+
+import pytest
+from sweeps import finish, make_inputs, results
+
+from hfprune_dist.store.atomic_files import read_json
+
+pytestmark = pytest.mark.slow
+
+
+def test_rows_learn_the_dense_models_answers_and_say_so(tmp_path):
+    settings = ["recovery.answers=dense", "recovery.answer_share=0.1", "evaluation.tasks=[]"]
+    arguments = ["--models", "alpha", "--ratios", "0.2", *(f"--set={setting}" for setting in settings)]
+    finish(make_inputs(tmp_path), tmp_path / "out", *arguments)
+    rows = {row["label"]: row for row in results(tmp_path / "out")}
+    assert list(rows) == [
+        "alpha dense",
+        "alpha dense + lora-answers",
+        "alpha 0.2 surgeon-uniform-block + lora-answers",
+    ]
+    assert float(rows["alpha dense + lora-answers"]["kl"]) > 0
+    (answers,) = (tmp_path / "out" / "store" / "answers").iterdir()
+    pairs = read_json(answers / "manifest.json")["metrics"]["pairs"]
+    trained = [read_json(file) for file in (tmp_path / "out" / "store" / "recover").glob("*/manifest.json")]
+    assert [(manifest["metrics"]["pairs"], pairs > 30) for manifest in trained] == [(pairs, True)] * 2
+    card = tmp_path / "out" / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora-answers" / "README.md"
+    assert "| trained on | the file `pairs.jsonl`, its instructions answered by the base model |" in card.read_text()
