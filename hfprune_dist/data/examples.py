@@ -51,9 +51,7 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
-    """Yield a source's examples; a record that is neither a chat nor a pair, or a document without text, is refused. If
-    the dense model answers, any word stands for a response, and a chat ends with the first.
-    """
+    """Yield examples; where the dense model is to answer, a chat ends with its first response, which is any word."""
     if source["text"] == "documents":
         field = source["text_field"]
         records = read_records(source, path, [field], seed, "recovery")

@@ -1,9 +1,8 @@
 """Kinds of stages that train: recovery, and LoRAPrune, which prunes as it recovers.
 
-Inputs: ``model``, for LoRAPrune the dense one; ``text`` where that is a file, the dense model's ``answers`` in its
-place, or the pass whose ``windows`` are read;
-of the dense model, if it is the teacher, the hidden states on these (``reference``), or else itself (``dense``); and a
-reference on ``held-out`` text for evaluations on the way.
+Inputs: ``model``, for LoRAPrune the dense one; ``text`` where that is a file, the dense model's ``answers`` instead, or
+the pass whose ``windows`` are read; of the dense model, if it is the teacher, the hidden states on these
+(``reference``), or else itself (``dense``); and a reference on ``held-out`` text for evaluations on the way.
 """
 
 from __future__ import annotations

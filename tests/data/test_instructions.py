@@ -7,9 +7,8 @@ import random
 
 import pytest
 from tiny import tiny_tokenizer
-from transformers import AutoTokenizer
 
-from hfprune_dist.config.training import Training, TrainingText
+from hfprune_dist.config.training import TrainingText
 from hfprune_dist.data.examples import Example, read_examples
 from hfprune_dist.data.instructions import PackedRows, assign_rows, encode, save_rows
 from hfprune_dist.data.schedule import IGNORED
@@ -163,14 +162,3 @@ def test_other_records_are_refused(tmp_path, record, parts):
     with pytest.raises(UserError) as caught:
         encode(tiny_tokenizer(), examples_in(tmp_path, record), 64)
     assert all(part in str(caught.value) for part in parts), caught.value
-
-
-@pytest.mark.thorough
-def test_padding_of_the_demos_pairs_is_little(real_assets):
-    file, size = real_assets / "instructions.jsonl", 1024
-    tokenizer, pairs = (
-        AutoTokenizer.from_pretrained(real_assets / "llama"),
-        read_examples(Training().model_dump(), file, 0),
-    )
-    lengths = [len(pair.input_ids_T) for pair in encode(tokenizer, list(pairs), size) if pair is not None]
-    assert 1 - sum(lengths) / size / len(assign_rows(lengths, size, seed=0)) == pytest.approx(0.022, abs=5e-4)
