@@ -172,7 +172,7 @@ class Training(Recipe):
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
         if self.answers == "dense" and self.text != "instructions":
-            raise ValueError(f"answers dense: {self.text} ask nothing; set text to instructions, or answers to given")
+            raise ValueError(f"answers dense: text {self.text} has no instructions; set text or answers otherwise")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts evaluations on the way: set evaluate_every, or leave patience out")
         return self

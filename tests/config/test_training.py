@@ -69,10 +69,13 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
         ({"recipes": {"none": {}}}, "choose another name"),
         ({"recipes": {"via": {}}}, "recipes.via: in tables this word means something else; choose another name"),
         ({"recipes": {"a": {"objektive": "labels"}}}, "unknown key 'recovery.recipes.a.objektive'"),
-        ({"text": "calibration", "answers": "dense"}, "recovery: answers dense: calibration ask nothing; set text to"),
+        (
+            {"text": "calibration", "answers": "dense"},
+            "recovery: answers dense: text calibration has no instructions; set",
+        ),
         (
             {"answers": "dense", "recipes": {"a": {"text": "documents", "path": "/b"}}},
-            "recipes.a: answers dense: documents",
+            "recipes.a: answers dense: text documents has",
         ),
         ({"tokens": "3 million"}, "recovery.tokens"),
         ({"parts": ["first_3_layers"]}, "recovery.parts.0"),
