@@ -65,13 +65,6 @@ def test_the_quickstart_installs_once(quickstart, project, fails, installer):
     assert quickstart()[1] == ["launch/demo_assets.py", "launch/sweep.py --config configs/demo.yaml"]
 
 
-def test_folders_of_the_same_name_elsewhere_are_left_alone(quickstart, project):
-    (project / "elsewhere" / "launch").mkdir(parents=True)
-    result, calls = quickstart(CDPATH="elsewhere")
-    assert result.returncode == 0, result.stderr
-    assert f"-m venv {project}/.venv" in calls
-
-
 def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):
     result, _ = quickstart(PYTHON_BASE="/no/such/python")
     assert result.returncode == 2 and "(tried: /no/such/python)" in result.stderr

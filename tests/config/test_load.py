@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_dist.config.load import absolute_path, from_command_line, load_config, parse_assignments
+from hfprune_dist.config.load import from_command_line, load_config, parse_assignments
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Section
 from hfprune_dist.config.yaml_text import to_yaml
@@ -120,13 +120,6 @@ def test_paths_are_seen_from_the_file_that_names_them(tmp_path, monkeypatch):
     ]
     assert load_config([write(tmp_path, config.model_dump())], {}) == config
     assert from_command_line({"recovery.path": "pairs.jsonl"})["recovery"]["path"] == config.recovery.path
-
-
-def test_a_link_is_called_by_its_own_name(tmp_path):
-    """A snapshot in the hub's cache, to which a link leads, would be called by its commit."""
-    (tmp_path / "0123abcd").mkdir()
-    (tmp_path / "named").symlink_to("0123abcd")
-    assert absolute_path("./named/", tmp_path) == str(tmp_path / "named")
 
 
 def test_a_shipped_file_is_found_by_the_name_it_has_in_a_clone(tmp_path, monkeypatch):

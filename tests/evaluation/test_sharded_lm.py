@@ -107,9 +107,3 @@ def test_a_request_that_cannot_be_answered_is_an_error_of_the_task(tmp_path, wha
         getattr(lm, method)([Instance(method, {}, unsuitable, 0)])
     with pytest.raises(UserError, match=rf"task 'mine' can't be evaluated: {method}.*{message}"):
         raise failed.value.__cause__
-
-
-def test_a_model_reads_as_far_as_rope_scaling_stretches_its_positions(tmp_path):
-    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    settings = {"rope_parameters": scaling, "max_position_embeddings": 64}
-    assert make_lm(open_checkpoint(save_tiny(tmp_path / "model", "qwen2", **settings))).max_length == 256
