@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exported = "what the engine loads in its place; llama.cpp, by default: a GGUF file in float32, made for the check"
     parser.add_argument("--exported", metavar="PATH", type=place, help=exported)
     arguments = parser.parse_args(argv)
-    pythons = {arguments.engine: arguments.python}
-    (found,) = check(arguments.checkpoint, pythons, exported=arguments.exported).values()
+    (found,) = check(arguments.checkpoint, {arguments.engine: arguments.python}, None, arguments.exported).values()
     print(f"{arguments.engine}: {found.line()}")
     note_in_card(arguments.checkpoint, arguments.engine, found.line())
     return 1 if found.failure else 0

@@ -24,8 +24,7 @@ class Engine:
         differ: what of layers may differ: nothing, their widths, or heads too.
         whole_heads: model_types in which it ignores head_dim, so that no KV group may go.
         model_impl: the option with which it loads those nevertheless, if any.
-        exported: model_types of which ``hfprune export`` writes what it reads; of others, it reads checkpoints.
-        how: what is to be done besides naming the folder.
+        exported: model_types of which ``hfprune export`` writes what it reads; if empty, it reads checkpoints.
     """
 
     multiple_of: int = 1
@@ -33,19 +32,18 @@ class Engine:
     whole_heads: str = ""
     model_impl: str = ""
     exported: str = ""
-    how: str = ""
 
 
 ENGINES: dict[EngineName, Engine] = {
     "vllm": Engine(64, "heads", whole_heads="qwen2 qwen2_moe granitemoe", model_impl="transformers"),
-    "llama.cpp": Engine(32, "heads", exported="llama mistral qwen2 qwen3", how="`hfprune export --to gguf`"),
+    "llama.cpp": Engine(32, "heads", exported="llama mistral qwen2 qwen3"),
     "openvino": Engine(differ="widths"),
     "mlx": Engine(
         multiple_of=64,
         whole_heads="apertus cohere ernie4_5_moe glm4 granite granitemoe internlm3 mixtral nanochat olmo phi phimoe "
         "qwen2 qwen2_moe qwen3_moe smollm3 starcoder2",
     ),
-    "ctranslate2": Engine(whole_heads="llama phi qwen2", how="ct2-transformers-converter"),
+    "ctranslate2": Engine(whole_heads="llama phi qwen2"),
 }
 
 
@@ -60,9 +58,9 @@ class Fit(NamedTuple):
 def fit(name: EngineName, config: Mapping[str, Any]) -> Fit:
     """What an engine makes of a checkpoint with this config.json."""
     engine, own, sizes = ENGINES[name], str(config.get("model_type")), {**config, **config.get("text_config", {})}
-    differing = {*(sizes.get(LAYER_SIZES) or {})}
+    differing, how = {*(sizes.get(LAYER_SIZES) or {})}, "`hfprune export --to gguf`" if engine.exported else ""
     if engine.exported and own not in engine.exported.split():
-        return Fit(False, f"`hfprune export` doesn't write a {own} for it", {})
+        return Fit(False, f"`hfprune export` writes no {own} for it; its own converter may, where layers are alike", {})
     if sizes.get(OUTPUT_BIASES) and not engine.exported:
         return Fit(False, f"it has no biases of output projections that a {own} lacks (refit: bias)", {})
     if any(size.endswith("_rank") for size in differing):
@@ -74,13 +72,13 @@ def fit(name: EngineName, config: Mapping[str, Any]) -> Fit:
         if holds not in ("heads", what):
             spared = "; prune.structures: [neurons, layers] leaves heads alike" if holds else ""
             return Fit(False, f"layers of its {own} can't differ in {what}; {ALIKE}{spared}", {})
-        return Fit(True, engine.how or "trust_remote_code=True", {})
+        return Fit(True, how or "trust_remote_code=True", {})
     heads, hidden = sizes.get("num_attention_heads", 1), sizes.get("hidden_size", 1)
     if own in engine.whole_heads.split() and (sizes.get("head_dim") or hidden / heads) * heads != hidden:
         if engine.model_impl:
             return Fit(True, f'model_impl="{engine.model_impl}"', {"model_impl": engine.model_impl})
         return Fit(False, f"it ignores head_dim in a {own}; prune.structures: [neurons, layers] keeps KV groups", {})
-    return Fit(True, engine.how, {})
+    return Fit(True, how, {})
 
 
 def loads_in(config: Mapping[str, Any]) -> dict[EngineName, str]:

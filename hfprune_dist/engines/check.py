@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hfprune_dist.config.method import EngineName
 from hfprune_dist.engines.process import ask, require_engine
 from hfprune_dist.errors import UserError
 from hfprune_dist.export import CONFIGURATION_FILE
-from hfprune_dist.store.atomic_files import read_object, read_record, write_json
+from hfprune_dist.store.atomic_files import read_object
 
 # For each prompt, its tokens and those that transformers chose, and log-probabilities [tokens, vocabulary] after them.
 Reference = Sequence[tuple[list[int], Any]]
@@ -63,7 +63,7 @@ def check(
 
     Args:
         pythons: engine -> the Python of an environment that has it.
-        scratch: a folder for findings, which a later call reads, and for copies that engines need; None: temporary.
+        scratch: a folder for copies that engines need; None: the system's for temporary files.
         exported: what engines load in its place, made by ``hfprune export``.
 
     Raises:
@@ -76,9 +76,6 @@ def check(
         require_engine(engine, python)
     reference = _reference(checkpoint)
     for engine, python in pythons.items():
-        if scratch and (noted := read_record(Check, scratch / f"{engine}.json")):
-            checks[engine] = noted
-            continue
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             loaded = exported or source.path
             if engine == "llama.cpp" and exported is None:
@@ -96,8 +93,6 @@ def check(
             answer = ask(engine, python, Path(folder), request)
         failed = Check(answer["version"], failure=answer["error"]) if "error" in answer else None
         checks[engine] = failed or compared(answer["version"], reference, answer["runs"])
-        if scratch:
-            write_json(scratch / f"{engine}.json", asdict(checks[engine]))
     return checks
 
 

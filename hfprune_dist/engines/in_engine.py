@@ -131,10 +131,8 @@ def _openvino(model: str, sequences: Sequences, new_tokens: int, **options: Any)
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     loaded = OVModelForCausalLM.from_pretrained(model, export=True, load_in_8bit=False, ov_config=exact, **options)
-
-    batches = [(ids, torch.tensor([ids])) for ids in sequences]
-    made = ((ids, loaded(batch, attention_mask=torch.ones_like(batch)).logits[0]) for ids, batch in batches)
-    return [_run_of(logits, ids, new_tokens) for ids, logits in made]
+    logits = (loaded(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long()).logits[0] for ids in sequences)
+    return [_run_of(rows, ids, new_tokens) for rows, ids in zip(logits, sequences)]  # noqa: B905
 
 
 def _mlx(model: str, sequences: Sequences, new_tokens: int, **_: Any) -> Runs:

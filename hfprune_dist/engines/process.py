@@ -14,7 +14,6 @@ from hfprune_dist.export import require_gguf
 from hfprune_dist.store.atomic_files import read_json, write_json
 
 SCRIPT = str(Path(__file__).with_name("in_engine.py"))
-HOURS = 4  # after which an engine hangs
 # What ranks of a stage, of which this may be one, are told, and no engine should take for its own.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
 
@@ -42,15 +41,14 @@ def ask(engine: EngineName, python: str, folder: Path, request: Mapping[str, Any
     asked, answered, log = (folder / name for name in ("request.json", "answer.json", "log"))
     write_json(asked, request)
     command = [python, SCRIPT, engine, str(asked), str(answered)]
-    try:
-        with log.open("w") as stream:
-            code = _run(command, {"TMPDIR": str(folder)}, stdout=stream, stderr=stream, timeout=HOURS * 3600)
-        answer: dict[str, Any] = read_json(answered) or {"unable": f"its process ended with {code}"}
-    except subprocess.TimeoutExpired:
-        answer = {"unable": f"not done within {HOURS} hours"}
+    with log.open("w") as stream:
+        code = _run(command, {"TMPDIR": str(folder)}, stdout=stream, stderr=stream)
+    answer: dict[str, Any] = read_json(answered) or {"unable": f"its process ended with {code}"}
+    said = " / ".join(log.read_text(errors="replace").split("\n")[-5:])
     if "unable" in answer:
-        said = " / ".join(log.read_text(errors="replace").split("\n")[-3:])
         raise UserError(f"{engine} could not run: {answer['unable']}; {said}")
+    if engine == "llama.cpp" and "error" in answer:
+        answer["error"] += f"; {said}"  # the cause, which its Python package doesn't pass on
     return answer
 
 

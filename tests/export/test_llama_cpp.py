@@ -1,7 +1,6 @@
 """Tiny models' GGUF files in llama.cpp itself: its logits and tokens are those of transformers."""
 
 import importlib
-import json
 import subprocess
 import sys
 from functools import partial
@@ -11,15 +10,15 @@ import pytest
 import torch
 from engine_marks import python_of
 from masking import write
-from tiny import VOCABULARY, save_tiny, tiny_text
-from tokenizers import Tokenizer, models, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from merging import tokenizer_that_merges
+from tiny import save_tiny, tiny_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import pruned_config
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.engines.process import ask
 from hfprune_dist.export.gguf_file import write_gguf
-from hfprune_dist.export.gguf_tokenizer import SPLITS
 from hfprune_dist.structures.kept import Kept
 
 pytestmark = pytest.mark.engine("llama.cpp")
@@ -30,39 +29,6 @@ FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG["original_max_position_embeddings"] = 64
 IDS = torch.randint(3, 259, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def tokenizer_that_merges(split, *, bos):
-    """Return a tokenizer that splits text as one known to llama.cpp, with merges that a wrong split would allow."""
-    pairs = [
-        "1 2",
-        "12 3",
-        "' s",
-        "' t",
-        "n '",
-        "Ġ x",
-        "Ġ Ġ",
-        "Ċ Ċ",
-        "Ċ Ġ",
-        "Ġ Ċ",
-        "= 0",
-        "0 x",
-        ". ĉ",
-        "ĉ T",
-        "Ġ '",
-        "t Ġ",
-    ]
-    pairs += ["ĠĠ Ġ", "ĊĊ Ġ", "Ġ 1", "k Ċ", "s .", "; Ġ", "e Ġ", "3 4"]
-    merges = [tuple(pair.split()) for pair in pairs]
-    words = {token: number for number, token in enumerate([*VOCABULARY, *("".join(pair) for pair in merges)])}
-    steps, ignore_merges = SPLITS[split]
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges, ignore_merges=ignore_merges))
-    told = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in steps]
-    splitting = {"type": "Sequence", "pretokenizers": told}
-    tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": splitting}))
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +111,9 @@ def test_biases_of_output_projections_are_llama_cpps_too(llama_cpp, tmp_path):
         write_weight_file(checkpoint, file, kept, folder, {name: partial(biases.get, name) for name in biases})
     write_companions(checkpoint, folder, pruned_config(checkpoint, kept.shape, biased=modules))
     assert_alike(llama_cpp, folder)
+
+
+def test_why_it_loads_no_model_is_told(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"junk")
+    request = {"model": str(tmp_path / "model.gguf"), "sequences": [[1, 2]], "new_tokens": 1, "options": {}}
+    assert "invalid magic" in ask("llama.cpp", python_of("llama.cpp"), tmp_path, request)["error"]
