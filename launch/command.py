@@ -22,11 +22,10 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None) -> int:
         """Run the command and return its exit code."""
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="backslashreplace")  # for what a terminal lacks, such as Chinese names
+        _require_streams()
         try:
             with explained():
+                _require_current_folder()
                 code = body(argv)
                 sys.stdout.flush()
                 return code
@@ -46,6 +45,25 @@ def make_parser(doc: str | None) -> ArgumentParser:
     if sys.argv[0].startswith("hfprune "):
         text = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", text)
     return ArgumentParser(description=text, formatter_class=RawDescriptionHelpFormatter)
+
+
+def _require_streams() -> None:
+    """Let a command write whatever it has to say: to nowhere if it was started without output (``>&-``), and with
+    escapes for what a terminal's encoding lacks, such as a model's name in Chinese.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  until the process ends
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to another one") from None
 
 
 def folder(argument: str) -> Path:

@@ -21,7 +21,7 @@ from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.stage import Stage
 
-HEADER = "JOBID|STATE|REASON|NODELIST|NAME\n"
+HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
 RESOURCES = dict.fromkeys(KINDS, Resources())
 
 
@@ -134,7 +134,7 @@ class Controller:
     def squeue(self, _: list[str], fault: str) -> tuple[int, str, str]:
         if self.listings and (listing := self.listings.pop(0)) is not None:
             return 0, listing, ""
-        lines = [f"{job.line(job_id)}\n" for job_id, job in self.jobs.items()]
+        lines = [f"{job.line(job_id)}|;\n" for job_id, job in self.jobs.items()]
         return 0, HEADER + ("" if fault == "header" else "".join(lines)), ""
 
     def scontrol(self, command: list[str], _: str) -> tuple[int, str, str]:

@@ -140,6 +140,12 @@ def test_stages_are_imported_by_none_of_their_room():
             assert not f"{name}.".startswith(others), f"{module} imports {name}"
 
 
+def test_every_package_is_installed():
+    packages = {module for package in PACKAGES for module, file in modules(package).items() if file.stem == "__init__"}
+    text = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{package}",' in text for package in packages)
+
+
 def test_the_login_node_never_waits_for_torch():
     """All imports in one process, which reports the first that brings in a large library."""
     names = [

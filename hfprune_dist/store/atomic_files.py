@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -187,3 +188,17 @@ def unwritable(root: Path) -> str:
     if (free := shutil.disk_usage(root).free) <= FULL_DISK_BYTES:
         return f"{root}: No space left on device ({free:,} bytes); make room and run the sweep again"
     return ""
+
+
+def require_own(*folders: Path) -> None:
+    """Check that not everybody can write to folders whose content decides what jobs run.
+
+    Raises:
+        UserError: if everybody can.
+    """
+    for folder in folders:
+        if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+            raise UserError(
+                f"{folder}: everybody can write to it, and so decide what your jobs run; chmod o-w {folder}, and give "
+                "those who share it a group (umask 002, chmod g+s)"
+            )

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -155,7 +156,19 @@ def _lives(holder: Holder, file: Path) -> bool:
     renewed_at = modified_at(file)
     if renewed_at is None:
         return False
-    return time.time() - renewed_at < RENEWAL_LIMIT_S  # clusters keep their clocks closer than that, as munge needs it
+    # This host's clock may be ahead or behind; what decides is the clock of the file system, which is slower to read.
+    silent_s = time.time() - renewed_at
+    if not 0 <= silent_s < RENEWAL_LIMIT_S:
+        silent_s = _clock_of(file.parent) - renewed_at
+    return silent_s < RENEWAL_LIMIT_S
+
+
+def _clock_of(folder: Path) -> float:
+    """Current time by the clock that dates files on a file system; on NFS the server's, which dates all renewals."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime
+    return time.time()  # the folder has just been removed, or nothing can be written
 
 
 def _create(file: Path, text: str) -> bool:

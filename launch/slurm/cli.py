@@ -27,6 +27,7 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.atomic_files import require_own
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.stage import kind_of
 
@@ -57,6 +58,7 @@ def run_on_slurm(
     ``on_end`` is called after a round in which stages' jobs have ended.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
+    require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version())

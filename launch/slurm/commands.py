@@ -37,9 +37,10 @@ TOO_MANY_JOBS = re.compile(
     r"MaxSubmit|SubmitJob|job count limit|job submit limit|job queue full|temporarily unable to accept job",
     re.IGNORECASE,
 )
-# Of all sweeps' jobs, whose names end in random digits: one that is cut off is none's.
-SQUEUE_FIELDS = "%i|%T|%r|%N|%j"
-SQUEUE_JOB = re.compile(r"^(\d+)\|(\w+)\|([^|\n]*)\|([^|\n]*)\|(hfprune-\S+)$", re.MULTILINE)
+# The final mark shows that a line is complete, since names may contain any character, including line ends.
+SQUEUE_FIELDS = "%i|%T|%r|%N|%j|;"
+SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
+SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 3 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
 # What sbatch --parsable prints; sites may print notes before and after it.
 SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
 INVALID_JOB_ID = re.compile("Invalid job id", re.IGNORECASE)
@@ -125,7 +126,7 @@ class SlurmCommands:
     def jobs(self) -> dict[str, JobInfo]:
         """Return the jobs that squeue lists of this user's sweeps, by name; one that isn't there need not be over."""
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
-        text = self._query(command, is_whole=lambda text: "JOBID|" in text)
+        text = self._query(command, is_whole=_is_whole_listing)
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
         return {info.name: info for info in sorted(infos, key=lambda info: info.is_live)}
 
@@ -194,6 +195,14 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", f"{said}{ended}")
     except OSError as error:  # e.g. a node on which the user may start no more processes at this moment
         return subprocess.CompletedProcess(command, -1, "", f"{command[0]}: {error.strerror or error}")
+
+
+def _is_whole_listing(text: str) -> bool:
+    """Return whether squeue's header is there and no job's line is cut off."""
+    if SQUEUE_HEADER.search(text) is None:
+        return False
+    rest = SQUEUE_JOB.sub("", text)
+    return not re.search(r"^\d", rest, re.MULTILINE)
 
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:

@@ -82,3 +82,12 @@ def any_ladders(draw):
 def test_the_same_go_as_step_by_step(kept, share):
     removals = round(share * sum(ladder.most * ladder.parameters for ladder in kept))
     assert allocate_globally(kept, removals) == step_by_step(kept, removals)
+
+
+def test_groups_go_where_a_parameter_of_theirs_is_cheaper():
+    neurons, groups = scores([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), scores([12, 20], [3, 30])
+    sizes = [(1, neurons), (4, groups)]
+    kept = [Ladder(layer, scores_U, 1, size) for size, kind in sizes for layer, scores_U in enumerate(kind)]
+    assert allocate_globally(kept, 6) == [5, 5, 2, 1]  # a group at 3 per parameter for 4 parameters, then neurons at 1
+    assert allocate_globally(kept, 4) == [6, 6, 2, 1]
+    assert allocate_globally(kept, 3) == [6, 6, 2, 1], "one parameter too many: there are no neurons to take back"

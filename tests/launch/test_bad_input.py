@@ -73,6 +73,13 @@ def test_other_commands_refuse_too(tmp_path, monkeypatch, command, arguments, to
     assert told in refused(command.main, *arguments, folders=(tmp_path,))
 
 
+def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current folder has been deleted" in refused(report.main, "runs")
+
+
 def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks modules that can't be imported
     reports = ["--config", config, "--out", tmp_path / "out", "--set", "runtime.report_to=[tensorboard, wandb]"]

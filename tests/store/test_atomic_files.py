@@ -15,6 +15,7 @@ from hfprune_dist.store.atomic_files import (
     listed,
     publish,
     read_json,
+    require_own,
     require_usable,
     unwritable,
     write_json,
@@ -101,3 +102,12 @@ def test_a_full_disk_and_one_that_can_only_be_read_are_named(tmp_path, monkeypat
         assert "No space left on device" in unwritable(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
     assert "Read-only file system" in unwritable(tmp_path)
+
+
+def test_a_folder_to_which_everybody_can_write_runs_nobodys_jobs(tmp_path):
+    require_own(tmp_path, tmp_path / "none")
+    tmp_path.chmod(0o2775)
+    require_own(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(UserError, match=r"everybody can write to it.*umask 002, chmod g\+s"):
+        require_own(tmp_path)

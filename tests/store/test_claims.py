@@ -48,8 +48,11 @@ def test_a_dead_holder_is_succeeded(tmp_path, dead):
 
 
 @pytest.mark.parametrize("holder", [ELSEWHERE, NAMESAKE])
-def test_a_holder_that_can_not_be_seen_lives_as_long_as_it_renews(tmp_path, holder):
+@pytest.mark.parametrize("ahead", [-3600, 0, 3600])
+def test_a_holder_that_can_not_be_seen_lives_as_long_as_it_renews(tmp_path, monkeypatch, holder, ahead):
+    """What counts is the clock that dates the renewals."""
     file, now = write(tmp_path, holder), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + ahead)
     assert isinstance(try_claim(tmp_path), Holder)
     assert [path.name for path in tmp_path.iterdir()] == ["claim.1"]
     os.utime(file, (now - 400, now - 400))

@@ -3,11 +3,19 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.structures.kept import Shape, count_parameters
+from hfprune_dist.structures.kept import Kept, Shape, count_parameters
+
+
+def test_a_shape_is_how_much_is_kept():
+    kept = Kept((1, 3), {"kv_groups": [torch.tensor([0]), torch.tensor([1, 2])]})
+    assert kept.shape == Shape((1, 3), {"kv_groups": (1, 2)})
+    assert [kept.of_layer(layer, "kv_groups").tolist() for layer in kept.layers] == [[0], [1, 2]]
+    assert Kept.of_all_layers({"neurons": [torch.tensor([4])] * 3}).layers == (0, 1, 2)
 
 
 def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
@@ -47,3 +55,12 @@ def test_a_shape_has_the_parameters_of_a_model_of_that_shape(variant, layers, wi
     shape = Shape(tuple(range(3 - layers, 3)), {"neurons": (width,) * layers})
     assert counts.after(shape) == size_of(smaller)
     assert counts.ratio(shape) == pytest.approx(1 - size_of(smaller) / size_of(dense))
+
+
+def test_each_layer_loses_its_own_units_and_matrices_of_low_rank_count_as_factors():
+    dense = tiny_model("llama", num_hidden_layers=3, intermediate_size=7)
+    counts, hidden = counts_of(dense), dense.config.hidden_size
+    assert counts.total - counts.after(Shape((0, 1, 2), {"neurons": (7, 3, 6)})) == (4 + 1) * 3 * hidden
+    outputs, inputs = dense.model.layers[0].self_attn.k_proj.weight.shape
+    saved = counts.after(Shape((0, 2))) - counts.after(Shape((0, 2), ranks={"self_attn.k_proj": (1, 5)}))
+    assert saved == 2 * outputs * inputs - (1 + 5) * (outputs + inputs)

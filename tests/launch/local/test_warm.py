@@ -94,12 +94,21 @@ def test_ranks_join_in_surroundings_of_their_own(process, log, tmp_path, monkeyp
         assert (one["environment"], one["folder"], one["threads"]) == (value, str(tmp_path), int(threads))
 
 
-def test_the_products_own_process_starts_ranks(log, monkeypatch):
+def test_a_process_that_has_only_imported_does_not_grow_with_the_stages_that_it_starts(log, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PATH)
     with closing(OwnProcess()) as process:
         start(process, log)
         warm_process = at_work(log)[0]
         assert process.ended(300) == {0: 0, 1: 0} and "hfprune_launch.local.warm" in warm_process.cmdline()
+
+        def size_after(stages):
+            for _ in range(stages):
+                start(process, log, main="builtins:list")
+                assert process.ended(300) == {0: 0, 1: 0}
+            return warm_process.memory_full_info().uss, warm_process.num_fds(), warm_process.num_threads()
+
+        (before, *handles), (after, *left) = size_after(5), size_after(50)
+        assert after < before + 2**20 and left == handles and left[1] == 1
 
 
 @pytest.mark.parametrize(("action", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("1 / 0", 1)])

@@ -62,13 +62,13 @@ def test_the_id_is_found_among_a_sites_notes(fake, slurm, script):
     assert slurm.submit(script) == "101"
 
 
-def test_jobs_are_those_of_sweeps_and_an_answer_without_a_header_is_none(fake, slurm, slept):
-    fake.jobs = {"7": Job("hfprune-a", "RUNNING", nodes="n[1-2]"), "8": Job("hfprune-b", "NODE_FAIL", "NodeDown")}
-    fake.jobs["9"] = Job("a|strange\nname", "RUNNING")
-    fake.listings = ["", HEADER[:4]]
+@pytest.mark.parametrize("answer", ["", f"{HEADER}7|RUNNING|None|n1|na", f"{HEADER}12", HEADER[:20]])
+def test_an_answer_that_is_cut_off_is_none(fake, slurm, slept, answer):
+    fake.jobs = {"7": Job("a|strange|name", "RUNNING", nodes="n[1-2]"), "8": Job("other", "NODE_FAIL", "NodeDown")}
+    fake.listings = [answer, answer]
     jobs = slurm.jobs()
-    assert jobs["hfprune-a"].is_live and jobs["hfprune-a"].nodes == "n[1-2]" and not jobs["hfprune-b"].is_live
-    assert len(jobs) == 2 and slept == list(DELAYS_S[:2])
+    assert jobs["a|strange|name"].is_live and jobs["a|strange|name"].nodes == "n[1-2]" and not jobs["other"].is_live
+    assert slept == list(DELAYS_S[:2])
     fake.fail_next("squeue", *["error"] * 20)
     with pytest.raises(SlurmUnavailableError, match="Unable to contact"):
         slurm.jobs()
@@ -79,11 +79,11 @@ def test_commands_do_not_see_what_a_user_set_for_them_and_are_heard(slurm, scrip
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
     dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SBATCH_QOS", "SCANCEL_STATE", "SLURM_JOB_ID", "SRUN_NTASKS"]
     assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
-    (tmp_path / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R|||hfprune-$SQUEUE_PARTITION.\\n"\n')
+    (tmp_path / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R|||$SQUEUE_PARTITION|;\\n"\n')
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")
-    assert [*slurm.jobs()] == ["hfprune-."]
+    assert [*slurm.jobs()] == [""]
     (tmp_path / "squeue").rename(tmp_path / "sbatch").write_text("#!/bin/bash\necho Job queue full >&2\nexec sleep 9")
     monkeypatch.setattr(commands, "COMMAND_TIMEOUT_S", 1.0)
     with pytest.raises(NotNowError, match="queue full; sbatch: timed out after 1 s; the rest is submitted"):

@@ -124,7 +124,7 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, 
 # What is seen of jobs.
 
 
-@pytest.mark.parametrize("jobs", [{}, {"101": Job("hfprune-of-somebody-on-a-new-cluster", "RUNNING")}])
+@pytest.mark.parametrize("jobs", [{}, {"101": Job("of somebody else on a new cluster", "RUNNING")}])
 def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_lives(fake, store, jobs):
     launcher = started(store, ALONE)
     fake.jobs = jobs
@@ -280,7 +280,7 @@ def test_cancel_waits_for_what_is_submitted_and_finds_what_is_unlisted_or_queued
     (ledger.open_job(PRUNES[0].id).folder / "job.json").unlink()
     other = stage_of("evaluate", "x", {}, {})
     claim, attempt, looks = store.handle(other.id).claim(), ledger.begin(other, **JOB), []
-    fake.listings = [HEADER + "".join(f"{job.line(i)}\n" for i, job in fake.jobs.items() if i != "101")]
+    fake.listings = [HEADER + "".join(f"{job.line(i)}|;\n" for i, job in fake.jobs.items() if i != "101")]
 
     def meanwhile(_):
         looks.append(1)

@@ -21,6 +21,11 @@ def test_shipped_profiles_are_valid(name):
     assert profile.name == name and set(profile.resources) == set(KINDS)
 
 
+def test_an_unknown_profile():
+    with pytest.raises(UserError, match=r"no profile 'local-clutser'; did you mean 'local-cluster'"):
+        load_profile("local-clutser", SHIPPED)
+
+
 def test_a_kind_of_stage_overrides_single_settings(tmp_path):
     common = "partition: gpu\ntasks_per_node: 8\ngpus_per_node: 8\nmax_running: 3\n"
     profile = load_profile(write(tmp_path, common + "stages: {importance: {nodes: 4}}\n"), SHIPPED)
@@ -63,6 +68,17 @@ def test_mistakes_are_explained(tmp_path, text, expected):
         load_profile(write(tmp_path, text), SHIPPED)
     for part in expected:
         assert part in f"{caught.value}\n"
+
+
+def test_any_language_is_taken(tmp_path):
+    """With what some scripts have between words and letters; a separator of lines isn't among it."""
+    comment = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH SPACE}"
+    assert (
+        load_profile(write(tmp_path, f"account: 'a{comment}b'"), SHIPPED).resources["prune"].account == f"a{comment}b"
+    )
+    for separator in ("\\L", "\\P", "\\N", "\\x7f"):
+        with pytest.raises(UserError, match="has a character that a line"):
+            load_profile(write(tmp_path, f'account: "a{separator}b"'), SHIPPED)
 
 
 def test_efficiency_is_measured_on_what_is_asked_for(tmp_path):
