@@ -84,7 +84,7 @@ def recorded_sweep(out: Path) -> Sweep | None:
         plan = Plan.from_json(record)
         if not all(cell.model in dense and {*plan.upstream(cell)} <= plan.stages.keys() for cell in plan.cells):
             raise KeyError("a row's model or stage")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, UserError):
         raise UserError(
             f"{out / SWEEP_FILE}: damaged or another version's; remove it, and the sweep makes only what is missing"
         ) from None

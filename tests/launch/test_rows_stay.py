@@ -198,12 +198,15 @@ def test_of_two_commands_that_change_the_record_at_once_neither_undoes_the_other
     assert [cell.label for cell in recorded_sweep(out).plan.cells] == [label for label in before if label != ALPHA]
 
 
-@pytest.mark.parametrize("damage", ["text", "lost model", "lost stage"])
+@pytest.mark.parametrize("damage", ["text", "lost model", "lost stage", "other version"])
 def test_a_damaged_record_is_one_message(config, tmp_path, damage):
     out = tmp_path / "out"
     done(config, out, "--ratios", "0.1", ratios=[0.1])
     record = json.loads((out / "sweep.json").read_text())
-    record["dense" if damage == "lost model" else "stages"] = {} if damage == "lost model" else record["stages"][1:]
+    if damage == "other version":
+        record["stages"][0]["fingerprint"] = "of other settings"
+    else:
+        record["dense" if damage == "lost model" else "stages"] = {} if damage == "lost model" else record["stages"][1:]
     (out / "sweep.json").write_text('{"stages": 3' if damage == "text" else json.dumps(record))
     for command, given in ((sweep, ["--out", out, "--config", config]), (report, [out])):
         code, _, said = run(*given, command=command)
