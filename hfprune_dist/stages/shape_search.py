@@ -23,6 +23,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE
 from hfprune_dist.core.width_search import START, Counts, drop_order, search_shapes
+from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.planning.shapes import name_of_plain, numbers_of_groups, shape_for, shapes_for, with_layers
 from hfprune_dist.planning.target import Target
@@ -194,6 +195,8 @@ class _Search:
             compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if context.params.is_thorough else QUICK_TOKENS]
         elif self._refits:
             fitted_on = stream_of(context, checkpoint, self._fitted_ST)
+            for index in [index for index in fitted_on.states if is_held_out(index, fitted_on.micro_batches)]:
+                del fitted_on.states[index]  # cheap fits choose no ridge
         stream = stream_of(context, checkpoint, compared_ST, Passes(1))
         after_each = context.reporting(phase, checkpoint.num_layers)
         return measure_shapes(shapes, self._kinds, fitted_on, stream, self._dense(), after_each, every=EVERY)

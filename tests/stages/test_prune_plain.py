@@ -94,7 +94,7 @@ def test_a_quick_stage_writes_the_fewest_layers_that_are_near_and_does_little_mo
     assert found in map(numbers_of, near) and fewest == min(numbers_of(name)[0] for name in near)
     assert all(2 * numbers_of(name)[1] > GROUPS for name in measured) and 2 * groups > GROUPS
     assert "finalists_kl" not in metrics
-    assert counts["tokens"] <= 5.5 * LAYERS * windows_of(store).numel()
+    assert counts["tokens"] <= 4.1 * LAYERS * windows_of(store).numel()
     assert counts["factorizations"] <= 31 * LAYERS
 
 
