@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -55,6 +55,7 @@ class Leftover:
 
     path: Path
     reason: str  # why nothing needs it
+    discarded: StageHandle | None = None  # of an artifact that goes as a whole
     emptied: StageHandle | None = None  # of an artifact whose manifest stays
 
     def bytes(self) -> int:
@@ -63,12 +64,15 @@ class Leftover:
         files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != stays]
         return sum(file.lstat().st_size for file in files if os.path.lexists(file))
 
-    def remove(self) -> None:
-        """Remove the files, as far as that is possible."""
+    def remove(self) -> Leftover:
+        """Remove the files, as far as that is possible, and return what is left: of an artifact, a draft."""
+        if self.discarded:
+            return replace(self, path=self.discarded.discard())
         if self.emptied:
             self.emptied.empty()
         else:
             shutil.rmtree(self.path, ignore_errors=True)
+        return self
 
 
 @command
@@ -86,9 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = list(_leftovers(sweep, arguments.intermediates))
     sizes = [leftover.bytes() for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
-    for leftover in found if not dry_run else ():
-        leftover.remove()
-    staying = {} if dry_run else {leftover.path: left for leftover in found if (left := leftover.bytes())}
+    remains = [] if dry_run else [leftover.remove() for leftover in found]
+    staying = {each.path: size for each in remains if (size := each.bytes())}
     freed = sum(sizes) - sum(staying.values())
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
     # Shown once all is done, as a reader such as head may end the command.
@@ -126,7 +129,7 @@ def _leftovers(sweep: Sweep, intermediates: bool) -> Iterator[Leftover]:
             yield Leftover(draft, "a draft of a stage that ended early")
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
-                yield Leftover(handle.artifact, "an artifact of no row of the tables")
+                yield Leftover(handle.artifact, "an artifact of no row of the tables", discarded=handle)
         for handle in _handles(store, store.root / "work" / kind):
             if handle.id not in kept:
                 yield Leftover(handle.work, "progress of a stage of no row of the tables")

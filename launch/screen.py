@@ -66,13 +66,18 @@ class ProgressLines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._told_at: dict[str, float] = {}
+        self._advanced: set[str] = set()  # stages that have told progress: without any again, they are ending
 
     def tell(self, stage: Stage, progress: str, left: str) -> str:
-        """Print how far a stage is, if a line is due, and return it; called on every sign of progress."""
+        """Print how far a stage is, if a line is due, and return the line; to be called again and again. ``progress``
+        is empty before a stage has told any and once it ends, ``left`` where the time left isn't known.
+        """
         line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
         now = time.monotonic()
         is_due = now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S
-        if progress and is_due and not self._console.is_terminal:
+        if progress:
+            self._advanced.add(stage.id)
+        if (progress or stage.id not in self._advanced) and is_due and not self._console.is_terminal:
             self._told_at[stage.id] = now
             say(self._console, line)
         return line

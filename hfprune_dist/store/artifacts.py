@@ -150,12 +150,15 @@ class StageHandle:
         with contextlib.suppress(OSError):  # a read-only file system says so even where there is no draft
             self._remove(self._draft(claim.token))
 
-    def _remove(self, folder: Path) -> None:
-        """Rename a folder and remove it: a process about to commit it, or to read it, must not find a part of it."""
+    def _remove(self, folder: Path) -> Path:
+        """Rename a folder, remove it and return its new path, where files that can't be removed stay: a process about
+        to commit it, or to read it, must not find a part of it.
+        """
         doomed = self._draft(uuid.uuid4().hex[:8])
         with contextlib.suppress(FileNotFoundError):
             folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+        return doomed
 
     def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim) -> None:
         """Turn a draft into its artifact, while the claim is held: fsync, manifest last, one rename.
@@ -195,9 +198,9 @@ class StageHandle:
             if path.name != MANIFEST:
                 _remove_path(path)
 
-    def discard(self) -> None:
-        """Remove its artifact; a process that dies meanwhile leaves a draft behind."""
-        self._remove(self.artifact)
+    def discard(self) -> Path:
+        """Remove its artifact; return the draft that it becomes first, where files stay that can't be removed."""
+        return self._remove(self.artifact)
 
     # Its work folder, in which it runs.
 

@@ -92,20 +92,21 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     ledger = Ledger(sweep.store)
     observer = Observer(ledger, SlurmCommands(retry_delays_s=()))
     screen = _Screen(console, sweep)
-    looked_at = -math.inf
+    looked_at, starts = -math.inf, list[tuple[str, int]]()
 
     def is_committed(stage_id: str) -> bool:
         return sweep.store.handle(stage_id).is_committed()
 
     def jobs() -> Mapping[str, JobInfo] | None:
         """Return the jobs by name; None if this machine has no Slurm, or Slurm does not answer at once."""
-        nonlocal looked_at
+        nonlocal looked_at, starts
         open_jobs = (ledger.open_job(stage_id) for stage_id in sweep.plan.stages if not is_committed(stage_id))
         attempts = [attempt for attempt in open_jobs if attempt is not None]
         try:
-            if attempts and time.monotonic() - looked_at >= SLURM_INTERVAL_S:
+            seen = [(each.intent.job_name, len(each.runs())) for each in attempts]  # jobs and their starts
+            if attempts and (seen != starts or time.monotonic() - looked_at >= SLURM_INTERVAL_S):
                 observer.look(attempts)
-                looked_at = time.monotonic()
+                looked_at, starts = time.monotonic(), seen
         except SlurmUnavailableError as error:
             screen.tell(Event("waiting", message=f"Slurm does not answer ({error}): submitted jobs may wait or run"))
             return None

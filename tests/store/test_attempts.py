@@ -53,6 +53,16 @@ def test_a_damaged_record_is_absent(ledger, attempt):
     assert ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
 
 
+def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
+    folder = attempt.folder.parent
+    for name in ("notes.txt", ".nfs0001", "²", "1.old"):
+        (folder / name).write_text("")
+    for name in ("backup", "-3", "007", "6"):
+        (folder / name).mkdir()
+    assert [found.intent for found in ledger.attempts_at(STAGE.id)] == [attempt.intent]
+    assert ledger.begin(STAGE, **JOB).intent.number == 7
+
+
 @pytest.mark.parametrize(("owner", "function"), [(Path, "read_text"), (os, "listdir")])
 def test_what_can_not_be_read_now_is_not_absent(ledger, attempt, monkeypatch, owner, function):
     """A disk or network error says nothing about what has been submitted."""

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from fake_slurm import Controller, Job
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import Ledger, Run
+from hfprune_dist.store.attempts import End, Ledger, Run
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input
@@ -122,6 +123,27 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
     for at, shown in ((60, "here"), (-60, "in a job")):
         os.utime(local, (attempt.intent.created + at,) * 2)
         assert shown_log() == shown
+
+
+def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted(store, tmp_path, monkeypatch):
+    ledger, fake, asked = Ledger(store), Controller().install(monkeypatch), []
+    attempts = [ledger.begin(STAGE, time_minutes=1)]
+
+    def retry():
+        attempts[0].close(End("killed", "", 1.0))
+        attempts.append(ledger.begin(STAGE, time_minutes=1))
+        fake.jobs["102"] = Job(attempts[1].intent.job_name, "PENDING")
+
+    happens = {1: lambda: attempts[0].record_run(Run("101", 0, "n1", 1.0)), 2: retry}
+    happens[3 + cli.LOOKS_AT_REST] = lambda: attempts[1].close(End("cancelled", "", 2.0))
+
+    def pause(_):
+        asked.append(len(fake.calls("squeue")))
+        happens.get(len(asked), lambda: None)()
+
+    monkeypatch.setattr(cli, "sleep", pause)
+    cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
+    assert asked == [1, 2, *[3] * (1 + 2 * cli.LOOKS_AT_REST)]
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
