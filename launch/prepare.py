@@ -78,7 +78,10 @@ class Prepared:
 
 
 def prepare(request: Request, *, download: bool) -> Prepared:
-    """Plan a sweep, and see what exists; models not in the hub's cache are looked up, or downloaded if it may."""
+    """Plan a sweep, and check which of its artifacts exist. Of models that are not in the hub's local cache, only
+    shapes are looked up, unless ``download`` fetches them. Raises UserError for bad input; nothing has been written
+    then.
+    """
     out, profile = request.out, request.profile
     require_folder(out)
     store = Store(out / "store")

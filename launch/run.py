@@ -53,7 +53,7 @@ def only(prepared: Prepared, stage_ids: Iterable[str]) -> Prepared:
 
 
 def make(prepared: Prepared) -> None:
-    """Run the missing stages; if one fails, this is a UserError about bad input, or a StageFailedError."""
+    """Run the missing stages; raises UserError for bad input, whoever finds it, StageFailedError for other failures."""
     plan, ledger = prepared.sweep.plan, Ledger(prepared.sweep.store)
     run_missing(prepared)
     for stage_id in prepared.todo:
@@ -65,7 +65,9 @@ def make(prepared: Prepared) -> None:
 
 
 def run_missing(prepared: Prepared) -> int | None:
-    """Run missing stages, and write report.html after each; return an exit code if leaving before the last one ends."""
+    """Run missing stages, and write report.html after each; return an exit code if leaving before the last one ends.
+    Raises UserError if stages can't run as asked for; nothing has been written then.
+    """
     require_runnable(prepared)
     sweep, config, request = prepared.sweep, prepared.config, prepared.request
     out, hashes = sweep.out, sweep.store.hashes
@@ -88,7 +90,9 @@ def run_missing(prepared: Prepared) -> int | None:
 
 
 def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
-    """Run missing stages in plan order. What one finds damaged is made again, and then it has another try."""
+    """Run missing stages in plan order; those that need a missing artifact are skipped. An artifact that a stage finds
+    damaged is made again, and then the stage has another try.
+    """
     sweep, request, todo = prepared.sweep, prepared.request, prepared.todo
     stages, store, waiting = sweep.plan.stages, sweep.store, deque(todo)
     tries: Counter[str] = Counter()
@@ -116,7 +120,7 @@ def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], No
 
 
 def _clean_up(prepared: Prepared) -> None:
-    """Set aside corrupt artifacts that are to be made again; discard leftovers of stages that nobody saw end."""
+    """Set aside corrupt artifacts that are to be made again; tidy up after finished stages whose end nobody saw."""
     ledger = Ledger(prepared.sweep.store)
     for stage_id, verdict in prepared.verdicts.items():
         handle = prepared.sweep.store.handle(stage_id)

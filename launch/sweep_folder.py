@@ -75,7 +75,7 @@ class Sweep:
 
 
 def recorded_sweep(out: Path) -> Sweep | None:
-    """The sweep left by the last run in a folder, with all of its rows; None if there was no run."""
+    """The sweep of the last run in a folder, with all rows; None if there was none. A damaged record is a UserError."""
     try:
         record = read_json(out / SWEEP_FILE)
         if record is None:

@@ -81,7 +81,9 @@ def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 
 class SavedLayers:
-    """Tensors of those of these ``layers`` that are finished, for a later attempt; each in a file by its rank."""
+    """Tensors of finished layers, among ``layers``, from which a later attempt resumes: one file for each, written by
+    the rank that has the layer.
+    """
 
     def __init__(self, folder: Path, layers: Iterable[int]) -> None:
         self._folder = folder

@@ -25,7 +25,8 @@ SHIPPED = "configs"
 
 
 def load_config(files: Sequence[Path], overrides: Mapping[str, Any], shipped: Path | None = None) -> SweepConfig:
-    """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration.
+    """Merge defaults, YAML files in order, and dotted command-line overrides into a checked configuration; raises
+    UserError for an unreadable file, an unknown key, a wrong type or a value out of range.
 
     Args:
         files: YAML files; later ones win, sections are merged key by key.
@@ -175,7 +176,9 @@ def is_hub_id(model: str) -> bool:
 
 
 def absolute_path(path: str, base: Path) -> str:
-    """A path's absolute form, from ``base`` or ``~``; links aren't followed: tables show the name that was given."""
+    """The absolute form of a path that is relative to ``base`` or begins with ``~``. Links aren't followed: tables show
+    the name that was given. One that isn't UTF-8, as the files that name it are, is refused.
+    """
     found = os.path.normpath(base / os.path.expanduser(path))  # noqa: PTH111  which leaves an unknown user's home
     try:
         found.encode()

@@ -119,7 +119,9 @@ def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> Fidel
 
 
 def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models' logits for the same positions; ``next_ids_N`` are the tokens that follow, -1 if none does."""
+    """Compare two models' logits for the same positions, float32 or float64; ``next_ids_N`` are the tokens that follow
+    there, int64, -1 where none does.
+    """
     log_p_NV = dense_NV.log_softmax(dim=-1)
     log_q_NV = model_NV.log_softmax(dim=-1)
     # One NaN logit makes its whole row NaN; such a row agrees with nothing, not even with itself.

@@ -105,7 +105,9 @@ class UnitSums:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Hook the modules for one forward and its backwards, then add what they saw, if it is finite, to the sums."""
+        """Hook the modules for one forward and its backwards, then add what they saw to the sums. Raises NonFiniteError
+        if a layer saw NaN or infinity; the sums are then unchanged.
+        """
         handles: list[RemovableHandle] = []
         for units in self._units:
             handles.append(units.projection.register_forward_pre_hook(partial(self._before, units), prepend=True))

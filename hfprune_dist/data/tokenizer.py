@@ -38,7 +38,9 @@ def require_eos(tokenizer: Any, where: Path) -> None:
 
 
 def require_embedded(tokenizer: Any, rows: int, where: Path) -> None:
-    """Refuse a tokenizer whose ids have no row in the embeddings, but for those of padding and unknown text."""
+    """Refuse a tokenizer that can produce ids without a row in the table of embeddings. Tokens for padding and unknown
+    text may lie beyond it: many tokenizers have them without using them.
+    """
     idle = {tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
     used = ((token, index) for token, index in tokenizer.get_vocab().items() if token not in idle)
     token, largest = max(used, key=lambda entry: entry[1], default=("", -1))

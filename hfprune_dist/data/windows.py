@@ -57,7 +57,9 @@ Source = tuple[Mapping[str, Any], Path | None, int]
 def read_mixture(
     sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
 ) -> Tensor:
-    """Cut windows from several texts and interleave them; ``apart`` tells which will be kept apart from others."""
+    """Cut windows from several texts, from each as ``read_windows`` does, and interleave them; ``sampling`` is that of
+    all windows, and ``apart`` tells for each text whether it will be kept apart from others.
+    """
     left = [
         iter(read_windows(settings, path, tokenizer, replace(sampling, samples=count), where))
         for settings, path, count in sources
@@ -89,7 +91,10 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Tensor:
-    """Cut a window from each document that is long enough, in ``order`` or as they come, and again if they run out."""
+    """Cut one random window from each document that is long enough; start again if documents run out. ``order`` gives
+    each document's place in the order of use; without it, they are used as they come, and no more are read than are
+    needed.
+    """
     body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
     longest = 0

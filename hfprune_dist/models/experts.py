@@ -34,7 +34,9 @@ class ExpertProjections(nn.Module):
         self._owner = (experts,)  # not as a module within this one
 
     def forward(self, hidden_SD: Tensor, expert_S: Tensor, weights_S: Tensor, routes: _Routes) -> Tensor:
-        """Project experts' activations [tokens, channels] to outputs [tokens, hidden_size], in view of hooks."""
+        """Project experts' activations [tokens, channels] to outputs [tokens, hidden_size]. ``routes`` has the experts
+        and weights too; they are arguments so that hooks see them.
+        """
         (experts,) = self._owner
         biases = experts.down_proj_bias if experts.has_bias else None
         return _grouped_linear(hidden_SD, experts.down_proj, biases, routes, experts.is_transposed)

@@ -41,7 +41,9 @@ def content_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def own_tasks(include_path: str | None, hashes: FileHashes) -> dict[str, Input]:
-    """The user's lm-eval tasks as input of an evaluation: their folder, with the files elsewhere that they read."""
+    """The user's lm-eval tasks as input of an evaluation: their folder, with the files elsewhere that they read; raises
+    UserError if there is no such folder, or a file can't be read.
+    """
     if include_path is None:
         return {}
     return {"tasks": Input(_identity("tasks", Path(include_path), hashes), include_path, content="tasks")}
@@ -62,7 +64,8 @@ def outside_files(folder: Path) -> list[Path]:
     they include, and data, of a folder all of it; links resolved, and sorted.
 
     Any text in them that is the path of a file or of a folder counts, but no patterns; what functions read isn't known.
-    Tasks that can't be read are passed over: where they are evaluated, they are refused.
+    Tasks that can't be read are passed over: where they are evaluated, they are refused. A folder that can't be listed
+    is a UserError.
     """
     inside = {(folder / name).resolve() for name in files_below(folder)}
     found = [file.resolve() for file in sorted(folder.glob("**/*.yaml"))]

@@ -86,7 +86,7 @@ class StageHandle:
         return self.verify().state == "done"
 
     def verify(self, thorough: bool = False) -> Verdict:
-        """Check its artifact against the manifest; read files whose size or time is another, or all (``thorough``)."""
+        """Check its artifact against the manifest; unless ``thorough``, trust files of the committed size and time."""
         if not self.artifact.is_dir():
             return Verdict("missing", "not made yet")
         manifest = self.manifest()
@@ -120,8 +120,8 @@ class StageHandle:
 
     def set_aside(self, claim: Claim) -> Path | None:
         """Move its corrupt artifact to the quarantine, so that another can take its place, and return its new path;
-        None if it isn't corrupt (any more). An OSError that keeps part of it from being read says nothing about it, and
-        is raised.
+        None if it isn't corrupt (any more). Raises OSError or UserError if part of it can't be read at present, which
+        says nothing about it, and ClaimLostError.
         """
         if self.verify(thorough=True).state != "corrupt":
             return None
@@ -132,7 +132,9 @@ class StageHandle:
         return target
 
     def open_draft(self, claim: Claim) -> Path:
-        """Create the folder in which its artifact is written; remove drafts of earlier holders of the claim."""
+        """Create the folder in which its artifact is written, and remove drafts of earlier holders of the claim; raises
+        ClaimLostError if another process holds it by now.
+        """
         # Listed before the claim is checked: a process that loses the claim can thus never list its successor's draft.
         found = listed(self.artifact.parent, f".draft-{self.artifact.name}-*")
         claim.require_held()
@@ -161,7 +163,7 @@ class StageHandle:
         return doomed
 
     def commit(self, stage: Stage, draft: Path, record: dict[str, Any], claim: Claim) -> None:
-        """Turn a draft into its artifact, while the claim is held: fsync, manifest last, one rename.
+        """Turn a draft into its artifact: fsync, manifest last, one rename; raises ClaimLostError without the claim.
 
         If another attempt committed first, its artifact is verified and the draft is dropped; if that artifact is
         corrupt, it is set aside and the draft takes its place.

@@ -33,7 +33,8 @@ _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}  # each takes milliseconds to 
 
 def unless_stale(read: Callable[[], T]) -> T:
     """Read something, from its opening on, and do so again if NFS says that what was opened is stale: a file that
-    another host has replaced or removed since, or a folder that it has removed.
+    another host has replaced or removed since, or a folder that it has removed. An OSError of another kind, or one that
+    stays, is raised.
     """
     for _ in range(READING_ATTEMPTS - 1):
         try:

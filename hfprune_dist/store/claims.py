@@ -75,7 +75,9 @@ class Claim:
         return False
 
     def require_held(self) -> Path:
-        """Raise ClaimLostError unless the claim is in force: before anything that a successor may do, too."""
+        """Return the claim's file, or raise ClaimLostError if it is no longer held: to be called before anything that
+        must not collide with a successor's work.
+        """
         file, record = _newest(self._folder)
         if record.get("token") != self.token or record.get("released"):
             raise ClaimLostError(

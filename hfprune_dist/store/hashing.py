@@ -39,7 +39,7 @@ class FileHashes:
         self._fresh: dict[str, dict[str, Any]] = {}  # by name of the entry, those that are not in the cache
 
     def of_file(self, file: Path) -> str:
-        """sha256 of a file's content."""
+        """sha256 of a file's content; UserError if it can't be read."""
         try:
             return unless_stale(lambda: self._digest(file))
         except OSError as error:
@@ -98,7 +98,9 @@ def _is_large(file: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of the files below a folder, relative to it, links followed, without hidden ones and ``__pycache__``."""
+    """Names of the files below a folder, relative to it, without hidden ones and ``__pycache__``; links are followed.
+    Raises UserError if there is no such folder, or part of it can't be listed.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     try:

@@ -44,7 +44,9 @@ OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
 class LocalBackend:
-    """Runs stages on this machine, on ranks of a process that goes on until ``close``; ``logs`` has one per attempt."""
+    """Runs stages on this machine, on ranks of a process that goes on until ``close``. The folder ``logs`` gets a log
+    per stage and attempt; ``cancellation`` tells whether stages are still wanted.
+    """
 
     def __init__(self, store: Store, logs: Path, provenance: Provenance, cancellation: Cancellation) -> None:
         self._store = store
@@ -59,7 +61,9 @@ class LocalBackend:
         self._warm.close()
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
-        """Run a stage on all ranks; return why it failed, if it did. A cancelled sweep is a KeyboardInterrupt."""
+        """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact. Raises
+        KeyboardInterrupt if another command has cancelled the sweep.
+        """
         handle = self._store.handle(stage.id)
         while isinstance(claim := handle.claim(), Holder):  # another sweep works on it
             self._require_wanted()

@@ -162,7 +162,9 @@ def _has_imported_safely() -> bool:
 def run_ranks(
     main: Callable[[], None], size: int, environment: Mapping[str, str], launcher: Connection | None = None
 ) -> dict[int, int]:
-    """Call a function on ranks that are forks, and wait for all; they end with the connection to the ``launcher``."""
+    """Call a function on ranks that are forks of this process, and wait for all; return what ``WarmProcess.ended``
+    does. The end of the connection to the ``launcher`` kills the ranks.
+    """
     from hfprune_dist.distributed.world import meeting_place
 
     with socket.create_server(("127.0.0.1", 0), backlog=size) as listener:

@@ -62,7 +62,7 @@ class SlurmUnavailableError(Exception):
 
 
 class NotNowError(Exception):
-    """A job can't be submitted now: too many are queued, one that it needs is forgotten, or it is wanted no more."""
+    """A job can't be submitted now: too many are queued, one that it needs is forgotten, or it is no longer wanted."""
 
 
 class SubmissionRefusedError(UserError):
@@ -124,7 +124,9 @@ class SlurmCommands:
         raise SubmissionRefusedError(f"sbatch refused {script}: {result.stderr.strip()}")
 
     def jobs(self) -> dict[str, JobInfo]:
-        """Return the jobs that squeue lists of this user's sweeps, by name; one that isn't there need not be over."""
+        """Return all jobs of this user that squeue lists, by name: of those with one name a live one, if there is one.
+        A job that isn't listed need not be over.
+        """
         command = ["squeue", "--me", "--states=all", f"--format={SQUEUE_FIELDS}"]
         text = self._query(command, is_whole=_is_whole_listing)
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
@@ -172,7 +174,7 @@ class SlurmCommands:
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of Slurm's commands, without variables of shells or jobs that change what they do or show."""
+    """Return an environment for Slurm's commands, without variables from a shell or a job that change what they do."""
     kept = {name: value for name, value in environment.items() if not name.startswith(OPTION_VARIABLES)}
     return kept | {name: environment[name] for name in CONNECTION_VARIABLES if name in environment}
 

@@ -101,7 +101,9 @@ class Launcher:
         self._submit_missing()
 
     def run(self, show: Callable[[], object], follow: bool, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Do rounds until all stages are done or failed for good, or one without ``follow``; ``show`` after each."""
+        """Do rounds until every stage is done or has failed for good, or one without ``follow``; call ``show`` after
+        every look at what jobs have recorded, of which there are several in a round.
+        """
         began_at = answered_at = self.clock()
         asked_at, following, is_over, look = -math.inf, list[Attempt](), False, LOOK_S
         while True:
@@ -257,7 +259,9 @@ class Launcher:
         return False
 
     def _submit_claimed(self, chain: list[Stage], needs: list[str], dependencies: list[str]) -> str | None:
-        """Record the intent, submit, record the job; None if Slurm refuses it. Later rounds repair a death between."""
+        """Record the intent, submit, record the job and return its id; None if Slurm refuses it. If the launcher dies
+        between any two of these steps, a later round repairs that.
+        """
         new, resources = self.new_jobs, self.new_jobs.profile.of_job([stage.kind for stage in chain])
         attempts: list[Attempt] = []
         for stage in chain:

@@ -181,7 +181,9 @@ done"""
 
 
 def default_threads(resources: Resources, threads_per_rank: int | None) -> int:
-    """Return a rank's CPU threads: as the profile's environment says, as configured, or as many as its cores."""
+    """Return the CPU threads of a rank: OMP_NUM_THREADS in the profile's environment, else as configured, else its
+    cores, but no more than the launcher's own OMP_NUM_THREADS, if set.
+    """
     limit = threads_allowed(os.environ) or resources.cpus_per_task
     own = threads_allowed(resources.environment)
     return own or threads_per_rank or min(limit, resources.cpus_per_task)

@@ -111,7 +111,9 @@ def leave_process(code: int) -> NoReturn:
 
 
 def prepare_environment() -> None:
-    """Make a process the only rank, libraries quiet and idle threads sleep; before torch, as OpenMP reads it then."""
+    """Make a process that was not started as a rank the only rank, and keep libraries quiet and idle threads asleep; to
+    be called before torch is imported, as OpenMP reads its settings then.
+    """
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
         os.environ.setdefault(key, value)
@@ -125,7 +127,11 @@ def prepare_environment() -> None:
 def run_stage(
     handle: StageHandle, interruption: Interruption, should_run: Callable[[World], tuple[bool, Claim | None]]
 ) -> None:
-    """Join the ranks, then run ``hfprune_dist.stages.<kind>`` if ``should_run`` says so, to rank 0 with a claim."""
+    """Join the ranks, then hand over to ``hfprune_dist.stages.<kind>``. On every rank, once all have joined,
+    ``should_run`` returns whether the stage has to run and, on rank 0, the claim under which it does. Raises
+    ClaimLostError if another process has claimed the stage meanwhile, and Interrupted if the ranks have saved their
+    work because ``interruption`` asked them to end.
+    """
     with quick_imports():
         from hfprune_dist.distributed.world import join_world, leave_world
         from hfprune_dist.stages.context import Context
