@@ -94,7 +94,9 @@ class Session:
 
 
 def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """Criterion -> every layer's scores in an importance artifact: of neurons, experts' too, or of whole experts."""
+    """Criterion -> its scores of every layer's neurons, from an importance artifact; those of experts are concatenated.
+    If only whole experts were scored, their scores.
+    """
     stored, scores = load_file(importance / SCORES), {}
     for name in sorted(criteria_in(stored)):
         of_mlps = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)

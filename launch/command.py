@@ -40,7 +40,7 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def make_parser(doc: str | None) -> ArgumentParser:
-    """Return the parser of a command, whose help is its module's docstring, with examples as it was called."""
+    """Return a command's parser, whose help is its module's docstring, with examples as the user calls it."""
     text = doc or ""
     if sys.argv[0].startswith("hfprune "):
         text = re.sub(r"python launch/(\w+)\.py", lambda found: f"hfprune {found[1].replace('_', '-')}", text)
@@ -67,7 +67,7 @@ def _require_current_folder() -> None:
 
 
 def folder(argument: str) -> Path:
-    """Argument type for folders. An empty one, as of an unset shell variable, would mean the current folder."""
+    """Argument type for folders. An empty one, as of an unset variable, would mean the current one: it is refused."""
     if not argument:
         raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
     return place(argument)

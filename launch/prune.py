@@ -153,7 +153,7 @@ def prune(
 
 
 def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
-    """Settings for a text: most of it to prune on, its end to compare on, each in a file in the cache."""
+    """Settings for a text, of a long one its beginning: most to prune on, the end to compare on, in cached files."""
     documents = read_beginning(read_texts({}, text, field, 0, "--text")).records
     left, kept, held_out = int((1 - HELD_OUT) * sum(map(len, documents))), list[str](), list[str]()
     for document in documents:

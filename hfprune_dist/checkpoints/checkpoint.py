@@ -117,7 +117,7 @@ class Checkpoint:
 
     @cached_property
     def max_positions(self) -> int | None:
-        """The longest sequence that config.json says the model is for, rope scaling included; None if it doesn't."""
+        """The longest sequence that config.json says the model is for, with rope scaling; None if it names none."""
         stated: int | None = self.config.get("max_position_embeddings")
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         stretches = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")

@@ -81,7 +81,9 @@ _PREDICTING, _PREDICTING_NAMES = ("num_nextn_predict_layers", "mtp_num_hidden_la
 def discover(
     config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str, *, has_vision: bool = False
 ) -> tuple[Family, dict[str, Any]]:
-    """A model's family by the shapes of its tensors, and values for keys that config.json lacks or means otherwise."""
+    """Return a model's family, by the shapes of all tensors in its files (of its text decoder's, if it sees images),
+    and values for keys that config.json lacks or that mean something else there. What isn't supported is refused.
+    """
     refuse, model_type = partial(not_supported, config, where), str(config["model_type"])
     shapes = {name: tuple(shape) for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
     task = WITH_VISION if has_vision else CAUSAL

@@ -174,7 +174,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 
 
 def normalized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with ``intermediate_size`` and ``num_hidden_layers``, and a number for a list of equal ones."""
+    """A config.json with ``intermediate_size``, ``num_hidden_layers`` and single numbers for lists of equal ones."""
     told = dict(config)
     if OTHER_LAYERS in config:
         told.setdefault("num_hidden_layers", config[OTHER_LAYERS])

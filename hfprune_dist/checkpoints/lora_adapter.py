@@ -52,7 +52,7 @@ def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | st
 def write_adapter(
     folder: Path, parameters: Mapping[str, Tensor], targets: Sequence[str] | str, rank: int, alpha: int
 ) -> None:
-    """Write an adapter for ``peft.PeftModel.from_pretrained``; ``targets`` is what ``lora_targets`` returns."""
+    """Write an adapter for peft: ``parameters`` named as in a ``PeftModel``, and ``targets`` from ``lora_targets``."""
     folder.mkdir()
     # The base model is left open: its path would differ from machine to machine.
     config = {
@@ -84,7 +84,7 @@ def read_adapter(folder: Path) -> Adapter:
 def merge_weight_file(
     checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path, kept: Kept | None = None
 ) -> None:
-    """Write a safetensors file with the adapter merged in, then cut to the units ``kept``, if given, in its dtypes."""
+    """Write one weight file with the adapter merged in, then cut to the units ``kept``, if given; dtypes stay."""
     assert adapter.factors.keys() <= checkpoint.tensors.keys(), "the adapter has weights that the checkpoint lacks"
     kept = kept or Kept(tuple(range(checkpoint.num_layers)))
     cuts = {name: cut for name, (_, cut) in staying(checkpoint, kept).items() if name in adapter.factors}

@@ -58,7 +58,7 @@ def is_plain(checkpoint: Checkpoint, shape: Shape) -> bool:
 
 
 def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = ()) -> dict[str, Any]:
-    """Settings, as in ``Checkpoint.config``, of a checkpoint of this shape; ``biased`` projections get biases."""
+    """``Checkpoint.config`` for a shape; ``biased`` output projections, by their names within a layer, get biases."""
     gone = set(range(checkpoint.num_layers)).difference(shape.layers)
     needed = gone & undroppable_layers(checkpoint.config).keys()
     assert not needed, f"layers {sorted(needed)} can't be dropped"
@@ -102,7 +102,7 @@ def _has_bias(checkpoint: Checkpoint, module: str) -> bool:
 
 
 def _values(checkpoint: Checkpoint, shape: Shape) -> dict[str, list[int]]:
-    """Fields of config.json that say how many units there are -> their value in each layer that stays, perhaps 0."""
+    """Fields of config.json for numbers of units -> their value in each layer that stays; 0 where it has none."""
     values: dict[str, list[int]] = {}
     for units in checkpoint.structures.values():
         for field, row in units.values(shape.counts(units)).items():

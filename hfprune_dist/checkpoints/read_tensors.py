@@ -64,7 +64,9 @@ def scored_layer(
     moments: tuple[Tensor, Tensor] | None = None,
     read_gradient: Callable[[str], Tensor] | None = None,
 ) -> ScoredLayer:
-    """A layer's units of one kind, as criteria see them; ``read_gradient`` reads a weight's, by its name there."""
+    """A layer's units of one kind, as criteria see them; ``tokens`` is how many its sums run over, ``moments`` are its
+    Gram matrix and curvature, and ``read_gradient`` reads a whole weight's gradient, given its name within a layer.
+    """
     gram_DD, curvature_CC = moments or (None, None)
     owner = checkpoint.units if units.experts > 1 else units  # of whole experts, what their neurons own
     return ScoredLayer(

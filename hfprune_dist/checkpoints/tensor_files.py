@@ -25,7 +25,7 @@ class DamagedFileError(Exception):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Replace a safetensors file, with ``texts`` in its header, at once and durably."""
+    """Replace a safetensors file, with ``texts`` in its header, atomically and durably."""
     about = {"texts": dict(texts or {}), "crc32": _checksum(tensors, texts or {})}
     draft = file.with_suffix(".draft")
     with naming(file):

@@ -49,7 +49,7 @@ def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_decoder(config: Mapping[str, Any], decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole ``config.json`` with its text decoder's settings, as ``decoder_config`` has them, changed."""
+    """The whole ``config.json`` with its text decoder's settings (see ``decoder_config``) changed to ``decoder``."""
     before = decoder_config(config)
     changed = {key: value for key, value in decoder.items() if before.get(key) != value or key not in before}
     of_whole = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed}

@@ -36,7 +36,7 @@ class TokenCosts:
     cached_channels: int
 
     def flops(self, context: int) -> int:
-        """Operations of a token's forward: two for each parameter, and attention's with ``context`` tokens."""
+        """Floating-point operations of one token's forward, with attention to ``context`` tokens, itself included."""
         return 2 * (self.multiplied + context * (self.query_channels + self.value_channels))
 
 

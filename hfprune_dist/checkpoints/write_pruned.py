@@ -51,7 +51,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor to write: its name in the new model, the old model's whose place and dtype it has, and what makes it."""
+    """A tensor to write: its name in the new model, the old tensor whose place and dtype it has, and what makes it."""
 
     name: str
     source: TensorInfo
@@ -60,7 +60,7 @@ class Written:
 
 
 def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut | None]]:
-    """Name of every tensor that stays -> its name in the smaller checkpoint, and its cut if it shrinks."""
+    """Name of each tensor that stays -> its name in the smaller checkpoint, renumbered, and its cut if it shrinks."""
     assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
     prefix = f"{checkpoint.family.layers}."
     numbers = {str(layer): str(number) for number, layer in enumerate(kept.layers)}

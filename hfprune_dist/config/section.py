@@ -47,7 +47,7 @@ def without_null(annotation: Any) -> Any:
 
 
 def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[BaseModel]], None]:
-    """What explains keys of a section's JSON schema by the same key where they are inherited from, or in others."""
+    """Return what completes a JSON schema: keys without explanations get those of the same keys in bases or others."""
 
     def explain(schema: dict[str, Any], section: type[BaseModel]) -> None:
         known = [model.model_fields for model in (*section.__mro__, *others) if issubclass(model, BaseModel)]

@@ -101,7 +101,7 @@ class Linearized:
 
     @staticmethod
     def bytes_of(weights: MlpWeights, input_NC: Tensor) -> int:
-        """Return the bytes that an instance keeps: inputs and, for each neuron, its activation and its derivatives."""
+        """Return the bytes that an instance keeps: inputs and, per token and neuron, activation and derivatives."""
         tokens, hidden_size = input_NC.shape
         return tokens * (len(weights.tensors()) * weights.down_CK.shape[1] + hidden_size) * input_NC.itemsize
 

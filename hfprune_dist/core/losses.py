@@ -125,7 +125,7 @@ def _counted_bits(batch: Batch) -> Callable[[slice], Tensor]:
 
 
 def split_mix(key: Tensor, places: Tensor) -> Tensor:
-    """Return numbers at some places, from 0 on, of a key's sequence by SplitMix64 (Steele et al. 2014), as int64."""
+    """Return random numbers at ``places`` of a key's sequence, from 0 on: SplitMix64 (Steele et al. 2014), int64."""
     mixed = key + (places + 1) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor

@@ -51,7 +51,10 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
-    """Yield examples; where the dense model is to answer, a chat ends with its first response, which is any word."""
+    """Yield the examples of a source, given as for ``read_records`` with the settings of recovery; refuse a record that
+    is neither chat, pair nor text. Where the dense model is to answer, a word stands for the response, and a chat ends
+    there.
+    """
     if source["text"] == "documents":
         field = source["text_field"]
         records = read_records(source, path, [field], seed, "recovery")

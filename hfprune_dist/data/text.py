@@ -93,7 +93,7 @@ def _format_of(file: Path) -> tuple[str, str]:
 def read_records(
     source: Mapping[str, Any], path: Path | None, fields: Sequence[str], seed: int, where: str
 ) -> Iterator[Placed]:
-    """Yield records (at least one, or they are refused), with their places for messages.
+    """Yield records, with their places for messages; raises UserError if they can't be read, or there are none.
 
     Args:
         source: settings of a hub data set (``dataset``, ``name``, ``split``, ``revision``).
@@ -111,7 +111,7 @@ def read_records(
 
 
 def read_texts(source: Mapping[str, Any], path: Path | None, field: str, seed: int, where: str) -> Iterator[str]:
-    """Yield the text in a field of each record, which has to be there; arguments are those of ``read_records``."""
+    """Yield the text in a field of each record, or raise UserError if it has none; arguments as of ``read_records``."""
     return (text_in(record, field, place) for place, record in read_records(source, path, [field], seed, where))
 
 

@@ -41,7 +41,7 @@ class Sampling:
 def read_windows(
     source: Mapping[str, Any], path: Path | None, tokenizer: Any, sampling: Sampling, where: str
 ) -> Tensor:
-    """Cut windows [samples, sequence_length] from a text; a local file's documents are taken in random order."""
+    """Cut windows [samples, sequence_length] from a text, given as for ``read_texts``; shuffle a file's documents."""
 
     def texts() -> Iterator[str]:
         return read_texts(source, path, source["text_field"], sampling.seed, where)

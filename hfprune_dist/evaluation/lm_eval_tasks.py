@@ -21,7 +21,7 @@ _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULT
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
-    """Refuse names that lm-eval doesn't know; if ``data`` matters, also data sets neither on the hub nor cached."""
+    """Refuse names that lm-eval doesn't know and, unless ``data`` is False, data neither on the hub nor cached."""
     known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
     if unknown:

@@ -240,7 +240,7 @@ def _log_likelihoods(
 
 
 def cut_where_it_pays(lengths: Sequence[int], first: int = 0) -> list[slice]:
-    """Cut sequences, longest first, into slices that are padded alike, where that saves more than a forward takes."""
+    """Cut sequences, longest first, into slices padded to their longest, where the tokens saved outweigh a forward."""
     rows = len(lengths)
     saved, cut = max(((rows - cut) * (lengths[0] - lengths[cut]), cut) for cut in range(rows))
     if saved < WORTH_A_FORWARD:

@@ -336,7 +336,7 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
 
 
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
-    """By name, what is left of every parameter that units own parts of if these, ascending int64, stay."""
+    """What is left, by name, of parameters that units own parts of, if the units ``kept`` (ascending int64) stay."""
     found = dict(layer.get_submodule(LAYER).named_parameters())
     owned = [part for part in units.owned if part.tensor in found]
     kept = send(kept, found[owned[0].tensor].device)

@@ -208,7 +208,7 @@ def write_reports(rows: Sequence[Row], out: Path) -> None:
 
 
 def flat_row(row: Row) -> Row:
-    """A row with columns such as ``<task>/<metric>`` instead of nested results of texts, tasks and workloads."""
+    """A row with columns ``fidelity/<text>/<metric>``, ``<task>/<metric>`` and so on in place of nested results."""
     flat = {key: value for key, value in row.items() if key not in NESTED}
     nested = {f"fidelity/{text}": found for text, found in row[OTHER_TEXTS].items()} | row["tasks"]
     nested |= {f"{ENGINES}/{engine}": found for engine, found in row[ENGINES].items()}

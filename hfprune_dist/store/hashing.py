@@ -81,7 +81,7 @@ def _sha256_of(file: Path) -> str:
 
 
 def for_each_file(files: Iterable[Path], work: Callable[[Path], T]) -> dict[Path, T]:
-    """Return the result of ``work`` for each file; large files are processed in parallel, up to one per core."""
+    """Return the result of ``work`` for each file, or raise its error; large files are processed in parallel."""
     files, pool = list(files), ThreadPoolExecutor(usable_cores())
     try:
         large = {file: pool.submit(work, file) for file in files if _is_large(file)}

@@ -159,7 +159,7 @@ class Units:
                 yield name, owned
 
     def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
-        """Return the shape of a tensor that a layer's units, other than whole experts, own parts of."""
+        """Return the shape of a tensor that units, but not whole experts, own parts of; ``hidden``: the hidden size."""
         within = owned.axis - owned.stacked
         size = self.counts[layer] // self.parts * owned.per_unit * owned.parts
         matrix = [size] if "bias" in owned.tensor else [size, hidden] if within == 0 else [hidden, size]

@@ -132,7 +132,7 @@ def status_table(statuses: list[StageStatus]) -> Table:
 
 
 def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) -> str:
-    """Return the ends of the newest logs of all stages behind a row, by its label, or of a stage, by its id."""
+    """Return the ends of the newest logs of all stages behind a row (label) or of one stage (id or fingerprint)."""
     ledger, parts = Ledger(store), []
     for stage_id in _stages_of(plan, name):
         stage, jobs = plan.stages[stage_id], ledger.jobs_of(stage_id)
