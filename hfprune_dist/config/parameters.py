@@ -43,7 +43,7 @@ class StageKind:
 
 
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 10, reproducible=True),
+    "importance": StageKind("importance.ImportanceParameters", 11, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 1),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),

@@ -1,7 +1,8 @@
 """Norms, gated products and linear layers whose backward takes less memory and work than autograd's.
 
-Their forward has the same bits as that of the layers they replace. Backward recomputes from the inputs what autograd
-would keep of every step, and frozen weights get no gradient.
+Their forward has the same bits as that of the layers they replace; for norms on GPUs, ``models`` takes torch's kernel
+where there is one. Backward recomputes from the inputs what autograd would keep of every step, and frozen weights get
+no gradient.
 """
 
 from __future__ import annotations

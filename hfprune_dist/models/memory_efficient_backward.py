@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm as fused_rms_norm
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,9 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, rms_norm
 
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
+# Whether torch has a kernel each way for norms on GPUs, instead of many, as ours and transformers'. Where not, autograd
+# would keep float32 copies, which kinds.memory doesn't count.
+FUSES_NORMS = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:
@@ -86,7 +90,7 @@ def _project(layer: nn.Linear, x_NC: Tensor) -> Tensor:
 
 
 def _normalize(norm: Any, x_NC: Tensor) -> Tensor:
-    if x_NC.is_cuda:  # a kernel each way, instead of ours and transformers' many
+    if x_NC.is_cuda and (FUSES_NORMS or norm.weight.requires_grad):
         output_NC: Tensor = norm.weight * fused_rms_norm(x_NC, norm.weight.shape, eps=norm.variance_epsilon)
         return output_NC
     return rms_norm(x_NC, norm.weight, norm.variance_epsilon)

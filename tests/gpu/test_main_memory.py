@@ -1,11 +1,13 @@
-"""Copies queued among a GPU's work have the bits of plain ones, and stay within the memory planned for them."""
+"""Copies queued among a GPU's work have the bits of plain ones, and stay within the memory planned for them; norms."""
 
 import pytest
 import torch
 from ranks import SoloWorld
 from refitting import checkpoint_in, refit, some_kept, weights_in, windows_of
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.core.devices import send, to_host
+from hfprune_dist.models.memory_efficient_backward import replace_norms
 from hfprune_dist.models.single_layer import LayerReader
 
 pytestmark = pytest.mark.gpu
@@ -44,3 +46,11 @@ def test_refits_have_the_same_bits_wherever_hidden_states_wait(tmp_path, method)
     for stay in (True, False):
         refit(method, checkpoint, kept, tmp_path / str(stay), stay=stay, **options)
     assert weights_in(tmp_path / "True") == weights_in(tmp_path / "False")
+
+
+def test_norms_compute_what_those_of_transformers_do():
+    norm, (leaf, slope) = LlamaRMSNorm(SIZE).to(GPU), torch.randn(2, 64, SIZE, device=GPU, requires_grad=True)
+    expected = norm(leaf), *torch.autograd.grad(norm(leaf), (leaf, norm.weight), slope)
+    replace_norms(norm)
+    found = norm(leaf), *torch.autograd.grad(norm(leaf), (leaf, norm.weight), slope)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement
+from hfprune_dist.models import memory_efficient_backward
 from hfprune_dist.models.loading import load_causal_lm
 from hfprune_dist.models.memory_efficient_backward import replace_norms
 from hfprune_dist.store.heartbeat import Progress
@@ -291,7 +292,9 @@ def test_fused_kernels_are_for_gpus_and_leave_the_loss_alone(monkeypatch):
     assert used == [False, True] and applied == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
 
 
-def test_norms_of_gpus_and_adapters_compute_as_those_they_replace(checkpoints):
+@pytest.mark.parametrize("fuses", [True, False])
+def test_norms_of_gpus_and_adapters_compute_as_those_they_replace(checkpoints, monkeypatch, fuses):
+    monkeypatch.setattr(memory_efficient_backward, "FUSES_NORMS", fuses)
     norm, x_TC, slope_TC = LlamaRMSNorm(16), *torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
     def results(device):
@@ -304,6 +307,8 @@ def test_norms_of_gpus_and_adapters_compute_as_those_they_replace(checkpoints):
     replace_norms(norm)
     with pretended_gpu():
         torch.testing.assert_close(results(GPU), expected)
+        output = norm.requires_grad_(False)(x_TC.to(GPU).requires_grad_())
+    assert (output.grad_fn.name() == "RmsNormBackward") != fuses
     model = load_causal_lm(checkpoints[0].path, torch.float32)
     add_lora(model, task_of(checkpoints, "lora, labels"))
     adapted = next(module for module in model.modules() if isinstance(module, Linear))
