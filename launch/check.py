@@ -28,6 +28,7 @@ from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.engines.check import check
 from hfprune_dist.results.card import CARD
 from hfprune_dist.results.checkpoints import made_checkpoint
+from hfprune_dist.results.markdown import escaped
 from hfprune_dist.store.atomic_files import write_text
 
 
@@ -54,7 +55,7 @@ def note_in_card(checkpoint: Path, engine: str, found: str) -> None:
     if not card.exists() or made_checkpoint(checkpoint):
         return
     text = card.read_text(encoding="utf-8")
-    noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {engine}: {found}", text, flags=re.MULTILINE)
+    noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {engine}: {escaped(found)}", text, flags=re.MULTILINE)
     if noted != text:
         write_text(card, noted)
         print(f"written to {card}")

@@ -50,7 +50,7 @@ KINDS = {
     "recover": StageKind("training.RecoverParameters", 5, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
-    "check": StageKind("check.CheckParameters", 2, on_one_rank=True),
+    "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
     "loraprune": StageKind("training.LoraPruneParameters", 5, cuts=True, trains=True),
 }
 

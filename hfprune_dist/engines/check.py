@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ NEW_TOKENS = 20
 # The largest difference of log-probabilities that rounding makes in float32, in nats; and how close to one another two
 # tokens must be for an engine to choose the other one.
 TOLERANCE = 0.01
+# The folders of an absolute path: what is found gets into tables and cards, which name none of this machine.
+_FOLDERS = re.compile(r"(?<![\w:/.])(/[^\s/'\"]+)+/")
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ def check(
                 try:
                     write_gguf(source, loaded, "f32")
                 except UserError as error:
-                    checks[engine] = Check(engine, failure=str(error))
+                    checks[engine] = Check(engine, failure=_FOLDERS.sub("", str(error)))
                     continue
             request = {"model": str(loaded), "sequences": [ids for ids, _ in reference], "new_tokens": NEW_TOKENS}
             options = {} if exported else fit(engine, source.config).options
             request["options"] = {"trust_remote_code": trusts(loaded), **options}
             answer = ask(engine, python, Path(folder), request)
-        failed = Check(answer["version"], failure=answer["error"]) if "error" in answer else None
+        failed = Check(answer["version"], failure=_FOLDERS.sub("", answer["error"])) if "error" in answer else None
         checks[engine] = failed or compared(answer["version"], reference, answer["runs"])
     return checks
 
@@ -100,11 +103,12 @@ def _reference(checkpoint: Path) -> Reference:
     import torch
     from transformers import GenerationConfig
 
-    from hfprune_dist.data.tokenizer import load_tokenizer
+    from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
     from hfprune_dist.models.loading import load_causal_lm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = load_tokenizer(checkpoint), load_causal_lm(checkpoint, torch.float32).to(device).eval()
+    require_embedded(tokenizer, model.get_input_embeddings().num_embeddings, checkpoint)
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)  # beyond any end of text
     reference = []
     with torch.inference_mode():

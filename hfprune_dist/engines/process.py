@@ -44,7 +44,8 @@ def ask(engine: EngineName, python: str, folder: Path, request: Mapping[str, Any
     with log.open("w") as stream:
         code = _run(command, {"TMPDIR": str(folder)}, stdout=stream, stderr=stream)
     answer: dict[str, Any] = read_json(answered) or {"unable": f"its process ended with {code}"}
-    said = " / ".join(log.read_text(errors="replace").split("\n")[-5:])
+    lines = filter(str.strip, log.read_text(errors="replace").split("\n"))
+    said = " / ".join([*lines][-5:])
     if "unable" in answer:
         raise UserError(f"{engine} could not run: {answer['unable']}; {said}")
     if engine == "llama.cpp" and "error" in answer:

@@ -245,7 +245,7 @@ class Card:
     def _engines(self) -> Iterator[str]:
         """The section with what a check in engines found, and whether the others hold its shape."""
         if config := read_object(self.made.artifact / "config.json"):
-            found = {name: Check(**found).line() for name, found in self.row[ENGINES].items()}
+            found = {name: escaped(Check(**found).line()) for name, found in self.row[ENGINES].items()}
             lines = [f"- {name}: {told}" for name, told in (loads_in(config) | found).items()]
             yield "\n".join(["## What loads it", "", f"Of engines that have a `{config['model_type']}`:", "", *lines])
 

@@ -83,6 +83,9 @@ def test_a_card_has_what_was_found(answers, checkpoint, tmp_path, capsys):
     assert command.main([str(card.parent), "--engine", "vllm"]) == 0
     told = capsys.readouterr().out.splitlines()[0]
     assert "vllm 1.2" in told and card.read_text() == f"# Mine\n\n- mlx: yes\n- {told}\n"
+    answers["vllm"] = {"version": "vllm 1.2", "error": "no <lambda>"}
+    assert command.main([str(card.parent), "--engine", "vllm"]) == 1
+    assert card.read_text().endswith("- vllm: vllm 1.2: fails: no \\<lambda>\n")
 
 
 def test_a_token_that_is_as_likely_passes():
@@ -97,9 +100,14 @@ def test_a_token_that_is_as_likely_passes():
 
 
 def test_what_an_engine_says_of_a_checkpoint_is_a_result(answers, checkpoint, capsys):
-    answers["mlx"] = {"version": "mlx-lm 1", "error": "ValueError: no such shape"}
+    answers["mlx"] = {"version": "mlx-lm 1", "error": "ValueError: '/tmp/a/b.bin' or c/d (https://e/f)"}
     assert command.main([str(checkpoint[0]), "--engine", "mlx"]) == 1
-    assert capsys.readouterr().out == "mlx: mlx-lm 1: fails: ValueError: no such shape\n"
+    assert capsys.readouterr().out == "mlx: mlx-lm 1: fails: ValueError: 'b.bin' or c/d (https://e/f)\n"
+
+
+def test_a_vocabulary_that_lacks_tokens_of_the_prompts_is_refused(answers, tmp_path):
+    with pytest.raises(UserError, match="but the embedding has 200 rows"):
+        check.check(save_tiny(tmp_path / "model", vocab_size=200), {"mlx": "python"})
 
 
 def test_code_runs_only_if_it_is_ours(answers, checkpoint, tmp_path):
@@ -167,7 +175,7 @@ def engine(tmp_path, monkeypatch):
         ("raise ImportError('libcuda')", "openvino could not run: ImportError: libcuda"),
         ("raise RuntimeError('CUDA out of memory')", "could not run: RuntimeError: CUDA out of memory"),
         ("raise KeyboardInterrupt", "could not run: KeyboardInterrupt"),
-        ("os.write(2, b'killed'); os._exit(3)", "could not run: its process ended with 3; killed"),
+        ("os.write(2, b'killed\\n\\n'); os._exit(3)", "could not run: its process ended with 3; killed$"),
         (
             "assert 'RANK' not in os.environ and 'TMPDIR' in os.environ",
             {"version": "openvino 1", "error": "KeyError: 'model'"},

@@ -78,13 +78,13 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checked():
     """A function: check a checkpoint in all engines that are there, at once. Forks of processes that have imported them
     answer: that takes longer than all else.
     """
     there, servers = [engine for engine in ENGINES if is_there(engine)], {}
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # pytest shows the errors of a failing test
     for engine in there:
         servers[engine] = subprocess.Popen([python_of(engine), warm_engine.__file__, engine], text=True, **streams)
 
