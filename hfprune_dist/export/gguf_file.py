@@ -49,6 +49,8 @@ class _Tensor:
             whole = heads.transpose(1, 2).reshape(whole.shape)
         if self.kind == Kind.F16 and (whole.isfinite() & whole.half().isinf()).any():
             raise UserError(f"{self.name} has values beyond float16's; choose --dtype bf16")
+        if self.kind == Kind.Q8_0 and not whole.isfinite().all():
+            raise UserError(f"{self.name} has values that aren't finite, which q8_0 can't hold; mend the checkpoint")
         return np.asarray(gguf.quants.quantize(whole.contiguous().numpy(), self.kind))
 
 

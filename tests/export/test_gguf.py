@@ -225,6 +225,13 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
             write_gguf(checkpoint, tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(("value", "dtype", "why"), [(1e6, "f16", "beyond float16's"), (torch.nan, "q8_0", "finite")])
+def test_values_that_a_type_cannot_hold_are_refused(tmp_path, monkeypatch, value, dtype, why):
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: torch.full(tensor.shape, value))
+    with pytest.raises(UserError, match=f"output.weight has values .*{why}"):
+        write_gguf(pruned(tmp_path), tmp_path / "model.gguf", dtype)
+
+
 def test_the_command_leaves_a_whole_file_or_nothing(tmp_path):
     checkpoint = pruned(tmp_path, "qwen3").path
     plain, out = tmp_path / "dense", tmp_path / "new" / "model.gguf"
