@@ -153,8 +153,8 @@ def require_apart(out: Path, plan: Plan) -> None:
 
 
 def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[SweepConfig, str]:
-    """Return the configuration of a run, and a remark on where it comes from (empty if that is obvious): without
-    ``files``, ``overrides`` are applied to the configuration of the last run in the folder.
+    """Return the configuration of a run, and a remark on where it comes from (empty if that is obvious); refuse bad
+    input. Without ``files``, ``overrides`` are applied to the configuration of the last run in the folder.
     """
     own = out / CONFIG_FILE
     if not files and not own.is_file() and "models" not in overrides and (out / SWEEP_FILE).is_file():
