@@ -100,6 +100,8 @@ class Card:
         self.made = store.handle(cell.producers[-1])
         self.manifest = self.made.manifest() or {}
         self.stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
+        answers = next((store.handle(stage.id).manifest() for stage in self.stages if stage.kind == "answers"), None)
+        self.answers: dict[str, int] = answers["metrics"] if answers else {}
         # Of the run that evaluated it, else of the one that made it.
         self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
         self.base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
@@ -184,7 +186,7 @@ class Card:
         read: dict[str, dict[str, None]] = {"calibration": {}, "recovery": {}}
         names = self.recipe()[1]
         for section, settings, source in self._texts():
-            read[section][_text(settings, source, names)] = None
+            read[section][_text(settings, source, names, self.answers)] = None
         return {
             "base model": f"{base.shown()}, {self.dense.parameters:,} parameters",
             "licence of the base model": escaped(licence) if licence else unknown,
@@ -277,9 +279,14 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
     return names.setdefault(value, name if name not in taken else f"{len(names)}-{name}")
 
 
-def _text(settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str]) -> str:
+def _text(
+    settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str], answers: Mapping[str, int]
+) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file, which the recipe may have given."""
     answered = ", its instructions answered by the base model" if settings.get("answers") == "dense" else ""
+    if answered and answers:
+        counts = "{pairs:,} answers, {unfinished_pairs:,} of them cut; {dropped_pairs:,} instructions left out"
+        answered += f" ({counts.format_map(answers)})"
     if source is not None:
         return f"the file {code(names.get(source.location, Path(source.location).name))}{answered}"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]

@@ -24,4 +24,5 @@ def test_rows_learn_the_dense_models_answers_and_say_so(tmp_path):
     trained = [read_json(file) for file in (tmp_path / "out" / "store" / "recover").glob("*/manifest.json")]
     assert [(manifest["metrics"]["pairs"], pairs > 30) for manifest in trained] == [(pairs, True)] * 2
     card = tmp_path / "out" / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora-answers" / "README.md"
-    assert "| trained on | the file `pairs.jsonl`, its instructions answered by the base model |" in card.read_text()
+    told = f"the file `pairs.jsonl`, its instructions answered by the base model ({pairs} answers, "
+    assert f"| trained on | {told}" in card.read_text()

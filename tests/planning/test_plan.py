@@ -346,7 +346,7 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(world):
 
 
 def test_a_dense_model_answers_once_for_all_of_its_rows(world):
-    """Whatever is trained on its answers; another seed changes what is drawn alone, other responses nothing."""
+    """Whatever is trained on its answers; another seed changes what is drawn alone."""
     recipes = {"lora": {}, "full": {"method": "full", "objective": 0.5}, "given": {"answers": "given"}}
     settings = {"recovery__answers": "dense", "recovery__recipes": recipes}
     plan = plan_of(world, models=["a"], methods=["hfprune", "surgeon-plain"], **settings)
