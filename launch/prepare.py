@@ -150,6 +150,7 @@ class Text(NamedTuple):
     sequence_length: int  # tokens per window, or per row of pairs
     windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
     add_bos_token: bool
+    answer_tokens: int = 0  # that an answer of the dense model to an instruction takes
 
 
 def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
@@ -219,7 +220,8 @@ def _texts(config: SweepConfig, kinds: Collection[str], looks_only: bool) -> Ite
     reading = [training for training in trainings if training is not None and training.text != "calibration"]
     reading = [training for training in reading if training.answers == "given" or "answers" in kinds]
     for training in {str(training.row_settings()): training for training in reading}.values():
-        yield text("recovery", training, training.sequence_length)
+        answer_tokens = training.answer_tokens if training.answers == "dense" else 0
+        yield text("recovery", training, training.sequence_length)._replace(answer_tokens=answer_tokens)
 
 
 def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
@@ -247,7 +249,7 @@ def _check_model(folder: Path, texts: Sequence[Text], needs_chat: bool) -> None:
         if not text.windows:
             require_eos(tokenizer, folder)
             if text.beginning is not None:
-                check_examples(text.beginning, tokenizer, text.sequence_length, text.where)
+                check_examples(text.beginning, tokenizer, text.sequence_length, text.where, text.answer_tokens)
         elif text.beginning is not None:
             sampling = Sampling(text.windows, text.sequence_length, seed=0, add_bos_token=text.add_bos_token)
             check_length(text.beginning, tokenizer, sampling, text.where)

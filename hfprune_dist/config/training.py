@@ -38,9 +38,9 @@ class TrainingText(TextSource):
     """What is read. instructions: pairs and chats; a record with a field ``messages`` is a chat: a list of objects with
     ``role`` and ``content``, of any number of turns, formatted by the tokenizer's chat template, with loss on the
     assistant's turns only; all other records are pairs of an instruction and its response in Alpaca's template, which
-    also takes a field ``input``, if there is one; a response that is ``unfinished`` (true or false) is learnt without
-    its end. documents: any text, in ``text_field`` of a path or a dataset that must be given. calibration: the windows
-    that the model was pruned with; the keys of a text are without effect then, and so is sequence_length."""
+    also takes a field ``input``, if there is one. documents: any text, in ``text_field`` of a path or a dataset that
+    must be given. calibration: the windows that the model was pruned with; the keys of a text are without effect then,
+    and so is sequence_length."""
     dataset: Name | None = "MBZUAI/LaMini-instruction"
     instruction_field: str = "instruction"
     """Field that holds the instruction."""
@@ -48,7 +48,8 @@ class TrainingText(TextSource):
     """Field that holds the response; the loss is computed on its tokens only."""
     answers: Literal["given", "dense"] = "given"
     """Whose responses to instructions are learnt. given: the text's. dense: the dense model's, written once for all of
-    its rows; the text's aren't read, and a chat ends with the first. What is cut is learnt without an end."""
+    its rows, of a data set with ``samples``; the text's aren't read, and a chat ends with the first. What is cut is
+    learnt without an end."""
     answer_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """answers dense: the most of sequence_length that an answer takes; instructions that leave less are left out."""
     answer_temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -173,6 +174,8 @@ class Training(Recipe):
             raise ValueError("documents of a data set have no end: set tokens (or samples)")
         if self.answers == "dense" and self.text != "instructions":
             raise ValueError(f"answers dense: text {self.text} has no instructions; set text or answers otherwise")
+        if self.answers == "dense" and self.dataset and not self.samples:
+            raise ValueError("answers dense answers all records of a data set, however few are trained on: set samples")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts evaluations on the way: set evaluate_every, or leave patience out")
         return self

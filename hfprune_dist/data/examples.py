@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from hfprune_dist.data.text import read_records, text_in
 from hfprune_dist.errors import UserError
 
-# Fields of a chat; of what an instruction is about, as in Alpaca's data; and, if true, of a response without its end.
-MESSAGES, INPUT, UNFINISHED = "messages", "input", "unfinished"
+# Fields of a chat, and of what an instruction is about, as in Alpaca's data.
+MESSAGES, INPUT = "messages", "input"
 # Alpaca's templates.
 _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -27,21 +27,13 @@ _PROMPT_WITH_INPUT = (
 class Example(NamedTuple):
     """A record to train on: the assistant's turns of ``messages`` (dictionaries with ``role`` and ``content``); if
     there are none, the ``response`` that follows a ``prompt``, or a document, without one. ``where`` tells its place,
-    for messages, and ``question`` what the prompt was made of; what is ``unfinished`` lacks its end.
+    for messages.
     """
 
     where: str
     prompt: str = ""
     response: str = ""
     messages: tuple[Mapping[str, str], ...] = ()
-    question: Mapping[str, str] = {}
-    unfinished: bool = False
-
-    def answered(self, answer: str, unfinished: bool) -> dict[str, Any]:
-        """A record of it with another response or last turn, with the default names of fields."""
-        messages = [*self.messages[:-1], {"role": "assistant", "content": answer}]
-        record = {MESSAGES: messages} if self.messages else {**self.question, "response": answer}
-        return record | {UNFINISHED: unfinished}
 
 
 def prompt_for(instruction: str, about: str = "") -> str:
@@ -52,43 +44,40 @@ def prompt_for(instruction: str, about: str = "") -> str:
 
 def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> Iterator[Example]:
     """Yield the examples of a source, given as for ``read_records`` with the settings of recovery; refuse a record that
-    is neither chat, pair nor text. Where the dense model is to answer, a word stands for the response, and a chat ends
-    there.
+    is neither chat, pair nor text. Where the dense model is to answer, they have no response, and a chat ends before
+    its first one.
     """
     if source["text"] == "documents":
         field = source["text_field"]
         records = read_records(source, path, [field], seed, "recovery")
         yield from (Example(where, response=text_in(record, field, where)) for where, record in records)
         return
-    pair, asks = [source["instruction_field"], source["response_field"]], source["answers"] == "dense"
-    for where, record in read_records(source, path, [*pair, MESSAGES, INPUT], seed, "recovery"):
-        record = {**record, pair[1]: "answer"} if asks else record
-        unfinished = record.get(UNFINISHED) is True
-        if record.get(MESSAGES) is not None and MESSAGES not in pair:
-            messages = _messages_in(record, where)
-            asked = takewhile(lambda message: message["role"] != "assistant", messages)
-            messages = (*asked, {"role": "assistant", "content": "answer"}) if asks else messages
-            yield Example(where, messages=messages, unfinished=unfinished)
-        elif {*pair} <= record.keys():
-            instruction, response = (text_in(record, field, where) for field in pair)
-            about = text_in(record, INPUT, where) if record.get(INPUT) is not None and INPUT not in pair else ""
-            question = {"instruction": instruction, INPUT: about}
-            yield Example(where, prompt_for(instruction, about), response, question=question, unfinished=unfinished)
+    asks = source["answers"] == "dense"
+    fields = {f"recovery.{name}": source[name] for name in ("instruction_field", "response_field")[: 1 if asks else 2]}
+    read = [*fields.values()]
+    for where, record in read_records(source, path, [*read, MESSAGES, INPUT], seed, "recovery"):
+        if record.get(MESSAGES) is not None and MESSAGES not in read:
+            yield Example(where, messages=_messages_in(record, where, asks))
+        elif {*read} <= record.keys():
+            instruction, response, *_ = *(text_in(record, field, where) for field in read), ""
+            about = text_in(record, INPUT, where) if record.get(INPUT) is not None and INPUT not in read else ""
+            yield Example(where, prompt_for(instruction, about), response)
         else:
             raise UserError(
-                f"{where}: neither a chat, in field {MESSAGES!r}, nor a pair, in {pair[0]!r} and {pair[1]!r} (change "
-                "recovery.instruction_field and recovery.response_field to your fields' names); "
+                f"{where}: neither a chat, in field {MESSAGES!r}, nor {'an instruction' if asks else 'a pair'}, in "
+                f"{' and '.join(map(repr, read))} (change {' and '.join(fields)} to your fields' names); "
                 f"the record has {', '.join(record):.300}"
             )
 
 
-def _messages_in(record: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+def _messages_in(record: Mapping[str, Any], where: str, asks: bool) -> tuple[Mapping[str, str], ...]:
     messages = record[MESSAGES]
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError(
             f"{where}: field {MESSAGES!r} holds {messages!r:.80}; a chat is a list of objects with a role and a content"
         )
-    numbered = [(f"{where}, message {number}", message) for number, message in enumerate(messages, start=1)]
+    read = takewhile(lambda message: not asks or message.get("role") != "assistant", messages)
+    numbered = [(f"{where}, message {number}", message) for number, message in enumerate(read, start=1)]
     return tuple(
         {field: text_in(message, field, place) for field in ("role", "content")} for place, message in numbered
     )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,47 +70,62 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
         untrained = len(ids) - 1 - len(whole) + _in_common(prompt, whole)
         trained = [bool(example.response.strip()) and place >= untrained for place in range(len(ids))]
         if example.messages:
-            ids, trained = _encode_chat(tokenizer, example)
-        if example.unfinished:  # what ends it here isn't the text's
-            special = {*tokenizer.all_special_ids}
-            end = max(
-                (place for place in range(len(ids)) if trained[place] and ids[place] in special), default=len(ids)
-            )
-            trained[end:] = [False] * (len(ids) - end)
+            with _rendering(tokenizer, example):
+                ids, trained = _encode_chat(tokenizer, example)
         trained_T = np.asarray(trained[:sequence_length], dtype=np.bool_)
         kept = Encoded(np.asarray(ids[:sequence_length], dtype=np.int32), trained_T)
         encoded.append(kept if trained_T[1:].any() else None)
     return encoded
 
 
-def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool]]:
-    """Train on what is between the template's marks; without marks, on what an assistant's turn adds to the text."""
+def questions(tokenizer: Any, examples: Sequence[Example], longest: int) -> list[list[int] | None]:
+    """The tokens after which a model is to respond to examples (at least one): of a chat, all up to where its template
+    has the assistant begin. None where there are more than ``longest``, or none.
+    """
+    bos = bos_id(tokenizer, add_bos_token=True)
+    asked = plain_ids(tokenizer, [example.prompt for example in examples])
+    asked = [[*([] if bos is None else [bos]), *ids] if ids else [] for ids in asked]
+    for number, example in enumerate(examples):
+        if example.messages:
+            with _rendering(tokenizer, example):
+                asked[number] = _chat_ids(tokenizer, example.messages, next_turn=True)
+    return [ids if 0 < len(ids) <= longest else None for ids in asked]
+
+
+@contextmanager
+def _rendering(tokenizer: Any, example: Example) -> Iterator[None]:
+    """Refuse a chat that the tokenizer has no template for, or one that can't render it."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{example.where}: a chat, and the tokenizer of {tokenizer.name_or_path} has no chat template; put one "
             "beside it (chat_template.jinja, for example that of the model's instruct version), or give pairs"
         )
-
-    def ids_of(count: int, *, next_turn: bool = False) -> list[int]:
-        messages = list(example.messages[:count])
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=next_turn)
-        return plain_ids(tokenizer, text)
-
     try:
-        if _GENERATION.search(tokenizer.get_chat_template()):
-            options = {"return_dict": True, "return_assistant_tokens_mask": True}
-            marked = tokenizer.apply_chat_template(list(example.messages), **options)
-            return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-        whole = ids_of(len(example.messages))
-        trained = [False] * len(whole)
-        for number, message in enumerate(example.messages):
-            if message["role"] == "assistant":
-                begin = _in_common(ids_of(number, next_turn=True), whole) if number else 0
-                end = _in_common(ids_of(number + 1), whole)
-                trained[begin:end] = [True] * (end - begin)
+        yield
     except Exception as error:  # a template is a program: anything can happen
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{example.where}: the tokenizer's chat template can't render this chat: {reason}") from None
+
+
+def _chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, next_turn: bool = False) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=next_turn)
+    return plain_ids(tokenizer, text)
+
+
+def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool]]:
+    """Train on what is between the template's marks; without marks, on what an assistant's turn adds to the text."""
+    messages = example.messages
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        marked = tokenizer.apply_chat_template(list(messages), **options)
+        return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
+    whole = _chat_ids(tokenizer, messages)
+    trained = [False] * len(whole)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin = _in_common(_chat_ids(tokenizer, messages[:number], next_turn=True), whole) if number else 0
+            end = _in_common(_chat_ids(tokenizer, messages[: number + 1]), whole)
+            trained[begin:end] = [True] * (end - begin)
     return whole, trained
 
 
@@ -119,20 +135,37 @@ def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(one), len(other)))
 
 
-def check_examples(beginning: Beginning[Example], tokenizer: Any, sequence_length: int, where: str) -> None:
-    """Check the first examples: that chats can be rendered and, if there are no others, that one can be trained on."""
-    encoded = encode(tokenizer, beginning.records[:EXAMPLES_TO_TRY], sequence_length)
-    if beginning.is_all and len(encoded) == len(beginning.records):
-        require_trainable(encoded, sequence_length, where)
+def read_answers(file: Path) -> list[Encoded | None]:
+    """The answers that a model gave (``stages.answers``), after what it was asked, token by token as they were."""
+    encoded: list[Encoded | None] = []
+    with file.open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            ids_T = np.asarray([*record["prompt_ids"], *record["response_ids"]], dtype=np.int32)
+            encoded.append(Encoded(ids_T, np.arange(len(ids_T)) >= len(record["prompt_ids"])))
+    return encoded
 
 
-def require_trainable(encoded: Sequence[Encoded | None], sequence_length: int, where: str) -> None:
+def check_examples(
+    beginning: Beginning[Example], tokenizer: Any, sequence_length: int, where: str, answer_tokens: int = 0
+) -> None:
+    """Check the first examples: that chats can be rendered and, if there are no others, that one can be trained on.
+
+    Args:
+        answer_tokens: the most that the dense model's answer takes; 0 if examples have responses.
+    """
+    work = questions if answer_tokens else encode
+    found = work(tokenizer, beginning.records[:EXAMPLES_TO_TRY], sequence_length - answer_tokens)
+    if beginning.is_all and len(found) == len(beginning.records):
+        require_trainable(found, sequence_length, where)
+
+
+def require_trainable(encoded: Sequence[object], sequence_length: int, where: str) -> None:
     """Refuse examples of which none can be trained on."""
     if not any(encoded):
         raise UserError(
             f"{where}: none of {len(encoded)} records has a response token within recovery.sequence_length "
-            f"{sequence_length}: responses are empty, or begin later, behind the template and the instruction; give "
-            "others, or raise it"
+            f"{sequence_length}: responses are empty, or begin later, behind the template and the instruction (with "
+            "answers dense, too late for answer_share); give others, or raise it"
         )
 
 

@@ -11,7 +11,7 @@ from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.training import Training, TrainingText
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, StageParameters, generation
 
-# The file in an artifact, which recovery could also be given as its ``path``.
+# The file in an artifact: JSON objects with the tokens of each question and answer, and both as text for people.
 ANSWERS = "answers.jsonl"
 
 

@@ -16,13 +16,14 @@ from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.checkpoints.token_costs import training_cost
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.config.training import Training, TrainingText, rows_trained
+from hfprune_dist.config.training import Training, rows_trained
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import (
     EXAMPLES_AT_ONCE,
     Encoded,
     PackedRows,
     encode,
+    read_answers,
     require_trainable,
     save_rows,
 )
@@ -185,12 +186,18 @@ def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -
         "version": KINDS["recover"].version,
         "settings": {name: value for name, value in context.params.recovery.row_settings().items() if name != "path"},
         "seed": context.params.seed,
-        "text": [source.identity for role, source in context.stage.inputs.items() if role in ("text", "answers")],
+        "text": [source.identity for role, source in context.stage.inputs.items() if role == "text"],
+        # Made again on a GPU, they may be others.
+        "answers": FileHashes(None).of_file(answers) if (answers := _answers(context)) else None,
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
         "several_to_a_row": checkpoint.family.keeps_apart,
         "tokenizer": FileHashes(None).of_files(checkpoint.path, checkpoint.tokenizer_files),
     }
     return f"{digest_of(content)[:20]}.safetensors"
+
+
+def _answers(context: Context[RecoverParameters]) -> Path | None:
+    return context.input_path("answers") / ANSWERS if context.has_input("answers") else None
 
 
 def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded | None]:
@@ -199,11 +206,10 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded
     Raises:
         UserError: if none of them can be trained on.
     """
+    if answers := _answers(context):
+        return read_answers(answers)
     settings, path = context.params.recovery, context.own_file("text")
-    source = settings.model_dump()
-    if context.has_input("answers"):  # pairs and chats of a text like any other
-        source, path = TrainingText().model_dump(), context.input_path("answers") / ANSWERS
-    examples = islice(read_examples(source, path, context.params.seed), settings.samples)
+    examples = islice(read_examples(settings.model_dump(), path, context.params.seed), settings.samples)
     encoded: list[Encoded | None] = []
     left = settings.tokens if settings.text == "documents" and settings.tokens else math.inf
     done = 0

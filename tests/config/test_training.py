@@ -38,7 +38,7 @@ def test_defaults_follow_from_what_is_trained_and_what_is_learnt():
     found = trainings_of(recipes=recipes)
     settings = {name: (each.learning_rate, each.batch_size, each.weight_decay) for name, each in found.items()}
     assert settings == {"a": (1e-3, 16, 0.0), "b": (1e-4, 8, 0.05), "c": (1e-4, 128, 0.05)}
-    assert list(trainings_of(answers="dense", objective="distill")) == ["lora-answers-distill"]
+    assert list(trainings_of(answers="dense", samples=9, objective="distill")) == ["lora-answers-distill"]
     assert list(trainings_of(objective=0.5)) == ["lora-mixed"] and list(trainings_of(method="none")) == ["none"]
 
 
@@ -76,6 +76,10 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
         (
             {"answers": "dense", "recipes": {"a": {"text": "documents", "path": "/b"}}},
             "recipes.a: answers dense: text documents has",
+        ),
+        (
+            {"answers": "dense", "max_steps": 1},
+            "answers all records of a data set, however few are trained on: set sam",
         ),
         ({"tokens": "3 million"}, "recovery.tokens"),
         ({"parts": ["first_3_layers"]}, "recovery.parts.0"),

@@ -9,8 +9,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 from hfprune_dist.config.training import TrainingText
-from hfprune_dist.data.examples import Example, read_examples
-from hfprune_dist.data.instructions import PackedRows, assign_rows, encode, save_rows
+from hfprune_dist.data.examples import Example, prompt_for, read_examples
+from hfprune_dist.data.instructions import PackedRows, assign_rows, encode, questions, save_rows
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.errors import UserError
 
@@ -127,16 +127,18 @@ def test_the_assistants_turns_of_a_chat_are_trained(tmp_path, template):
     assert cut.input_ids_T[cut.trained_T].tolist() == tokenize(["cd;"])[0]
 
 
-@pytest.mark.parametrize("template", [PLAIN, PLAIN.replace(";", "</s>"), MARKED.replace(";", "</s>\n")])
-def test_the_end_of_what_is_unfinished_is_not_trained(tmp_path, template):
-    """If it is a special token; otherwise nothing tells it from text."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    records = {"messages": MESSAGES}, {"instruction": "ask", "response": "tell"}
-    examples = examples_in(tmp_path, *(record | {"unfinished": True} for record in records))
-    chat, pair = (one.input_ids_T[one.trained_T].tolist() for one in encode(tokenizer, examples, 256))
-    assert pair == tokenize(["tell"])[0]
-    assert tokenizer.decode(chat) == {PLAIN: "cd;f;"}.get(template, "cd</s>f" if "\n" not in template else "cd</s>\nf")
+def test_where_a_model_answers_nothing_after_the_question_is_read(tmp_path):
+    calls, tool = {"role": "assistant", "content": None}, {"role": "tool", "content": [1]}
+    records = {"messages": [*MESSAGES[:2], calls, tool]}, {"instruction": "ask", "response": 7}, {"messages": [calls]}
+    tokenizer, examples = tiny_tokenizer(), examples_in(tmp_path, *records, answers="dense")
+    tokenizer.chat_template = PLAIN
+    chat, pair, nothing = questions(tokenizer, examples, 256)
+    assert tokenizer.decode(chat) == "<system>s;<user>ab;<assistant>" and nothing is None
+    assert pair == [BOS, *tokenize([prompt_for("ask")])[0]]
+    assert questions(tokenizer, examples, len(pair) - 1) == [chat, None, None]
+    with pytest.raises(UserError, match=r"nor an instruction, in 'instruction' \(.*; the record has prompt$") as caught:
+        examples_in(tmp_path, {"prompt": "ask"}, answers="dense")
+    assert "response" not in str(caught.value)
 
 
 def test_an_input_goes_into_alpacas_template(tmp_path):

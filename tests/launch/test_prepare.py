@@ -101,6 +101,10 @@ def test_pairs_without_anything_to_train_on(inputs, refusal):
     assert_parts(refusal(), "none of 3 records", "recovery.sequence_length 320")
 
 
+def test_instructions_that_leave_the_dense_model_no_room(refusal):
+    assert_parts(refusal("--set=recovery.answers=dense"), "none of 40 records", "too late for answer_share")
+
+
 # Models.
 
 
