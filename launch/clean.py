@@ -67,7 +67,10 @@ class Leftover:
     def remove(self) -> Leftover:
         """Remove the files, as far as that is possible, and return what is left: of an artifact, a draft."""
         if self.discarded:
-            return replace(self, path=self.discarded.discard())
+            try:
+                return replace(self, path=self.discarded.discard())
+            except OSError:  # another user's folder, in which nothing can be renamed
+                return self
         if self.emptied:
             self.emptied.empty()
         else:

@@ -82,6 +82,10 @@ class ProgressLines:
             say(self._console, line)
         return line
 
+    def forget(self, stage: Stage) -> None:
+        """Tell of a stage that has ended, or waits again, from its start on if it runs once more."""
+        self._advanced.discard(stage.id)
+
 
 class StageScreen:
     """The stages of a sweep on this machine: a line for each that has ended, and below them the one at work."""
@@ -102,6 +106,7 @@ class StageScreen:
     def end(self, stage: Stage, outcome: str, told: str) -> None:
         """Tell that a stage is done, failed or skipped."""
         self._ended += 1
+        self._lines.forget(stage)
         color = {"done": "green", "failed": "red"}.get(outcome, "yellow")
         line = f"[{self._ended}/{self.total}] [{color}]{outcome}[/] {stage.kind} {escape(f'{stage.label}{told}')}"
         self.live.update("", refresh=True)

@@ -31,7 +31,7 @@ NEW_TOKENS = 20
 # tokens must be for an engine to choose the other one.
 TOLERANCE = 0.01
 # The folders of an absolute path: what is found gets into tables and cards, which name none of this machine.
-_FOLDERS = re.compile(r"(?<![\w:/.])(/[^\s/'\"]+)+/")
+_FOLDERS = re.compile(r"(?<![^\s'\"(=])(/[\w.][^\s/'\"]*)+/")
 
 
 @dataclass(frozen=True)
@@ -88,32 +88,41 @@ def check(
                 try:
                     write_gguf(source, loaded, "f32")
                 except UserError as error:
-                    checks[engine] = Check(engine, failure=_FOLDERS.sub("", str(error)))
+                    checks[engine] = Check(engine, failure=_without_folders(str(error), source.path))
                     continue
             request = {"model": str(loaded), "sequences": [ids for ids, _ in reference], "new_tokens": NEW_TOKENS}
             options = {} if exported else fit(engine, source.config).options
             request["options"] = {"trust_remote_code": trusts(loaded), **options}
             answer = ask(engine, python, Path(folder), request)
-        failed = Check(answer["version"], failure=_FOLDERS.sub("", answer["error"])) if "error" in answer else None
+        said = _without_folders(answer.get("error", ""), loaded)
+        failed = Check(answer["version"], failure=said) if "error" in answer else None
         checks[engine] = failed or compared(answer["version"], reference, answer["runs"])
     return checks
+
+
+def _without_folders(said: str, loaded: Path) -> str:
+    return _FOLDERS.sub("", said.replace(str(loaded), loaded.name))
 
 
 def _reference(checkpoint: Path) -> Reference:
     import torch
     from transformers import GenerationConfig
 
-    from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
+    from hfprune_dist.data.tokenizer import load_tokenizer
     from hfprune_dist.models.loading import load_causal_lm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = load_tokenizer(checkpoint), load_causal_lm(checkpoint, torch.float32).to(device).eval()
-    require_embedded(tokenizer, model.get_input_embeddings().num_embeddings, checkpoint)
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)  # beyond any end of text
     reference = []
     with torch.inference_mode():
         for text in PROMPTS:
-            ids_BT = model.generate(torch.tensor([tokenizer(text).input_ids], device=device))
+            ids, rows = tokenizer(text).input_ids, model.get_input_embeddings().num_embeddings
+            if max(ids) >= rows:
+                raise UserError(
+                    f"{checkpoint}: its tokenizer gives the token {max(ids)}, its embedding has {rows} rows"
+                )
+            ids_BT = model.generate(torch.tensor([ids], device=device))
             log_probs_BTV = model(input_ids=ids_BT, use_cache=False).logits.double().log_softmax(dim=-1)
             reference.append((ids_BT[0].tolist(), log_probs_BTV[0].cpu()))
     del model, ids_BT, log_probs_BTV

@@ -49,8 +49,10 @@ class _Tensor:
             whole = heads.transpose(1, 2).reshape(whole.shape)
         if self.kind == Kind.F16 and (whole.isfinite() & whole.half().isinf()).any():
             raise UserError(f"{self.name} has values beyond float16's; choose --dtype bf16")
-        if self.kind == Kind.Q8_0 and not whole.isfinite().all():
-            raise UserError(f"{self.name} has values that aren't finite, which q8_0 can't hold; mend the checkpoint")
+        if self.kind == Kind.Q8_0 and not (whole / 127).half().isfinite().all():  # its scales are float16
+            raise UserError(
+                f"{self.name} has values beyond q8_0's; choose --dtype bf16, or mend those that aren't finite"
+            )
         return np.asarray(gguf.quants.quantize(whole.contiguous().numpy(), self.kind))
 
 

@@ -19,7 +19,7 @@ from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, rms
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
 # Whether torch has a kernel each way for norms on GPUs, instead of many, as ours and transformers'. Where not, autograd
 # would keep float32 copies, which kinds.memory doesn't count.
-FUSES_NORMS = hasattr(torch.ops.aten, "_fused_rms_norm")
+FUSES_NORMS = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def use_memory_efficient_backward(model: nn.Module, family: Family) -> None:

@@ -100,13 +100,18 @@ def test_a_token_that_is_as_likely_passes():
 
 
 def test_what_an_engine_says_of_a_checkpoint_is_a_result(answers, checkpoint, capsys):
-    answers["mlx"] = {"version": "mlx-lm 1", "error": "ValueError: '/tmp/a/b.bin' or c/d (https://e/f)"}
+    answers["mlx"] = {
+        "version": "mlx-lm 1",
+        "error": "ValueError: '/tmp/a/b.bin' or c/d (https://e/f), [1]/[2]/x, </s>/x",
+    }
     assert command.main([str(checkpoint[0]), "--engine", "mlx"]) == 1
-    assert capsys.readouterr().out == "mlx: mlx-lm 1: fails: ValueError: 'b.bin' or c/d (https://e/f)\n"
+    assert (
+        capsys.readouterr().out == "mlx: mlx-lm 1: fails: ValueError: 'b.bin' or c/d (https://e/f), [1]/[2]/x, </s>/x\n"
+    )
 
 
 def test_a_vocabulary_that_lacks_tokens_of_the_prompts_is_refused(answers, tmp_path):
-    with pytest.raises(UserError, match="but the embedding has 200 rows"):
+    with pytest.raises(UserError, match="its embedding has 200 rows"):
         check.check(save_tiny(tmp_path / "model", vocab_size=200), {"mlx": "python"})
 
 

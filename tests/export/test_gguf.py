@@ -225,7 +225,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
             write_gguf(checkpoint, tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(("value", "dtype", "why"), [(1e6, "f16", "beyond float16's"), (torch.nan, "q8_0", "finite")])
+@pytest.mark.parametrize(
+    ("value", "dtype", "why"),
+    [(1e6, "f16", "beyond float16's"), (torch.nan, "q8_0", "finite"), (1e7, "q8_0", "beyond")],
+)
 def test_values_that_a_type_cannot_hold_are_refused(tmp_path, monkeypatch, value, dtype, why):
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: torch.full(tensor.shape, value))
     with pytest.raises(UserError, match=f"output.weight has values .*{why}"):

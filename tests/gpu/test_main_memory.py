@@ -49,8 +49,10 @@ def test_refits_have_the_same_bits_wherever_hidden_states_wait(tmp_path, method)
 
 
 def test_norms_compute_what_those_of_transformers_do():
-    norm, (leaf, slope) = LlamaRMSNorm(SIZE).to(GPU), torch.randn(2, 64, SIZE, device=GPU, requires_grad=True)
-    expected = norm(leaf), *torch.autograd.grad(norm(leaf), (leaf, norm.weight), slope)
-    replace_norms(norm)
-    found = norm(leaf), *torch.autograd.grad(norm(leaf), (leaf, norm.weight), slope)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for trained in (True, False):
+        norm, (leaf, slope) = LlamaRMSNorm(SIZE).to(GPU), torch.randn(2, 64, SIZE, device=GPU, requires_grad=True)
+        of = (leaf, norm.requires_grad_(trained).weight) if trained else (leaf,)
+        expected = norm(leaf), *torch.autograd.grad(norm(leaf), of, slope)
+        replace_norms(norm)
+        found = norm(leaf), *torch.autograd.grad(norm(leaf), of, slope)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

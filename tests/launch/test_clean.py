@@ -1,7 +1,10 @@
 """Freeing disk space: what goes, what stays, and what a later sweep does; no stage runs here."""
 
+import errno
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from damage import in_use
@@ -113,6 +116,20 @@ def test_what_can_not_be_removed_does_not_count_as_removed(out):
     freed = sum(map(len, before.values())) - sum(map(len, files(out / "store").values()))
     assert code == 2 and f" {freed:,} bytes removed" in shown and "part of it can't be removed" in said
     assert " 2,000 bytes removed" in run(out)
+
+
+def test_what_can_not_be_renamed_stays_and_the_rest_goes(out, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.parent.name == "prune":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    code, shown, said = in_process(clean.main, out)
+    assert code == 2 and "prune/" in said and "part of it can't be removed" in said
+    assert " 0 bytes removed" not in shown and "bytes removed" in shown
 
 
 def test_a_removal_that_is_interrupted_leaves_no_artifact_of_which_a_part_is_gone(out):

@@ -57,6 +57,8 @@ def test_a_line_is_due_while_a_stage_starts_but_not_between_its_end_and_its_comm
     stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
     console = console_of(120, is_terminal=False)
     lines = ProgressLines(console)
-    for progress in ("", "calibration 5/9", ""):
-        lines.tell(stage, progress, "")
-    assert console.file.getvalue() == "importance a: starting\nimportance a: calibration 5/9\n"
+    for _ in range(2):
+        for progress in ("", "calibration 5/9", ""):
+            lines.tell(stage, progress, "")
+        lines.forget(stage)
+    assert console.file.getvalue() == "importance a: starting\nimportance a: calibration 5/9\n" * 2
