@@ -168,6 +168,8 @@ class Card:
         ways = {"lora": "with LoRA ", "parts": "in parts "}
         trainings = [stage.params.to_json()["recovery"] for stage in self.stages if KINDS[stage.kind].trains]
         way = ways.get(trainings[-1]["method"], "") if trainings else ""
+        if trainings and trainings[-1].get("objective", "labels") != "labels":
+            way += f"towards {code(base.name)}'s own predictions "
         after = "" if cell.recovery == NONE else f"{trained} fine-tuned {way}to recover"
         ratio = self.row["ratio_reached"] or cell.ratio
         if cell.rounds:

@@ -116,6 +116,16 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(card_of):
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
+def test_a_distilled_model_is_told_as_such(config, tmp_path):
+    recipes = {"lora": {}, "distilled": {"objective": "distill"}}
+    cards = cards_of(config, tmp_path, methods=["hfprune"], ratios=[0.1], recovery__recipes=recipes)
+    assert (
+        "then fine-tuned with LoRA towards `alpha`'s own predictions to recover."
+        in cards["alpha-0.1-hfprune-distilled"]
+    )
+    assert "then fine-tuned with LoRA to recover." in cards["alpha-0.1-hfprune-lora"]
+
+
 def test_a_method_that_prunes_while_it_trains_is_told_as_such(config, tmp_path):
     card = cards_of(config, tmp_path, methods=["loraprune"], ratios=[0.1])["alpha-0.1-loraprune"]
     assert "pruned by the method `loraprune`, while it was fine-tuned with LoRA to recover." in card
