@@ -123,12 +123,6 @@ class Recipe(TrainingText):
     """Compute dtype, to which weights are rounded when training begins; the optimizer's weights and states are float32
     from there on."""
 
-    @model_validator(mode="after")
-    def _has_two_fields(self) -> Recipe:
-        if self.instruction_field == self.response_field:
-            raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
-        return self
-
     @property
     def teacher_share(self) -> float:
         """Weight of the divergence from the dense model in the loss."""
@@ -169,6 +163,8 @@ class Training(Recipe):
     @model_validator(mode="after")
     def _is_whole(self) -> Training:
         pairs = Recipe.model_fields["dataset"].default
+        if self.answers == "given" and self.instruction_field == self.response_field:
+            raise ValueError(f"instruction_field and response_field are both {self.response_field!r}")
         if self.text == "documents" and (self.dataset, self.text_field) == (pairs, "text"):
             raise ValueError(f"documents need a path or a dataset; {pairs}, the default, holds instructions")
         if self.text == "documents" and self.dataset and not self.tokens and not self.samples:

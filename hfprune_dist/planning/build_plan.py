@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
+from hfprune_dist.config.load import parse
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.parameters import Parameters
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import TextSource
 from hfprune_dist.config.texts import FIRST, reference_role
-from hfprune_dist.config.training import Training, layers_of
+from hfprune_dist.config.training import RecoveryConfig, Training, layers_of
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.answers import AnswersParameters
@@ -64,6 +65,9 @@ def build_plan(
                 f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), "
                 f"and recovery.{key} is {given}; set it to {value or 'null'}, or leave the method out"
             )
+    if in_recovery:  # by the section itself, whatever recipes say
+        section, where = config.recovery.model_dump(exclude={"recipes"}), f"recovery, for {', '.join(in_recovery)}"
+        parse(RecoveryConfig, section, where)
     if config.rounds:
         refuse_rounds(methods, config.recovery)
     planner = _Planner(config, methods, hashes, device)

@@ -26,11 +26,14 @@ from hfprune_dist.errors import LostInputError
 from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.atomic_files import read_object, write_json
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.provenance import environment
 from hfprune_dist.store.stage import Stage
+
+INPUTS = "inputs.json"  # in a work folder: the content of artifacts that progress there was made with
 
 P = TypeVar("P", bound=Parameters, covariant=True)
 
@@ -136,7 +139,8 @@ class Context(Generic[P]):
 
         Artifacts are trusted if sizes and times of their files are as committed, and read byte by byte if an earlier
         attempt at this stage has failed. Files of the user's whose size, times and inode have not changed since an
-        earlier reading are not read again.
+        earlier reading are not read again. Progress made with an artifact that was made again since, and has another
+        content (as it may on GPUs), is deleted.
 
         Raises:
             LostInputError: naming an artifact that is missing or corrupt (then set aside); the sweep makes it again.
@@ -146,9 +150,22 @@ class Context(Generic[P]):
 
         def check() -> None:
             self.require_artifacts(thorough=self.attempt > 1)
+            self._discard_progress_with_other_artifacts()
             self.require_untouched_inputs("since the sweep was planned")
 
         self.world.on_rank0(check)
+
+    def _discard_progress_with_other_artifacts(self) -> None:
+        file, digests = self.work / INPUTS, {}
+        for stage_id in self.stage.needs:
+            files = (self.store.handle(stage_id).manifest() or {}).get("files", {})
+            digests[stage_id] = digest_of({name: entry["sha256"] for name, entry in files.items()})
+        known = read_object(file) or {}
+        if any(known.get(stage_id, digest) != digest for stage_id, digest in digests.items()):
+            self._claim.require_held()
+            self.handle.discard_progress()
+        if digests:
+            write_json(file, known | digests)
 
     def require_artifacts(self, *, thorough: bool = False, lost: tuple[str, ...] = ("corrupt", "missing")) -> None:
         """Check the artifacts that this stage reads, on this rank.

@@ -56,6 +56,13 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
     assert (found["a"].patience, found["b"].patience) == (2, None)
 
 
+def test_fields_that_are_not_read_may_have_any_names():
+    asked = {"instruction_field": "response", "answers": "dense", "samples": 9}
+    assert trainings_of(**asked)["lora-answers"].instruction_field == "response"
+    found = trainings_of(response_field="output", recipes={"a": {"instruction_field": "response"}})["a"]
+    assert (found.instruction_field, found.response_field) == ("response", "output")
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -67,6 +74,7 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
         ({"patience": 2, "recipes": {"a": {}}}, "recipes.a: patience counts evaluations on the way"),
         ({"recipes": {"a": {"method": "none"}, "b": {"method": "none"}}}, "recipes.b: another recipe has method none"),
         ({"recipes": {"none": {}}}, "choose another name"),
+        ({"recipes": {"a": {"response_field": "instruction"}}}, "recipes.a: instruction_field and response_field are"),
         ({"recipes": {"via": {}}}, "recipes.via: in tables this word means something else; choose another name"),
         ({"recipes": {"a": {"objektive": "labels"}}}, "unknown key 'recovery.recipes.a.objektive'"),
         (

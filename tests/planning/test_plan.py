@@ -367,6 +367,14 @@ def test_a_dense_model_answers_once_for_all_of_its_rows(world):
     assert len({stage.id for plan in plans for stage in stages_of(plan, "answers")} | {stage.id}) == 9
 
 
+def test_what_prunes_in_recovery_needs_a_section_that_is_whole_without_its_recipes(world):
+    settings = {"recovery__path": None, "recovery__answers": "dense", "recovery__recipes": {"a": {"samples": 9}}}
+    assert stages_of(plan_of(world, models=["a"], **settings), "answers")
+    told = r"\(recovery, for loraprune\):\s+answers dense answers all records of a data set, .*: set samples"
+    with pytest.raises(UserError, match=told):
+        plan_of(world, models=["a"], methods=["loraprune"], ratios=[0.1], **settings)
+
+
 def test_layers_that_a_model_lacks_are_not_for_training(world):
     told = r"recovery parts: parts: last_3_layers of 2; choose at most last_2_layers \(model 'a'\)"
     with pytest.raises(UserError, match=told):

@@ -1,6 +1,7 @@
 """The beginning and end of a stage, whatever has happened to its inputs and its claim meanwhile."""
 
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -105,6 +106,19 @@ def test_nothing_is_committed_that_may_have_been_made_of_a_damaged_artifact(stor
         context.commit(draft, {})
     assert store.handle(context.stage.id).verify().state == "missing" and progress_of(context) == []
     context.commit(draft, {})  # one that is gone has been read, or its reader would have failed
+
+
+def test_progress_made_with_an_artifact_is_kept_while_that_has_the_same_content(store, text):
+    context, handle = claimed(store, text), store.handle(NEED.id)
+    kept = {}
+    for content in ("scores", "scores", "others", "others"):
+        shutil.rmtree(handle.artifact)
+        with being_made(store, NEED) as draft:
+            (draft / "scores").write_text(content)
+        context.check_inputs()
+        kept[content, len(kept)] = progress_of(context) != []
+        begin(store, text)
+    assert [*kept.values()] == [True, True, False, True]
 
 
 def test_damage_is_set_aside(store, text):

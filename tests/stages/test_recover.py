@@ -1,10 +1,11 @@
 """The recover stage, run in its own ranks: what it writes, and that neither a kill nor the world size changes it."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from made_stages import stage_of
+from made_stages import being_made, stage_of
 from peft import PeftModel
 from ranks import SoloWorld, killing, metrics_of, run_stage
 from tiny import save_tiny, write_pairs
@@ -113,6 +114,28 @@ def test_a_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close
 
     assert "step 1/" not in finish(alone, stage, ranks=1)
     assert losses_of(alone, stage) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_snapshot_of_other_answers_is_left(tmp_path, source):
+    """Answers that are lost are made again, on GPUs with other bits, and may fill fewer rows."""
+    store, answers = Store(tmp_path / "store"), stage_of("answers", "tiny", {}, {"model": Input("m", "/m")})
+    settings = Training(**{**RECOVERY, "max_steps": None, "epochs": 1.0}).model_dump()
+    inputs = {"model": make_stage(source).inputs["model"], "answers": answers.as_input()}
+    stage = stage_of("recover", "tiny", {"recovery": settings}, inputs)
+
+    def make_answers(count):
+        records = ({"prompt_ids": [1, 3 + number], "response_ids": [5] * 200} for number in range(count))
+        with being_made(store, answers) as draft:
+            (draft / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    make_answers(16)
+    assert run_stage(store, stage, 1, environment=killing(0, 4, "/snapshot."), **RUNTIME).returncode != 0
+    assert list(store.handle(stage.id).work.glob("snapshot.safetensors"))
+    shutil.rmtree(store.handle(answers.id).artifact)
+    make_answers(2)
+    assert "step 1/1," in finish(store, stage, ranks=1)
+    assert metrics_of(store, stage)["steps"] == 1
 
 
 @pytest.mark.slow
