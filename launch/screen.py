@@ -66,25 +66,17 @@ class ProgressLines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._told_at: dict[str, float] = {}
-        self._advanced: set[str] = set()  # stages that have told progress: without any again, they are ending
 
     def tell(self, stage: Stage, progress: str, left: str) -> str:
         """Print how far a stage is, if a line is due, and return the line; to be called again and again. ``progress``
-        is empty before a stage has told any and once it ends, ``left`` where the time left isn't known.
+        is empty while a stage starts and while it ends, ``left`` where the time left isn't known.
         """
-        line = f"{stage.kind} {stage.label}: {progress or 'starting'}{left and f', {left} left'}"
+        line = f"{stage.kind} {stage.label}: {progress or 'at work'}{left and f', {left} left'}"
         now = time.monotonic()
-        is_due = now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S
-        if progress:
-            self._advanced.add(stage.id)
-        if (progress or stage.id not in self._advanced) and is_due and not self._console.is_terminal:
+        if not self._console.is_terminal and now - self._told_at.setdefault(stage.id, now) >= LINE_INTERVAL_S:
             self._told_at[stage.id] = now
             say(self._console, line)
         return line
-
-    def forget(self, stage: Stage) -> None:
-        """Tell of a stage that has ended, or waits again, from its start on if it runs once more."""
-        self._advanced.discard(stage.id)
 
 
 class StageScreen:
@@ -106,7 +98,6 @@ class StageScreen:
     def end(self, stage: Stage, outcome: str, told: str) -> None:
         """Tell that a stage is done, failed or skipped."""
         self._ended += 1
-        self._lines.forget(stage)
         color = {"done": "green", "failed": "red"}.get(outcome, "yellow")
         line = f"[{self._ended}/{self.total}] [{color}]{outcome}[/] {stage.kind} {escape(f'{stage.label}{told}')}"
         self.live.update("", refresh=True)

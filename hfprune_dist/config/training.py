@@ -55,8 +55,8 @@ class TrainingText(TextSource):
     answer_temperature: Annotated[float, Field(ge=0)] = 0.0
     """answers dense: the temperature at which tokens are drawn; 0 takes the most likely."""
     answer_batch_size: Positive = 32
-    """answers dense: instructions that a rank answers at a time. Another number answers all of them
-    anew, since padding may change bits (and in glm_moe_dsa and deepseek_v32 more)."""
+    """answers dense: instructions that a rank answers at a time. Another number answers all anew, since
+    padding may change bits, and in glm_moe_dsa and deepseek_v32 more."""
     samples: Positive | None = None
     """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
     them, or of documents as many as hold ``tokens``."""

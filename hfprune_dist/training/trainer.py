@@ -131,7 +131,7 @@ def fine_tune(
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
     start = Snapshot.last(file, world)
-    if start.step >= task.total_steps or task.has_converged(start.losses):
+    if start.step == task.total_steps or task.has_converged(start.losses):
         return start
     at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
     task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
@@ -164,7 +164,7 @@ def fine_tune(
             progress.update("recovery", step, task.total_steps)
             if world.is_first:
                 print(f"recovery: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
-            interrupted, ended = interruption.agreed(world), step >= task.total_steps or task.has_converged(losses)
+            interrupted, ended = interruption.agreed(world), step == task.total_steps or task.has_converged(losses)
             if step % runtime.save_every_steps == 0 or ended or interrupted:
                 trainer.save(file, step, losses)
             if interrupted:

@@ -212,8 +212,6 @@ class _Screen:
         for status in statuses:
             if status.state == "running":
                 self._lines.tell(status.stage, status.progress, status.left)
-            else:
-                self._lines.forget(status.stage)
         self.live.update(status_table(statuses), refresh=True)
         return jobs is None or any(status.state not in AT_REST for status in statuses)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from hfprune_launch import screen
-from hfprune_launch.screen import ProgressLines, StageScreen, show_results
+from hfprune_launch.screen import StageScreen, show_results
 from made_stages import stage_of
 from rich.console import Console
 from rows import efficiency, row_of
@@ -50,15 +50,3 @@ def test_a_sweep_shows_the_stage_at_work_and_when_it_ends(is_terminal, monkeypat
     assert "importance a: calibration 5/9, 80s left" in text and ("\x1b[2K" in text) == is_terminal
     assert "calibration" not in text.partition("failed")[2], "no stage is at work any more"
     assert "[1/2] failed importance a (0.0 s)\n  torch[cuda] is lost\n" in text
-
-
-def test_a_line_is_due_while_a_stage_starts_but_not_between_its_end_and_its_commit(monkeypatch):
-    monkeypatch.setattr(screen, "LINE_INTERVAL_S", 0.0)
-    stage = stage_of("importance", "a", {}, {"model": Input("digest", "/x")})
-    console = console_of(120, is_terminal=False)
-    lines = ProgressLines(console)
-    for _ in range(2):
-        for progress in ("", "calibration 5/9", ""):
-            lines.tell(stage, progress, "")
-        lines.forget(stage)
-    assert console.file.getvalue() == "importance a: starting\nimportance a: calibration 5/9\n" * 2

@@ -199,15 +199,6 @@ def test_evaluations_that_diverge_are_told(tmp_path, checkpoints):
         fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
 
 
-def test_a_snapshot_beyond_the_last_step_ends_training(tmp_path, checkpoints):
-    task, file = task_of(checkpoints, "full, labels"), tmp_path / "snapshot"
-    with pytest.raises(Interrupted):
-        fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
-    shorter = replace(task, total_steps=1)
-    ended = fine_tune(shorter, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
-    assert ended.step == 2
-
-
 def test_an_interrupted_step_is_saved(tmp_path, checkpoints, monkeypatch):
     """What memory has decided holds for later attempts."""
     task, file = task_of(checkpoints, "full, labels"), tmp_path / "snapshot"
