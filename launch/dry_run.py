@@ -15,10 +15,12 @@ from rich.markup import escape
 
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, sizes_of
-from hfprune_dist.results.formats import counted
-from hfprune_dist.results.outlook import outlook_of_planned
+from hfprune_dist.results.formats import count, counted
+from hfprune_dist.results.outlook import outlook, read_runs
 from hfprune_dist.store.stage import kind_of
 
+# Shares of the tokens of a training that three shorter ones tell where it leads.
+TRIALS = (0.001, 0.003, 0.01)
 SIZES = ("experts", "width", "KV heads", "layers", "ratio")
 
 
@@ -32,6 +34,7 @@ def show_dry_run(prepared: Prepared) -> None:
     if request.profile is not None:
         show_jobs(request.console, sweep, request.profile, prepared.config.runtime, prepared.verdicts)
         show_estimates(request.console, prepared.estimates)
+    _show_outlooks(prepared)
     _show_hours(prepared)
     require_runnable(prepared, looks_only=True)
 
@@ -84,12 +87,24 @@ def _remarks(prepared: Prepared) -> Iterator[str]:
 
 
 def _show_hours(prepared: Prepared) -> None:
-    """Show how long the missing stages may take, and where training leads, as far as stages like them have been run."""
+    """Show how long the missing stages may take, as far as stages like them have been run."""
     plan, hours_of = prepared.sweep.plan, measured_hours(prepared.sweep.plan, prepared.sweep.store)
     stages = Counter((stage.kind, hours_of(stage)) for stage in (plan.stages[stage_id] for stage_id in prepared.todo))
     told = [f"{kind} {n} x {NO_RUN if hours is None else f'{hours:.2g} h'}" for (kind, hours), n in stages.items()]
-    for stage in (plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "recover"):
-        if outlook := outlook_of_planned(stage, prepared.sweep.store):
-            prepared.request.tell(f"outlook: {stage.label}: {outlook}")
     if told:
         prepared.request.tell(f"\nby finished stages of the same kind and model: {', '.join(told)}")
+
+
+def _show_outlooks(prepared: Prepared) -> None:
+    """Show where the missing trainings lead, by shorter ones of the same recipe, or how to find out."""
+    plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[int]()
+    for stage in (plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "recover"):
+        recipe = stage.params.to_json()["recovery"]
+        tokens = None if recipe.get("max_steps") else recipe.get("tokens")
+        if tokens and (ahead := outlook(stage, runs, tokens)):
+            prepared.request.tell(f"outlook: {stage.label}: {ahead}")
+        elif tokens and recipe.get("evaluate_every"):
+            unknown.add(tokens)
+    for tokens in sorted(unknown):
+        shorter = ", ".join(count(round(share * tokens)) for share in TRIALS)
+        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three trainings with fewer, as of {shorter}")

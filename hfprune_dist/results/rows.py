@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.metrics import OF_TEXT, average
-from hfprune_dist.results.outlook import Run
+from hfprune_dist.results.outlook import outlook, read_runs
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.hashing import digest_of
@@ -82,6 +80,7 @@ class _Rows:
         self._manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in rows_behind}
         self._names = {cell: name for name, cell in checkpoint_names(plan.cells).items()}
         self._checkpoints = store.root.parent / CHECKPOINTS
+        self._runs = read_runs(store)
 
     def row(self, cell: Cell) -> Row:
         plan, dense = self._plan, self._dense[cell.model]
@@ -131,12 +130,9 @@ class _Rows:
         return digest_of([evaluation.params.to_json(), inputs])[:12]
 
     def _outlook(self, cell: Cell) -> str | None:
-        """What more of a row's last training would give; None if it measured nothing on the way that a law fits."""
-        trained = [made for made in cell.producers if KINDS[kind_of(made)].trains]
-        with suppress(ArithmeticError, ValueError):  # also LinAlgError: no fit is worth a row
-            run = Run.read(self._store.handle(trained[-1])) if trained and cell.ratio is not None else None
-            return None if run is None else run.outlook()
-        return None
+        """What more of a row's last training would give; None if too few others tell."""
+        trained = [made for made in cell.producers if kind_of(made) == "recover"]
+        return outlook(self._plan.stages[trained[-1]], self._runs) if trained and cell.ratio is not None else None
 
     def _checkpoint(self, cell: Cell) -> str | None:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:
