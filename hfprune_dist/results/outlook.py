@@ -69,9 +69,7 @@ class Law:
         return float(self.unit * math.exp(min(700.0, math.log(self.factor / left) / self.exponent)))
 
 
-def _with_exponent(
-    shares: Floats, kls: Floats, exponent: float, has_floor: bool
-) -> tuple[float, float, float, float]:
+def _with_exponent(shares: Floats, kls: Floats, exponent: float, has_floor: bool) -> tuple[float, float, float, float]:
     """The sum of squared relative errors, and floor, factor and exponent, of the best law with this exponent."""
     basis = np.stack([np.ones_like(kls), shares**-exponent], axis=1) / kls[:, None]
     floor, factor = np.linalg.lstsq(basis, np.ones_like(kls), rcond=None)[0]

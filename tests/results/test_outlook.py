@@ -94,12 +94,12 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
     plan = Plan({stage.id: stage for stage in planned}, tuple(cells))
     rows = collect_rows(plan, store, {"m": DenseModel(100, {})})
     assert [bool(row["outlook"]) for row in rows] == [True, False, False]
+    until = "half after 30k tokens (0.17 device-hours), 90 % after 3M tokens (17 device-hours)"
     for text in (report(rows), page(tmp_path, plan, rows, written=0.0)):
         assert "m 0.2 hfprune + lora: KL 0.500±" in text
         assert (
-            " after 3M tokens (17 device-hours); of what pruning lost, regained: half after 30k tokens (0.17 device-hours),"
-            " 90 % after 3M tokens (17 device-hours) (by 3 runs of up to 300k tokens)"
-        ) in text
+            f" after 3M tokens (17 device-hours); of what pruning lost, regained: {until} (by 3 runs of up to" in text
+        )
     runs = read_runs(store)
     longer = training("lora", tokens=1_200_000)
     assert outlook(longer, runs, 1_200_000).startswith("KL 0.6")
