@@ -15,6 +15,8 @@ from hfprune_launch.demo_assets import build
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
+from hfprune_dist.store.artifacts import Store
+
 TESTS = Path(__file__).parent
 # Tests that take more than ten seconds, longest first: the others fill the gaps at the end.
 LONG = [
@@ -33,6 +35,27 @@ LONG = [
 # How long an example takes depends only on the machine; what is drawn depends only on the test.
 settings.register_profile("repeatable", parent=settings.default, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Slurm's commands, answered in this process."""
+    from fake_slurm import Controller
+
+    return Controller().install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A configuration of small models and texts, made anew for each file of tests, which may change them."""
+    from sweeps import make_inputs  # torch, which not all tests need, takes seconds
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

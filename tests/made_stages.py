@@ -76,6 +76,21 @@ def failed(store: Store, stage: Stage, cause: str, message: str, rank: int = 0) 
     return end
 
 
+class FakeBackend:
+    """In place of ranks on this machine: what ``run`` does with a stage is for the test to say."""
+
+    ranks = 1
+
+    def __init__(self, store: Store, *_: object) -> None:
+        self.store = store
+
+    def run(self, stage: Stage, _on_heartbeat: object) -> End | None:
+        raise AssertionError(f"{stage.kind} {stage.label} began")
+
+    def close(self) -> None:
+        pass
+
+
 def stage_of(
     kind: str,
     label: str,

@@ -8,7 +8,7 @@ from hfprune_launch import api
 from hfprune_launch import run as sweep_run
 from hfprune_launch.api import Session
 from hfprune_launch.sweep_folder import configuration
-from made_stages import failed
+from made_stages import FakeBackend, failed
 
 from hfprune_dist.errors import UserError
 
@@ -18,20 +18,13 @@ def settings_of(session):
     return configuration(request.out, request.files, request.overrides)[0]
 
 
-class Failing:
+class Failing(FakeBackend):
     """A backend on which every stage fails."""
 
-    ranks = 1
     cause = "code"
 
-    def __init__(self, store, *_):
-        self._store = store
-
-    def close(self):
-        pass
-
     def run(self, stage, _):
-        return failed(self._store, stage, self.cause, f"{stage.kind} of {stage.label} broke")
+        return failed(self.store, stage, self.cause, f"{stage.kind} of {stage.label} broke")
 
 
 @pytest.mark.parametrize(("cause", "error"), [("code", RuntimeError), ("input", UserError)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from damage import in_use
-from fake_slurm import Controller, Job
+from fake_slurm import Job
 from hfprune_launch import clean, report, sweep
 from made_stages import being_made, stage_of
 from sweeps import in_process, planned
@@ -194,8 +194,7 @@ def test_nothing_goes_while_a_stage_runs(out):
     assert run(out)
 
 
-def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, monkeypatch):
-    fake = Controller().install(monkeypatch)
+def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, fake):
     attempt = Ledger(Store(out / "store")).begin(OTHER, time_minutes=1)
     assert run(out, "--dry-run"), "it was never submitted: Slurm does not list its name"
     attempt.record_job("101")

@@ -5,7 +5,7 @@ import os
 import pytest
 from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
-from made_stages import failed
+from made_stages import FakeBackend, failed
 from rows import make_artifact
 from sweeps import in_process, planned
 
@@ -15,27 +15,20 @@ from hfprune_dist.store.attempts import End
 ONE_CELL = {"models": ["alpha"], "ratios": [0.2]}
 
 
-class Reading:
+class Reading(FakeBackend):
     """A backend whose stages read what they need as ranks do, and then make their artifacts at once."""
 
-    ranks = 1
     damages_again = False
 
-    def __init__(self, store, *_):
-        self._store = store
-
-    def close(self):
-        pass
-
     def run(self, stage, _):
-        for need in map(self._store.handle, stage.needs):
+        for need in map(self.store.handle, stage.needs):
             if need.verify(thorough=True).state == "corrupt":
                 with need.claimed_briefly() as claim:
                     need.set_aside(claim)
                 return End("lost input", f"{need.id}: set aside", 0.0)
-        make_artifact(self._store, stage)
+        make_artifact(self.store, stage)
         if self.damages_again:
-            damage(self._store, stage)
+            damage(self.store, stage)
         return None
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
+from made_stages import FakeBackend
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
 
@@ -34,20 +35,10 @@ def inputs(pristine, tmp_path):
 def refusal(inputs, tmp_path, monkeypatch, capsys):
     """Return the message with which a sweep and its dry run refuse the inputs, or one of the two alone."""
 
-    class Stages:
-        def __init__(self, *_):
-            self.ranks = 2
-
-        def run(self, stage, _):
-            pytest.fail(f"{stage.kind} {stage.label} began")
-
-        def close(self):
-            pass
-
     def message(*arguments, ways=(("--dry-run",), ())):
         return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *way) for way in ways][-1]
 
-    monkeypatch.setattr(sweep_run, "LocalBackend", Stages)
+    monkeypatch.setattr(sweep_run, "LocalBackend", FakeBackend)
     return message
 
 
@@ -69,7 +60,7 @@ def assert_parts(message, *parts):
 def test_good_inputs_reach_the_first_stage(inputs, tmp_path, refusal):
     arguments = ["--config", str(inputs / "tiny.yaml"), "--out", str(tmp_path / "out")]
     assert sweep.main([*arguments, "--dry-run"]) == 0
-    with pytest.raises(pytest.fail.Exception, match=r"importance alpha began"):
+    with pytest.raises(AssertionError, match=r"importance alpha began"):
         sweep.main(arguments)
 
 

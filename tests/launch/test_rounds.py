@@ -7,16 +7,11 @@ import pytest
 from hfprune_launch.slurm.decide import StageState, to_submit
 from hfprune_launch.slurm.observe import served_by
 from ranks import killing
-from sweeps import finish, in_process, loaded_by_its_card, make_inputs, planned, results, sweep
+from sweeps import finish, in_process, loaded_by_its_card, planned, results, sweep
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 
 FIRST, LAST = "alpha 0.1 {} + lora-distill", "alpha 0.2 {} + lora-distill via 0.1"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.slow

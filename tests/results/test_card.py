@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from made_stages import being_made
-from sweeps import make_inputs, planned
+from sweeps import planned
 
 from hfprune_dist.results.card import BaseModel, Card, contents_of_checkpoints
 from hfprune_dist.results.checkpoints import checkpoint_names
@@ -25,11 +25,6 @@ DENSE = {name: DenseModel(100, {"intermediate_size": 48}) for name in ("alpha", 
 PRUNED = "alpha-0.2-surgeon-uniform-block-lora"
 PROVENANCE = {"hfprune_dist": "0.1.0", "git_commit": "0123abc", "dirty_diff_sha256": "f", "python": "3.12.1"}
 PROVENANCE |= {"packages": {"torch": "2.9"}}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def fill(store, plan, config=None):
@@ -116,18 +111,13 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(card_of):
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
-def test_a_distilled_model_is_told_as_such(config, tmp_path):
+def test_it_says_how_the_model_was_trained(config, tmp_path):
     recipes = {"lora": {}, "distilled": {"objective": "distill"}}
-    cards = cards_of(config, tmp_path, methods=["hfprune"], ratios=[0.1], recovery__recipes=recipes)
-    assert (
-        "then fine-tuned with LoRA towards `alpha`'s own predictions to recover."
-        in cards["alpha-0.1-hfprune-distilled"]
-    )
+    cards = cards_of(config, tmp_path, methods=["hfprune", "loraprune"], ratios=[0.1], recovery__recipes=recipes)
+    told = "then fine-tuned with LoRA towards `alpha`'s own predictions to recover."
+    assert told in cards["alpha-0.1-hfprune-distilled"]
     assert "then fine-tuned with LoRA to recover." in cards["alpha-0.1-hfprune-lora"]
-
-
-def test_a_method_that_prunes_while_it_trains_is_told_as_such(config, tmp_path):
-    card = cards_of(config, tmp_path, methods=["loraprune"], ratios=[0.1])["alpha-0.1-loraprune"]
+    card = cards["alpha-0.1-loraprune"]
     assert "pruned by the method `loraprune`, while it was fine-tuned with LoRA to recover." in card
     assert "adapter too, of the base model, `alpha`, a local checkpoint, before units were cut" in card
     assert "calibrated on" not in card

@@ -70,16 +70,6 @@ def whole(contents):
     return {**{name: (contents.artifact / name).read_text() for name in contents.files}, **contents.texts}
 
 
-def test_a_folder_is_plain_and_outlives_its_sweep(sweep, tmp_path):
-    contents = sweep.contents()
-    expected = whole(contents)
-    assert sweep.update(name=contents) == [] and sweep.shown() == {"name": expected}
-    shutil.copytree(sweep.root / "name", tmp_path / "elsewhere", symlinks=True)
-    shutil.rmtree(tmp_path / "store")
-    shutil.rmtree(sweep.root)
-    assert {name: (tmp_path / "elsewhere" / name).read_text() for name in expected} == expected
-
-
 def test_folders_follow_their_rows_and_a_second_update_writes_nothing(sweep):
     sweep.update(one=sweep.contents(), two=sweep.contents("b"))
     changed = {"one": sweep.contents(card="another"), "two": sweep.contents("c")}

@@ -6,7 +6,7 @@ import pytest
 from damage import in_use
 from made_stages import being_made, stage_of
 
-from hfprune_dist.store.artifacts import MANIFEST, StageHandle, Store
+from hfprune_dist.store.artifacts import MANIFEST, StageHandle
 from hfprune_dist.store.claims import Claim, Holder
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
@@ -19,11 +19,6 @@ def make(store, content="weights"):
         (draft / "model.bin").write_text(content)
         (draft / "sub").mkdir()
         (draft / "sub" / "more.txt").write_text("more")
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
 
 
 def test_a_committed_artifact_verifies_and_carries_its_manifest(store):

@@ -11,7 +11,7 @@ from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store import claims
-from hfprune_dist.store.artifacts import StageHandle, Store
+from hfprune_dist.store.artifacts import StageHandle
 from hfprune_dist.store.attempts import End, Ledger
 from hfprune_dist.store.claims import Cancellation, Claim, try_claim
 from hfprune_dist.store.stage import Input
@@ -45,11 +45,6 @@ def test_how_ranks_died(tmp_path, left, codes, cause, expected):
     assert found == cause
     for part in expected:
         assert part in message
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
 
 
 class Ranks:

@@ -2,7 +2,7 @@ import os
 import re
 
 import pytest
-from fake_slurm import HEADER, Controller, Job
+from fake_slurm import HEADER, Job
 from hfprune_launch.slurm import commands
 from hfprune_launch.slurm.commands import (
     DELAYS_S,
@@ -12,11 +12,6 @@ from hfprune_launch.slurm.commands import (
     SubmissionRefusedError,
     command_environment,
 )
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    return Controller().install(monkeypatch)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import sys
 from functools import partial
 
 import pytest
-from fake_slurm import Controller
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.job import NodeError, Start, rank_environment
 from made_stages import stage_of
@@ -13,7 +12,6 @@ from ranks import SoloWorld
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.store import claims
-from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
@@ -49,11 +47,6 @@ def test_a_node_without_a_route_to_the_first_rank_is_named():
 
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture
@@ -148,9 +141,8 @@ RUNNING = "JobState=RUNNING PreemptTime=None"
     ],
 )
 def test_an_interrupted_job_puts_itself_back_into_the_queue_where_that_helps(
-    rank, store, attempt, monkeypatch, done, says, queued, how, failure
+    rank, store, attempt, fake, monkeypatch, done, says, queued, how, failure
 ):
-    fake = Controller().install(monkeypatch)
     fake.shown = f"JobId=12345 JobName=x {says} Reason=None\n"
     for number in range(3):
         ended = 2.0 + number

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_slurm import HEADER, Controller, FakeLauncher, Job, complete, plan_of
+from fake_slurm import HEADER, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
@@ -16,7 +16,6 @@ from rich.console import Console
 from sweeps import make_inputs, sweep
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Cancellation, try_claim
 from hfprune_dist.store.stage import Input
@@ -28,16 +27,6 @@ JOB = {"time_minutes": 60}
 HELD = "launch failed requeued held"
 LIMIT = "sbatch: error: AssocMaxSubmitJobLimit"
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller"
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    return Controller().install(monkeypatch)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import os
 import time
 from dataclasses import asdict, replace
 
-import pytest
-from fake_slurm import Controller, Job
+from fake_slurm import Job
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
@@ -16,7 +15,6 @@ from made_stages import failed, stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, Run
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Heartbeat
@@ -28,11 +26,6 @@ CELL = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (STAGE.id,), NEXT.id)
 PLAN = Plan({STAGE.id: STAGE, NEXT.id: NEXT}, (CELL,), (STAGE.id,))
 DEAD = 2**22 + 1  # no process has this id
 WORDS_OF_SLURM = ("job", "nodes", "attempts", "lurm")
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
 
 
 def shown(store):
@@ -125,8 +118,8 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
         assert shown_log() == shown
 
 
-def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted(store, tmp_path, monkeypatch):
-    ledger, fake, asked = Ledger(store), Controller().install(monkeypatch), []
+def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted(store, fake, tmp_path, monkeypatch):
+    ledger, asked = Ledger(store), []
     attempts = [ledger.begin(STAGE, time_minutes=1)]
 
     def retry():
