@@ -22,8 +22,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -55,27 +56,13 @@ class Leftover:
 
     path: Path
     reason: str  # why nothing needs it
-    discarded: StageHandle | None = None  # of an artifact that goes as a whole
-    emptied: StageHandle | None = None  # of an artifact whose manifest stays
+    remove: Callable[[], Path | None]  # returns where files stay that can't be removed, unless in ``path``
+    stays: str = ""  # name of a file in it that isn't to be removed
 
     def bytes(self) -> int:
         """Return the size of the files that are to be removed, or that could not be: another user's stay."""
-        stays = MANIFEST if self.emptied else ""
-        files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != stays]
+        files = [Path(where, name) for where, _, names in os.walk(self.path) for name in names if name != self.stays]
         return sum(file.lstat().st_size for file in files if os.path.lexists(file))
-
-    def remove(self) -> Leftover:
-        """Remove the files, as far as that is possible, and return what is left: of an artifact, a draft."""
-        if self.discarded:
-            try:
-                return replace(self, path=self.discarded.discard())
-            except OSError:  # another user's folder, in which nothing can be renamed
-                return self
-        if self.emptied:
-            self.emptied.empty()
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)
-        return self
 
 
 @command
@@ -93,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = list(_leftovers(sweep, arguments.intermediates))
     sizes = [leftover.bytes() for leftover in found]
     _refuse_while_needed(store)  # they were looked for, and measured, over minutes
-    remains = [] if dry_run else [leftover.remove() for leftover in found]
+    remains = [] if dry_run else [replace(each, path=each.remove() or each.path) for each in found]
     staying = {each.path: size for each in remains if (size := each.bytes())}
     freed = sum(sizes) - sum(staying.values())
     remarks = [] if dry_run else sweep.write_checkpoints().remarks
@@ -127,20 +114,18 @@ def _leftovers(sweep: Sweep, intermediates: bool) -> Iterator[Leftover]:
     To be called only while no stage runs: the drafts of running stages would be included.
     """
     store, kept = sweep.store, sweep.plan.stages
+    whole: list[tuple[Path, str]] = []
     for kind in KINDS:
-        for draft in listed(store.root / kind, ".draft-*"):
-            yield Leftover(draft, "a draft of a stage that ended early")
+        whole += [(draft, "a draft of a stage that ended early") for draft in listed(store.root / kind, ".draft-*")]
         for handle in _handles(store, store.root / kind):
             if handle.id not in kept:
-                yield Leftover(handle.artifact, "an artifact of no row of the tables", discarded=handle)
-        for handle in _handles(store, store.root / "work" / kind):
-            if handle.id not in kept:
-                yield Leftover(handle.work, "progress of a stage of no row of the tables")
-    for path in listed(store.root / "quarantine", "*"):
-        yield Leftover(path, "an artifact that failed verification")
-    for name, what in SHARED.items():
-        if (store.root / name).is_dir():
-            yield Leftover(store.root / name, what)
+                yield Leftover(handle.artifact, "an artifact of no row of the tables", handle.discard)
+        others = (handle.work for handle in _handles(store, store.root / "work" / kind) if handle.id not in kept)
+        whole += [(work, "progress of a stage of no row of the tables") for work in others]
+    whole += [(path, "an artifact that failed verification") for path in listed(store.root / "quarantine", "*")]
+    whole += [(store.root / name, what) for name, what in SHARED.items() if (store.root / name).is_dir()]
+    for path, reason in whole:
+        yield Leftover(path, reason, partial(shutil.rmtree, path, ignore_errors=True))
     if intermediates:
         yield from _intermediates(sweep)
 
@@ -158,6 +143,6 @@ def _intermediates(sweep: Sweep) -> Iterator[Leftover]:
     kept = {*plan.asked, *(result for cell in plan.cells for result in cell.results)}
     kept |= {need for stage_id in missing for need in plan.stages[stage_id].needs}
     for handle in (store.handle(stage_id) for stage_id in plan.stages if stage_id not in kept):
-        leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", emptied=handle)
+        leftover = Leftover(handle.artifact, "an intermediate checkpoint of finished rows", handle.empty, MANIFEST)
         if "config.json" in (handle.manifest() or {}).get("files", {}) and leftover.bytes():
             yield leftover

@@ -12,17 +12,26 @@ from hfprune_launch.slurm import commands
 from hfprune_launch.slurm.launcher import Launcher, NewJobs
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.stage.run import Provenance
-from made_stages import being_made
+from made_stages import being_made, stage_of
 
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.planning.plan import Plan
+from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
+from hfprune_dist.store.attempts import Attempt, Ledger
 from hfprune_dist.store.claims import Cancellation
-from hfprune_dist.store.stage import Stage
+from hfprune_dist.store.stage import Input, Stage
 
 HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
 RESOURCES = dict.fromkeys(KINDS, Resources())
+
+
+# A row of a sweep, whose last two stages run in one job.
+SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
+PRUNE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
+EVALUATE = stage_of("evaluate", "a 0.2", {}, {"model": PRUNE.as_input()})
+ROW = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (SCORES.id, PRUNE.id), EVALUATE.id)
+PLAN = Plan({stage.id: stage for stage in (SCORES, PRUNE, EVALUATE)}, (ROW,), (SCORES.id,))
 
 
 class Clock:
@@ -183,6 +192,12 @@ def plan_of(*stages: Stage) -> Plan:
     return Plan(
         {stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages if stage.id not in needed)
     )
+
+
+def attempts_in(store: Store, job_name: str) -> list[Attempt]:
+    """Return the attempts at stages of ``PLAN`` in one job."""
+    found = (attempt for stage_id in PLAN.stages for attempt in Ledger(store).jobs_of(stage_id))
+    return [attempt for attempt in found if attempt.intent.job_name == job_name]
 
 
 def complete(store: Store, stage: Stage) -> None:

@@ -15,6 +15,7 @@ from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.checkpoints.write_pruned import write_weight_file
 from hfprune_dist.data.windows import WINDOWS, save_windows
 from hfprune_dist.errors import UserError, did_you_mean, explained, from_os_error
+from hfprune_dist.export.gguf_file import write_gguf
 from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.structures.kept import Kept
 
@@ -86,6 +87,7 @@ def write_weights(file):
         ("a.safetensors", lambda file: save_tensors({"a": torch.zeros(2)}, file)),
         (WINDOWS, lambda file: save_windows(torch.zeros(1, 2), file.parent)),
         ("model.safetensors", write_weights),
+        ("model.gguf", lambda file: write_gguf(open_checkpoint(save_tiny(file.parent.parent / "dense")), file)),
         ("a.py", lambda file: shutil.copyfile(__file__, file)),
     ],
 )

@@ -149,16 +149,17 @@ class StageHandle:
 
     def discard_draft(self, claim: Claim) -> None:
         """Remove the draft of its artifact that was written under a claim, if there is one and it can be removed."""
-        with contextlib.suppress(OSError):  # a read-only file system says so even where there is no draft
-            self._remove(self._draft(claim.token))
+        self._remove(self._draft(claim.token))
 
     def _remove(self, folder: Path) -> Path:
         """Rename a folder, remove it and return its new path, where files that can't be removed stay: a process about
         to commit it, or to read it, must not find a part of it.
         """
         doomed = self._draft(uuid.uuid4().hex[:8])
-        with contextlib.suppress(FileNotFoundError):
+        try:
             folder.rename(doomed)
+        except OSError:  # it is gone, or another user's, in whose folder nothing can be renamed
+            return folder
         shutil.rmtree(doomed, ignore_errors=True)
         return doomed
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fake_slurm import Controller, FakeLauncher
+from fake_slurm import PLAN, Controller, FakeLauncher, attempts_in
 from hfprune_launch import sweep
 from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
@@ -21,12 +21,11 @@ from hfprune_launch.stage import run as stage_script
 from made_stages import being_made, stage_of
 from sweeps import make_inputs, results, without_costs
 
-from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import read_json
-from hfprune_dist.store.attempts import Attempt, Ledger
+from hfprune_dist.store.attempts import Attempt
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import Input, Stage
+from hfprune_dist.store.stage import Stage
 
 Mark = Callable[[object], None]
 
@@ -141,11 +140,6 @@ class WholeSweep(Subject):
 class SlurmSweep(Subject):
     """A sweep's jobs: submitted, run, closed. Jobs live on while the machine of the store and the launcher is down."""
 
-    SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
-    PRUNE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"importance": SCORES.as_input()})
-    EVALUATE = stage_of("evaluate", "a 0.2", {}, {"model": PRUNE.as_input()})
-    ROW = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (SCORES.id, PRUNE.id), EVALUATE.id)
-    PLAN = Plan({stage.id: stage for stage in (SCORES, PRUNE, EVALUATE)}, (ROW,))  # one job runs the last two
     ROUNDS = 12
 
     def run(self, root: Path, mark: Mark, marks: list) -> dict:
@@ -153,17 +147,17 @@ class SlurmSweep(Subject):
         self._mark_submissions(fake, mark)
         store = Store(root)
         for _ in range(2):  # where a launcher gives up, the user repeats the command
-            for stage in self.PLAN.stages.values():
+            for stage in PLAN.stages.values():
                 if store.handle(stage.id).verify().state == "done":
                     store.handle(stage.id).discard_leftovers()
-            backend = FakeLauncher(store, self.PLAN)
+            backend = FakeLauncher(store, PLAN)
             backend.step()
             for _ in range(self.ROUNDS):
                 self._refuse_twins(fake, store)
                 self._run_jobs(fake, store, restart=len(marks) > 0)
                 backend.step()
         assert not backend.unsubmitted(), f"stuck: {backend.unsubmitted()}"
-        assert all(store.handle(stage_id).verify(thorough=True).state == "done" for stage_id in self.PLAN.stages)
+        assert all(store.handle(stage_id).verify(thorough=True).state == "done" for stage_id in PLAN.stages)
         return {}
 
     def _mark_submissions(self, fake: Controller, mark: Mark) -> None:
@@ -177,17 +171,13 @@ class SlurmSweep(Subject):
 
     def _refuse_twins(self, fake: Controller, store: Store) -> None:
         names = [fake.jobs[job_id].name for job_id in fake.live()]
-        live = [attempt.intent.stage_id for name in names for attempt in self._attempts(store, name)]
+        live = [attempt.intent.stage_id for name in names for attempt in attempts_in(store, name)]
         assert len(live) == len(set(live)), f"two jobs of one stage live: {fake.jobs}"
-
-    def _attempts(self, store: Store, job_name: str) -> list[Attempt]:
-        found = (attempt for stage_id in self.PLAN.stages for attempt in Ledger(store).jobs_of(stage_id))
-        return [attempt for attempt in found if attempt.intent.job_name == job_name]
 
     def _run_jobs(self, fake: Controller, store: Store, restart: bool) -> None:
         for job_id, job in fake.jobs.items():
-            attempts = self._attempts(store, job.name)
-            stages = [self.PLAN.stages[attempt.intent.stage_id] for attempt in attempts]
+            attempts = attempts_in(store, job.name)
+            stages = [PLAN.stages[attempt.intent.stage_id] for attempt in attempts]
             needs = {need for stage in stages for need in stage.needs} - {stage.id for stage in stages}
             if job.state == "PENDING" and all(store.handle(need).verify().state == "done" for need in needs):
                 pairs = zip(stages, attempts, strict=True)

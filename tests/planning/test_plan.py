@@ -26,7 +26,6 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     save_tiny(folder / "a", "llama")
     save_tiny(folder / "b", "qwen2")
-    save_model(folder / "uneven", "qwen3_5_text", vocab_size=264)
     write_documents(folder / "text.jsonl")
     write_documents(folder / "held.jsonl", seed=1)
     write_pairs(folder / "pairs.jsonl")

@@ -6,22 +6,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fake_slurm import Clock, Controller, FakeLauncher, complete
+from fake_slurm import PLAN, Clock, Controller, FakeLauncher, attempts_in, complete
 from hfprune_launch.slurm.commands import SlurmUnavailableError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_stages import stage_of
 
-from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger
-from hfprune_dist.store.stage import Input
-
-FIRST = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
-SECOND = stage_of("prune", "b", {}, {"importance": FIRST.as_input()})
-THIRD = stage_of("evaluate", "b", {}, {"model": SECOND.as_input()})
-CELL = Cell("b", "a", 0.2, "m", "entropy", "none", (FIRST.id, SECOND.id), THIRD.id)
-PLAN = Plan({stage.id: stage for stage in (FIRST, SECOND, THIRD)}, (CELL,), (FIRST.id,))  # the last two run in one job
 
 
 def faults_of(*kinds):
@@ -95,8 +86,7 @@ class World:
         return self.store.handle(stage.id).verify().state == "done"
 
     def stages_of(self, job_name):
-        attempts = [attempt for stage_id in PLAN.stages for attempt in Ledger(self.store).attempts_at(stage_id)]
-        return [PLAN.stages[each.intent.stage_id] for each in attempts if each.intent.job_name == job_name]
+        return [PLAN.stages[attempt.intent.stage_id] for attempt in attempts_in(self.store, job_name)]
 
     def check(self):
         live = [self.controller.jobs[job_id].name for job_id in self.controller.live()]

@@ -6,8 +6,9 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import fake_slurm
 import pytest
-from fake_slurm import HEADER, FakeLauncher, Job, complete, plan_of
+from fake_slurm import HEADER, SCORES, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
@@ -15,12 +16,9 @@ from made_stages import failed, stage_of
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
-from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Cancellation, try_claim
-from hfprune_dist.store.stage import Input
 
-SCORES = stage_of("importance", "a", {}, {"model": Input("digest", "/model")})
 PRUNES = [stage_of("prune", f"a {r}", {"ratio": r}, {"importance": SCORES.as_input()}) for r in (0.2, 0.3)]
 PLAN, ALONE = plan_of(SCORES, *PRUNES), plan_of(SCORES)
 JOB = {"time_minutes": 60}
@@ -64,9 +62,7 @@ def test_a_full_queue_is_filled_up_later(fake, store):
 
 
 def test_a_job_runs_a_chain_up_to_the_stage_that_another_launcher_has(fake, store, ledger):
-    scores = stage_of("evaluate", "a 0.2", {}, {"model": PRUNES[0].as_input()})
-    cell = Cell("a 0.2", "a", 0.2, "m", "entropy", "none", (SCORES.id, PRUNES[0].id), scores.id)
-    plan = Plan({stage.id: stage for stage in (SCORES, PRUNES[0], scores)}, (cell,))
+    plan, scores = fake_slurm.PLAN, fake_slurm.EVALUATE
     claim = try_claim(store.handle(scores.id).work)
     launcher = started(store, plan)
     assert causes(store, PRUNES[0]) == [None] and causes(store, scores) == []
