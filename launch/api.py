@@ -24,7 +24,7 @@ from hfprune_dist.config.load import from_command_line
 from hfprune_dist.results.rows import Row
 from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS
-from hfprune_dist.structures.score_names import SCORES, criteria_in, scores_of_layers
+from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 __all__ = ["Session", "prune", "read_scores"]
 
@@ -98,7 +98,7 @@ def read_scores(importance: Path) -> dict[str, list[NDArray[np.float64]]]:
     If only whole experts were scored, their scores.
     """
     stored, scores = load_file(importance / SCORES), {}
-    for name in sorted(criteria_in(stored)):
+    for name in sorted({key.rpartition(".")[2] for key in stored}):  # the names of criteria
         of_mlps = (NEURONS, EXPERT_NEURONS, SHARED_NEURONS)
         of_kinds = [found for kind in of_mlps if (found := scores_of_layers(stored, name, kind))]
         of_kinds = of_kinds or [scores_of_layers(stored, name, EXPERTS)]

@@ -49,15 +49,11 @@ def modules(package):
 
 @functools.cache
 def imports_of(file):
-    return list(_imports_of(file))
-
-
-def _imports_of(file):
+    found = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" if hasattr(node, "module") else alias.name for alias in node.names]
+    return found
 
 
 def room_of(module):

@@ -38,31 +38,22 @@ def names(readme):
 @pytest.fixture(scope="module")
 def parsers():
     """Return each command's parser, captured where the command is about to use it."""
+    found = []
+
+    def hand_over(parser, *_):
+        found.append(parser)
+        sys.exit()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", _hand_over)
-        return {command: _parser_of(command, patch) for command in MODULES}
-
-
-class HandedOver(Exception):  # noqa: N818
-    pass
-
-
-def _hand_over(parser, *_):
-    raise HandedOver(parser)
-
-
-def _parser_of(command, patch):
-    patch.setattr(sys, "argv", [command])
-    with pytest.raises(HandedOver) as caught:
-        importlib.import_module(f"hfprune_launch.{command}").main()
-    return caught.value.args[0]
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", hand_over)
+        for command in MODULES:
+            patch.setattr(sys, "argv", [command])
+            with pytest.raises(SystemExit):
+                importlib.import_module(f"hfprune_launch.{command}").main()
+    return dict(zip(MODULES, found, strict=True))
 
 
 # Contents of a README. Each function below yields the problems of a text that lies in a folder.
-
-
-def prose_of(text):
-    return FENCE.sub("", text)
 
 
 def blocks_of(text, language):
@@ -75,7 +66,7 @@ def slug(heading):
 
 
 def wrong_links(text, folder):
-    for target in re.findall(r"\]\(([^)]+)\)", prose_of(text)):
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", text)):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")

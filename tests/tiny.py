@@ -100,6 +100,12 @@ def save_tiny(
     return write_once(folder, f"{VARIANTS[variant]} {shard_size} {dtype} {sorted(options.items())}", make)
 
 
+def edit_json(file: Path, *gone: str, **changes: object) -> None:
+    """Leave out entries of the JSON object in a file, and change others."""
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in before.items() if key not in gone} | changes))
+
+
 def tiny_text(words: int, seed: int) -> str:
     generator = random.Random(seed)
     return " ".join(generator.choice(WORDS) for _ in range(words))

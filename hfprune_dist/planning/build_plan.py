@@ -125,10 +125,6 @@ class _Variant:
     def label(self) -> str:
         return label_of(self.model, self.ratio, self.method, in_rounds(self.recovery, self.rounds))
 
-    def next_round(self, ratio: float) -> _Variant:
-        """The checkpoint that is to be pruned to a larger ratio."""
-        return replace(self, ratio=ratio, rounds=self.rounds if self.ratio is None else (*self.rounds, self.ratio))
-
     @property
     def checkpoint(self) -> Input:
         return self.chain[-1].as_input() if self.chain else self.dense
@@ -216,8 +212,9 @@ class _Planner:
         recipes = [(name, training) for name, training in self._trainings.items() if training is not None]
         for (name, method), (recipe, training) in product(numbered.items(), recipes if rounds else ()):
             variant = _Variant(model.name, dense, method=name)
-            for ratio in rounds:
-                pruned = self._pruned(variant.next_round(ratio), method, importance)
+            for number, ratio in enumerate(rounds):
+                variant = replace(variant, ratio=ratio, rounds=tuple(rounds[:number]))
+                pruned = self._pruned(variant, method, importance)
                 variant = self._trained(pruned, recipe, training, model.checkpoint, importance)
             cells.append(self._row(variant))
         return cells

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.planning.target import Target
@@ -45,15 +45,10 @@ class Line:
     at_least: bool = False
 
 
-class Nearest(NamedTuple):
-    """The shape of a line that comes nearest to the ratio, and whether that is near enough."""
-
-    shape: Shape
-    fits: bool
-
-
-def nearest(target: Target, line: Line) -> Nearest | None:
-    """The shape of a line that comes nearest to the ratio; None if none removes anything."""
+def nearest(target: Target, line: Line) -> tuple[Shape, bool] | None:
+    """The shape of a line that comes nearest to the ratio, and whether that is near enough; None if none removes
+    anything.
+    """
     counts, wanted = target.counts, target.counts.total - target.removals
 
     def parameters(size: int) -> int:
@@ -68,7 +63,7 @@ def nearest(target: Target, line: Line) -> Nearest | None:
     around = sizes[max(above - 1, 0) : above + (not line.at_least or not above)]
     shape = min(map(line.shape, around), key=lambda shape: abs(counts.after(shape) - wanted))
     beyond = wanted - counts.after(shape)
-    return Nearest(shape, (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack)
+    return shape, (-0.5 if line.at_least else -line.slack) <= beyond <= line.slack
 
 
 def shapes_for(target: Target) -> list[Shape]:
@@ -86,9 +81,9 @@ def shapes_for(target: Target) -> list[Shape]:
             raise target.out_of_reach(least / target.counts.total)
         return []
     found = [near for line in _lines(target) if (near := nearest(target, line)) is not None]
-    fitting = [near.shape for near in found if near.fits]
+    fitting = [shape for shape, fits in found if fits]
     if not fitting:
-        ratios = (target.counts.ratio(near.shape) for near in found)
+        ratios = (target.counts.ratio(shape) for shape, _ in found)
         raise target.out_of_reach(min(ratios, key=lambda ratio: abs(ratio - target.ratio), default=0.0))
     return spread(fitting, MOST_SHAPES) if target.allocation == "plain" else fitting[:1]
 
@@ -103,8 +98,10 @@ def _lines(target: Target) -> list[Line]:
     """The lines of an allocation; except for plain shapes, the first that comes to the ratio is taken."""
     if target.dense.family.experts:
         return [_line_of_experts(target) if EXPERTS in target.structures else _line_of_expert_neurons(target)]
-    if target.allocation == "plain":
-        return _plain_lines(target)
+    if target.allocation == "plain":  # one for each number of layers, then of KV groups, descending
+        numbers = range(target.dense.num_layers, target.fewest_layers - 1, -target.step_of_layers)
+        groups = numbers_of_groups(target)
+        return [_plain_line(target, range(number), count) for number in numbers for count in groups]
     if target.allocation == "low_rank":
         return [_low_rank_line(target)]
     return [_local_line(target, row) for row in _rows_of_groups(target)] if target.pruned_layers else []
@@ -171,13 +168,6 @@ def numbers_of_groups(target: Target) -> list[int]:
     return spread([count for count in target.plain_groups()[::-1] if 4 * count >= most], MOST_GROUP_COUNTS)
 
 
-def _plain_lines(target: Target) -> list[Line]:
-    """One for each number of layers, then of KV groups, descending."""
-    groups = numbers_of_groups(target)
-    numbers = range(target.dense.num_layers, target.fewest_layers - 1, -target.step_of_layers)
-    return [_plain_line(target, range(number), count) for number in numbers for count in groups]
-
-
 def _plain_line(target: Target, layers: Iterable[int], groups: int) -> Line:
     """Shapes with these layers. With a ``multiple_of`` above 1, at least the ratio is removed, else what is nearest."""
     kept, multiple_of = tuple(layers), target.multiple_of
@@ -192,8 +182,8 @@ def _plain_line(target: Target, layers: Iterable[int], groups: int) -> Line:
 
 def with_layers(target: Target, layers: Iterable[int], groups: int) -> Shape | None:
     """The plain shape with the layers that turn out to stay, at the ratio; None if no width comes to it."""
-    found = nearest(target, _plain_line(target, layers, groups))
-    return found.shape if found is not None and found.fits else None
+    shape, fits = nearest(target, _plain_line(target, layers, groups)) or (None, False)
+    return shape if fits else None
 
 
 def name_of_plain(shape: Shape) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import count, takewhile
 from typing import TypeVar
 
@@ -22,8 +22,3 @@ def scores_of_layers(stored: Mapping[str, ScoresT], criterion: str, kind: str = 
     """Return one criterion's scores for one kind of units, layer by layer, from what the file ``SCORES`` stores."""
     names = (score_name(layer, criterion, kind) for layer in count())
     return [stored[name] for name in takewhile(stored.__contains__, names)]
-
-
-def criteria_in(stored: Iterable[str]) -> list[str]:
-    """Return the sorted names of the criteria whose scores are among these stored names."""
-    return sorted({name.rpartition(".")[2] for name in stored})

@@ -1,8 +1,6 @@
-import json
-
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import edit_json, save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
@@ -11,11 +9,6 @@ from hfprune_dist.errors import UserError
 @pytest.fixture
 def folder(tmp_path):
     return save_tiny(tmp_path / "model")
-
-
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def refusal(folder):
@@ -66,7 +59,7 @@ def test_a_tensor_that_transformers_would_make_up_is_named(folder, name, told):
     ],
 )
 def test_a_config_that_is_not_the_weights_own(folder, changes, expected):
-    edit_config(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     assert expected in refusal(folder)
 
 
@@ -79,5 +72,5 @@ def test_a_config_that_is_not_the_weights_own(folder, changes, expected):
     ],
 )
 def test_positions_as_a_rope_scaling_stretches_them(folder, changes, positions):
-    edit_config(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     assert open_checkpoint(folder).max_positions == positions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 
 import pytest
@@ -14,7 +13,7 @@ from masking import write
 from mixtures import KIND, definition, experts_of, some_kept
 from ranks import SoloWorld
 from refitting import refit
-from tiny import tiny_tokenizer
+from tiny import edit_json, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain
@@ -124,14 +123,12 @@ def test_experts_go_before_or_after_neurons(checkpoint_of, tmp_path, structures)
 def test_lists_in_files_are_read(checkpoint_of, tmp_path):
     """Files of hunyuan_v1_moe have an entry for each layer, those of mimo_v2_flash numbers for layers with experts."""
     for name, gone, told in (
-        ("hunyuan_v1_moe", None, {"moe_topk": [2] * 3, "moe_intermediate_size": [24] * 3}),
+        ("hunyuan_v1_moe", "moe_topk", {"moe_topk": [2] * 3, "moe_intermediate_size": [24] * 3}),
         ("mimo_v2_flash", "mlp_layer_types", {"moe_layer_freq": [0, 1, 1]}),
     ):
         folder = tmp_path / name
         shutil.copytree(checkpoint_of(name).path, folder)
-        config = json.loads((folder / "config.json").read_text())
-        config = {key: value for key, value in config.items() if key != gone}
-        (folder / "config.json").write_text(json.dumps(config | told))
+        edit_json(folder / "config.json", gone, **told)
         checkpoint = open_checkpoint(folder)
         assert_pruned_is_masked(checkpoint, some_kept(checkpoint, 2 / 3), tmp_path / f"{name} pruned")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from families_masked import assert_same, dense_of, kinds_of, load, masked, some_
 from masking import write
 from ranks import SoloWorld, on_ranks
 from refitting import refit
+from tiny import edit_json
 from transformers import AutoModel
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -165,9 +165,7 @@ def test_refits_lower_the_error(checkpoint_of, tmp_path, model_type):
 
 def edited(folder, *gone, **changes):
     """Change entries of a folder's config.json, and open it."""
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in gone}
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    edit_json(folder / "config.json", *gone, **changes)
     return open_checkpoint(folder)
 
 

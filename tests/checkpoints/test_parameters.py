@@ -7,7 +7,7 @@ import torch
 from families import save_model
 from masking import write
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import edit_json, save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -30,9 +30,7 @@ def prune(checkpoint, folder):
 def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_differ(tmp_path, head):
     """Configurations leave out what their class has by default; merged and gathered weights hold a copy of the head."""
     folder = save_model(tmp_path / "m", "gemma", tie_word_embeddings=True)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("tie_word_embeddings", None)
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", "tie_word_embeddings")
     weights = load_file(folder / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     copies = {"none": {}, "same": {"lm_head.weight": embedding.clone()}, "different": {"lm_head.weight": -embedding}}
@@ -48,8 +46,7 @@ def test_a_head_that_config_json_does_not_mention_is_tied_unless_its_values_diff
 
 def test_a_file_of_unused_tensors_alone_is_left_out(tmp_path):
     folder = save_tiny(tmp_path / "m", shard_size="20KB", num_hidden_layers=3)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    edit_json(folder / "config.json", num_hidden_layers=1)
     pruned = tmp_path / "pruned"
     prune(open_checkpoint(folder), pruned)
     index = json.loads((pruned / "model.safetensors.index.json").read_text())

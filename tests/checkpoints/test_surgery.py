@@ -1,6 +1,5 @@
 """Checkpoints without some neurons, KV groups and layers, compared with the dense model that has these masked."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +9,7 @@ from families_masked import masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import kept_of, models, write
-from tiny import save_tiny
+from tiny import edit_json, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
 
@@ -138,10 +137,7 @@ def test_a_llama_whose_heads_do_not_divide_is_written_as_mistral(groups, queries
         dense, pruned = Path(name) / "dense", Path(name) / "pruned"
         sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
         save_tiny(dense, tie_word_embeddings=tied, num_hidden_layers=1, intermediate_size=6, **sizes)
-        config = json.loads((dense / "config.json").read_text())
-        for key in ("rope_parameters", "head_dim", "max_position_embeddings"):
-            del config[key]
-        (dense / "config.json").write_text(json.dumps(config | rope))
+        edit_json(dense / "config.json", "rope_parameters", "head_dim", "max_position_embeddings", **rope)
         checkpoint = open_checkpoint(dense)
         kept = Kept.of_all_layers({"kv_groups": [torch.arange(groups - kept_groups, groups)]})
         write(checkpoint, kept, pruned)

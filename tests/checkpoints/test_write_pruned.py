@@ -1,11 +1,9 @@
 """What travels along with pruned weights, and what stays as it was."""
 
-import json
-
 import pytest
 import torch
 from masking import write
-from tiny import save_tiny
+from tiny import edit_json, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -43,9 +41,7 @@ def test_licences_and_files_for_other_programs_travel_along_without_identifying_
     (dense / "tokenization_own.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
     )
-    told = json.loads((dense / "tokenizer_config.json").read_text())
-    auto_map = {"AutoTokenizer": [None, "tokenization_own.Own"]}
-    (dense / "tokenizer_config.json").write_text(json.dumps(told | {"auto_map": auto_map}))
+    edit_json(dense / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_own.Own"]})
     licences = ["COPYING", "LICENCE", "LICENSE", "License.txt", "MODEL_LICENSE", "Notice.md", "license-code"]
     for name in licences:
         (dense / name).write_text(name)
@@ -60,8 +56,7 @@ def test_licences_and_files_for_other_programs_travel_along_without_identifying_
 
 def test_infinite_numbers_in_a_config_stay(tmp_path):
     dense = save_tiny(tmp_path / "dense")
-    told = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(told | {"time_step_limit": [0.0, float("inf")]}))
+    edit_json(dense / "config.json", time_step_limit=[0.0, float("inf")])
     prune(dense, tmp_path / "pruned")
     assert '"time_step_limit": [\n  0.0,\n  Infinity\n ]' in (tmp_path / "pruned" / "config.json").read_text()
     assert AutoConfig.from_pretrained(tmp_path / "pruned").time_step_limit == [0.0, float("inf")]

@@ -41,14 +41,10 @@ def own_files(folder):
     questions = [{"question": "ban der", "choices": ["kin", "gos t"], "answer": number % 2} for number in range(6)]
     data = folder / "tasks" / "questions.json"
     data.write_text(json.dumps(questions))
-    task = yaml.safe_load(re.sub(r"^#   ", "", commented_task(), flags=re.MULTILINE))
+    commented = re.search(r"^#   task: .*\n(#   .*\n)+", EXAMPLE.read_text(), re.MULTILINE)[0]  # of a task for lm-eval
+    task = yaml.safe_load(re.sub(r"^#   ", "", commented, flags=re.MULTILINE))
     task["dataset_kwargs"]["data_files"] = str(data)
     (folder / "tasks" / "questions.yaml").write_text(yaml.safe_dump(task))
-
-
-def commented_task():
-    """Return the example's lines that show a task file for lm-eval."""
-    return re.search(r"^#   task: .*\n(#   .*\n)+", EXAMPLE.read_text(), re.MULTILINE)[0]
 
 
 def test_the_example_runs_to_its_table_without_a_network(tmp_path):

@@ -11,6 +11,7 @@ from hfprune_launch import sweep
 from made_stages import FakeBackend
 from safetensors.torch import load_file, save_file
 from sweeps import make_inputs
+from tiny import edit_json
 
 CALIBRATION, HELD_OUT, PAIRS = "calibration.path", "evaluation.fidelity.path", "recovery.path"
 
@@ -99,37 +100,22 @@ def test_instructions_that_leave_the_dense_model_no_room(refusal):
 # Models.
 
 
-def edit(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def configured(**changes):
-    return lambda model: edit(model / "config.json", **changes)
-
-
 def in_float8(model):
     weights = load_file(model / "model.safetensors")
     save_file(weights | {Q: weights[Q].to(torch.float8_e4m3fn)}, model / "model.safetensors", {"format": "pt"})
 
 
-def as_pickle(model):
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def without_eos(model):
-    file = model / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    settings.pop("eos_token")
-    file.write_text(json.dumps(settings))
-
-
 Q = "model.layers.1.self_attn.q_proj.weight"
+MLLAMA = {"model_type": "mllama", "vision_config": {}, "text_config": {}}
 MODELS = {
     "float8": (in_float8, [Q, "F8_E4M3", "quantized"]),
-    "mllama": (configured(model_type="mllama", vision_config={}, text_config={}), ["mllama", "images", "llama"]),
-    "pickle": (as_pickle, ["pytorch_model.bin", "save_pretrained"]),
+    "mllama": (lambda model: edit_json(model / "config.json", **MLLAMA), ["mllama", "images", "llama"]),
+    "pickle": (
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+        ["pytorch_model.bin", "save_pretrained"],
+    ),
     "tokenizer cut": (lambda model: (model / "tokenizer.json").write_text('{"version"'), ["tokenizer can't be loaded"]),
-    "no eos": (without_eos, ["no end-of-sequence token"]),
+    "no eos": (lambda model: edit_json(model / "tokenizer_config.json", "eos_token"), ["no end-of-sequence token"]),
 }
 
 

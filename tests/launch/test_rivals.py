@@ -46,19 +46,14 @@ def finished(config, tmp_path_factory):
     return out
 
 
-def folders_of(out, kind):
-    return list((out / "store" / kind).iterdir())
-
-
 def test_rivals_share_a_calibration_pass_and_remove_as_much(finished):
     """One rival needs another pass, in its student."""
-    out = finished
-    passes = [read_json(folder / "manifest.json") for folder in folders_of(out, "importance")]
+    passes = [read_json(folder / "manifest.json") for folder in (finished / "store" / "importance").iterdir()]
     assert sorted(manifest["stage"]["params"]["criteria"] == ["coupled_taylor_distilled"] for manifest in passes) == [
         False,
         True,
     ]
-    rows = {row["method"]: row for row in results(out)}
+    rows = {row["method"]: row for row in results(finished)}
     assert set(rows) == {"", "hfprune", *RIVALS}
     biases = 2 * 9 * 32 / int(rows[""]["parameters"])  # which flap adds
     for name in RIVALS:

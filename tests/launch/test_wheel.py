@@ -4,8 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -32,13 +32,6 @@ def call(*command, **options):
     return result.stdout
 
 
-@dataclass(frozen=True)
-class Installed:
-    commit: str
-    hfprune: Path
-    packages: Path
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The wheel, built from a commit and installed without dependencies, which come from this environment."""
@@ -58,7 +51,8 @@ def installed(tmp_path_factory):
     packages = Path(call(venv / "bin" / "python", "-c", ask).strip())
     # A folder named in a .pth file has none of its own .pth files read, so the clone stays out of sight.
     (packages / "dependencies.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")
-    return Installed(call("git", "rev-parse", "HEAD", cwd=source).strip(), venv / "bin" / "hfprune", packages)
+    commit = call("git", "rev-parse", "HEAD", cwd=source).strip()
+    return SimpleNamespace(commit=commit, hfprune=venv / "bin" / "hfprune", packages=packages)
 
 
 def test_a_wheel_knows_its_version_and_commit(installed, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from families import save_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, write_documents, write_pairs
+from tiny import edit_json, save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
 from hfprune_dist.config.method import Method
@@ -203,18 +203,12 @@ def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(world):
         assert prune.inputs["importance"].location in more.stages
 
 
-def methods_file(folder, name, **method):
-    file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(method))
-    return str(file)
-
-
 def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(world, tmp_path):
     """A method of neurons only is planned as it is without others, and one of groups as it is without the former."""
-    both = methods_file(tmp_path, "both", criterion="surgeon", structures=["kv_groups", "neurons"], allocation="global")
-    alone, other, together = (
-        plan_of(world, methods=names, models=["a"]) for names in (["hfprune"], [both], ["hfprune", both])
-    )
+    both = tmp_path / "both.yaml"
+    both.write_text("{criterion: surgeon, structures: [kv_groups, neurons], allocation: global}")
+    named = (["hfprune"], [str(both)], ["hfprune", str(both)])
+    alone, other, together = (plan_of(world, methods=names, models=["a"]) for names in named)
     scored = [stage for stage in together.stages.values() if stage.kind == "importance"]
     assert [stage.params.structures for stage in scored] == [["neurons", "kv_groups"]]
     assert scored[0].params.criteria == ["entropy", "surgeon"]
@@ -280,9 +274,7 @@ def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(w
         key = f"model.layers.1.mlp.{name}.weight"
         state[key] = state[key].narrow(dimension, 0, 20).contiguous()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["layer_sizes"] = {"intermediate_size": [48, 20]}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", layer_sizes={"intermediate_size": [48, 20]})
     for method in ("hfprune", "surgeon-plain"):
         with pytest.raises(
             UserError, match=f"'narrowed', method '{method}': llama has layers that differ in width.*, searched"
