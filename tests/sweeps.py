@@ -7,7 +7,7 @@ import io
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ranks import ROOT, surroundings
 from tiny import save_tiny, write_documents, write_pairs
 
 from hfprune_dist.config.load import load_config
+from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
@@ -77,12 +78,14 @@ def make_inputs(folder: Path) -> Path:
     return file
 
 
-def planned(config_file: Path, *, device: str = "", **overrides: object) -> tuple[SweepConfig, Plan]:
-    """Plan a sweep from a configuration; dots in keys are written as ``__``."""
+def planned(
+    config_file: Path, *, device: str = "", own: Mapping[str, Method] | None = None, **overrides: object
+) -> tuple[SweepConfig, Plan]:
+    """Plan a sweep from a configuration, or with ``own`` methods; dots in keys are written as ``__``."""
     config = load_config([config_file], {key.replace("__", "."): value for key, value in overrides.items()})
     hashes = FileHashes(None)
     models = resolve_models(config, config_file.parent / "none", hashes, download=False)
-    methods = resolve_methods(config, ROOT / "configs" / "methods")
+    methods = own or resolve_methods(config, ROOT / "configs" / "methods")
     return config, build_plan(config, models, methods, hashes, device)
 
 
