@@ -71,7 +71,7 @@ def full(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], check=True)
     (disk / "all").write_bytes(bytes(4096))
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # where a writer has left its file open
 
 
 def write_weights(file):
