@@ -26,6 +26,7 @@ from hfprune_dist.store.atomic_files import read_record, write_json
 from hfprune_dist.store.attempts import End, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder
 from hfprune_dist.store.heartbeat import PROGRESS, Progress
+from hfprune_dist.store.machine import count_gpus
 from hfprune_dist.store.stage import Stage, kind_of
 
 if TYPE_CHECKING:  # torch takes seconds to import; a rank that can't run should say so at once
@@ -111,8 +112,8 @@ def leave_process(code: int) -> NoReturn:
 
 
 def prepare_environment() -> None:
-    """Make a process that was not started as a rank the only rank, and keep libraries quiet and idle threads asleep; to
-    be called before torch is imported, as OpenMP reads its settings then.
+    """Make a process that was not started as a rank the only rank, keep libraries quiet, idle threads asleep and freed
+    memory at hand; to be called before torch is imported, as OpenMP reads its settings then.
     """
     single_process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in single_process.items():
@@ -122,6 +123,10 @@ def prepare_environment() -> None:
     # Threads that spin while they wait for each other take the cores from those that work. If others use the machine
     # too, generating tokens took ten times as long; on idle cores, sleeping costs nothing that can be measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform == "linux" and not count_gpus():
+        # Linux clears the pages that it gives: for each large tensor, unless freed memory stays with the process.
+        for option, number in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, number)
 
 
 def run_stage(
