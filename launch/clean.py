@@ -45,7 +45,7 @@ from hfprune_dist.store.atomic_files import listed
 # Folders of files that stages share; a stage makes such a file anew if it is missing.
 SHARED = {
     "rows": "packed training rows, which a recovery packs again",
-    "layers": "checks of layers, which stages make again",
+    "layers": "checks and orders of layers, which stages make again",
 }
 FINGERPRINT = re.compile(r"[0-9a-f]{20}")
 

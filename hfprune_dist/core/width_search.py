@@ -166,10 +166,7 @@ def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, co
         measured = left[:contenders] if order else left
         kls = measure([tuple(sorted([*order, layer])) for layer in measured])
         ranked = [layer for _, layer in sorted(zip(kls, measured, strict=True))]
-        if not order:
-            if not contenders:
-                return ranked[:count]
-            left = ranked
-        order.append(ranked[0])
-        left.remove(ranked[0])
+        left = left if order else ranked
+        order += ranked[: 1 if contenders else count]
+        left = [layer for layer in left if layer not in order]
     return order

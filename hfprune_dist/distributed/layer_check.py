@@ -9,7 +9,6 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Sizes, whole_forward
 from hfprune_dist.models.loading import after_head
 from hfprune_dist.models.single_layer import LayerReader, read_by, run
-from hfprune_dist.store.atomic_files import write_json
 
 # Relative errors that rounding explains: of sums in another order.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -32,20 +30,17 @@ TOKENS = 16  # whose logits are compared
 
 
 def check_layers(
-    checkpoint: Checkpoint, window_T: Tensor, dtype: torch.dtype, sharding: Sharding, world: World, passed: Path
+    checkpoint: Checkpoint, window_T: Tensor, dtype: torch.dtype, sharding: Sharding, world: World
 ) -> None:
     """Run the whole model on one window, and each layer by itself on what it reads there; compare them. Collective.
 
     Args:
         window_T: token ids, int64 [tokens].
         sharding: how the whole model is placed on the ranks (``runtime.sharding``).
-        passed: file that says that this model has passed; if it is there, nothing is computed.
 
     Raises:
         UserError: naming the first layer that departs from the model by more than rounding explains.
     """
-    if world.on_rank0(passed.is_file):
-        return
     need = whole_forward(Sizes.from_checkpoint(checkpoint), len(window_T), dtype.itemsize)
     placed = choose_sharding(sharding, need, world)
     if placed == "zero3" or world.is_first:
@@ -56,12 +51,6 @@ def check_layers(
         model.final_hidden(window_T)
         model.release()
         refuse_departures(departures, dtype)
-
-    def record() -> None:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        write_json(passed, {"model": str(checkpoint.path), "layers": checkpoint.num_layers})
-
-    world.on_rank0(record)
 
 
 def _compare_in_forward(

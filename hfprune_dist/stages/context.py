@@ -36,6 +36,7 @@ from hfprune_dist.store.stage import Stage
 INPUTS = "inputs.json"  # in a work folder: the content of artifacts that progress there was made with
 
 P = TypeVar("P", bound=Parameters, covariant=True)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,26 @@ class Context(Generic[P]):
         return passes_here(partial(need, samples, tokens), setting, most, self.runtime.sharding, self.world)
 
     def check_layers(self, checkpoint: Checkpoint, windows_ST: Tensor, dtype: Dtype) -> None:
-        """``check_layers`` of the ``model`` input on a window, before passes layer by layer; collective.
+        """``check_layers`` of the ``model`` input on a window, before passes layer by layer; collective."""
+        given = windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world
+        self.once("checked", [dtype], partial(check_layers, checkpoint, *given))
 
-        The store remembers which model has passed, in which dtype, on which kind of device and with which libraries.
+    def once(self, name: str, given: list[Any], compute: Callable[[], T]) -> T:
+        """What this or another stage has computed of the ``model`` input, a JSON value; collective.
+
+        The store remembers it for what else is ``given``, the kind of device and the libraries.
         """
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         versions = torch.__version__, transformers.__version__, [kind.version for kind in KINDS.values()]
-        key = digest_of([self.stage.inputs["model"].identity, dtype, kind, *versions])[:20]
-        passed = self.store.root / "layers" / f"checked-{key}.json"
-        check_layers(checkpoint, windows_ST[0], getattr(torch, dtype), self.runtime.sharding, self.world, passed)
+        key = digest_of([self.stage.inputs["model"].identity, *given, kind, *versions])[:20]
+        file = self.store.root / "layers" / f"{name}-{key}.json"
+        found: dict[str, Any] = self.world.on_rank0(lambda: read_object(file) or {})
+        if name not in found:
+            found[name] = compute()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.world.on_rank0(lambda: write_json(file, found))
+        return cast("T", found[name])
 
     def check_inputs(self) -> None:
         """Verify everything that this stage reads; rank 0 does.

@@ -151,14 +151,13 @@ class _Search:
         # Those whose units can make up the ratio; if the layers that are gone always exceed it, the one with most.
         enough = [each for each in contests if each.removals <= each.removable]
         contests = [each for each in enough if each.removals >= 0] or enough[:1] or [contest.without(order)]
-        measure = partial(self._kl, phase="search")
         kls: dict[str, float] = {}
         known: dict[Counts, float] = {}
         metrics: dict[str, Any] = {"layers_in_order_of_dropping": order} if order else {}
         if len(contests) > 1:
             named = {f"{len(each.layers)} layers": each for each in contests}
             shapes = {name: each.shape(each.reweighted().counts(START)) for name, each in named.items()}
-            kls = dict(zip(named, measure([*shapes.values()]), strict=True))
+            kls = dict(zip(named, self._kl([*shapes.values()]), strict=True))
             best, finalists = self._best(shapes, kls, dict.fromkeys(named, 0))
             contests, metrics = [named[best]], metrics | finalists
             known[named[best].reweighted().counts(START)] = kls[best]
@@ -166,7 +165,7 @@ class _Search:
 
         def kl_of(many: Sequence[Counts]) -> list[float]:
             if unknown := [counts for counts in many if counts not in known]:
-                known.update(zip(unknown, measure([contest.shape(counts) for counts in unknown]), strict=True))
+                known.update(zip(unknown, self._kl([contest.shape(counts) for counts in unknown]), strict=True))
             return [known[counts] for counts in many]
 
         counts, measured = search_shapes(contest.reweighted(), self._plain_within(contest), kl_of)
@@ -182,27 +181,26 @@ class _Search:
                 found[name] = tuple(count for scored in self._kinds for count in shape.units[scored.units.kind])
         return {name: counts for name, counts in found.items() if contest.allows(counts)}
 
-    def _kl(self, shapes: Sequence[Shape], phase: str, *, order_alone: bool = False) -> list[float]:
+    def _kl(self, shapes: Sequence[Shape], phase: str = "search", ordered_ST: Tensor | None = None) -> list[float]:
         """The divergence of each shape from the dense model, after a cheap refit if the stage refits at all.
 
         Args:
             phase: its name in progress reports.
-            order_alone: whether it only orders layers, for which few windows without a refit will do.
+            ordered_ST: windows that order layers; they are few, and nothing is refitted.
         """
-        context, checkpoint = self._context, self._checkpoint
-        compared_ST, fitted_on = self._compared_ST, None
-        if order_alone:
-            compared_ST = compared_ST[:WINDOWS_OF_ORDER, : None if context.params.is_thorough else QUICK_TOKENS]
-        elif self._refits:
+        context, checkpoint, fitted_on = self._context, self._checkpoint, None
+        if self._refits and ordered_ST is None:
             fitted_on = stream_of(context, checkpoint, self._fitted_ST)
             for index in [index for index in fitted_on.states if is_held_out(index, fitted_on.micro_batches)]:
                 del fitted_on.states[index]  # cheap fits choose no ridge
-        stream = stream_of(context, checkpoint, compared_ST, Passes(1))
+        stream = stream_of(context, checkpoint, self._compared_ST if ordered_ST is None else ordered_ST, Passes(1))
         after_each = context.reporting(phase, checkpoint.num_layers)
         return measure_shapes(shapes, self._kinds, fitted_on, stream, self._dense(), after_each, every=EVERY)
 
     def _layers_in_order(self, count: int) -> list[int]:
         """The ``count`` droppable layers that the model misses least, in the order in which they go."""
+        is_thorough, context = self._context.params.is_thorough, self._context
+        ordered_ST = self._compared_ST[:WINDOWS_OF_ORDER, : None if is_thorough else QUICK_TOKENS]
 
         def without(gone: Collection[int]) -> Shape:
             layers = tuple(layer for layer in range(self._checkpoint.num_layers) if layer not in gone)
@@ -210,9 +208,10 @@ class _Search:
             return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
-            return self._kl([without(gone) for gone in sets], "layers", order_alone=True)
+            given = [context.params.dtype, context.world.size, ordered_ST.tolist(), sets]  # whatever the ratio
+            return context.once("order", given, lambda: self._kl([*map(without, sets)], "layers", ordered_ST))
 
-        return drop_order(self._target.droppable, count, measure, CONTENDERS if self._context.params.is_thorough else 0)
+        return drop_order(self._target.droppable, count, measure, CONTENDERS if is_thorough else 0)
 
     def _best(
         self,

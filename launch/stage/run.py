@@ -124,8 +124,8 @@ def prepare_environment() -> None:
     # too, generating tokens took ten times as long; on idle cores, sleeping costs nothing that can be measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux" and not count_gpus():
-        # Linux clears the pages that it gives: for each large tensor, unless freed memory stays with the process.
-        for option, number in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        # Linux clears the pages that it gives: for most tensors, unless up to so large a one's stay with the process.
+        for option, number in ((-3, 2**25), (-1, -1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, number)
 
 

@@ -8,7 +8,6 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.distributed import layer_check
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
@@ -21,8 +20,8 @@ def checkpoint_in(folder, variant="llama"):
     return open_checkpoint(tiny.save_tiny(folder, variant, num_hidden_layers=LAYERS))
 
 
-def check(checkpoint, passed, dtype=torch.float32, sharding="auto", world=None):
-    check_layers(checkpoint, WINDOW_T, dtype, sharding, world or SoloWorld(), passed)
+def check(checkpoint, dtype=torch.float32, sharding="auto", world=None):
+    check_layers(checkpoint, WINDOW_T, dtype, sharding, world or SoloWorld())
 
 
 def test_an_architecture_whose_layers_depend_on_their_number_is_refused_with_its_place(tmp_path, monkeypatch):
@@ -30,8 +29,7 @@ def test_an_architecture_whose_layers_depend_on_their_number_is_refused_with_its
     variant = DiffLlamaConfig, DiffLlamaForCausalLM, {"tie_word_embeddings": False}
     monkeypatch.setitem(tiny.VARIANTS, "diffllama", variant)
     with pytest.raises(UserError, match=r"diffllama: .* outputs of layer 1 depart from the whole model's by"):
-        check(checkpoint_in(tmp_path / "model", "diffllama"), tmp_path / "passed.json", torch.bfloat16)
-    assert not (tmp_path / "passed.json").exists()
+        check(checkpoint_in(tmp_path / "model", "diffllama"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ def test_a_departure_is_found_at_every_place(tmp_path, monkeypatch, part, place)
 
     monkeypatch.setattr(LayerReader, part, scaled)
     with pytest.raises(UserError, match=f"{place} depart"):
-        check(checkpoint_in(tmp_path / "model"), tmp_path / "passed.json")
+        check(checkpoint_in(tmp_path / "model"))
 
 
 def _scale(output):
@@ -60,19 +58,10 @@ def _scale(output):
     return output
 
 
-def test_a_model_that_has_passed_is_not_loaded_again(tmp_path, monkeypatch):
-    loads, original = [], layer_check.FrozenModel
-    monkeypatch.setattr(layer_check, "FrozenModel", lambda *rest: loads.append(rest) or original(*rest))
-    checkpoint = checkpoint_in(tmp_path / "model", "qwen2")
-    for _ in range(2):
-        check(checkpoint, tmp_path / "checked" / "passed.json")
-        assert len(loads) == 1
-
-
 def test_sharded_models_are_compared_as_well(tmp_path):
     checkpoint = checkpoint_in(tmp_path / "model")
 
     def compare(world):
-        check(checkpoint, tmp_path / "passed.json", torch.bfloat16, "zero3", world)
+        check(checkpoint, torch.bfloat16, "zero3", world)
 
     assert on_ranks(2, compare) == [0, 0]

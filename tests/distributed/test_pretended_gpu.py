@@ -138,7 +138,7 @@ def checked(folder, layers, gpu):
     model = FrozenModel(checkpoint, DTYPE, 1, "replicate", WORLD)
     with pytest.MonkeyPatch.context() as patch, counting(gpu):
         patch.setattr(layer_check, "FrozenModel", lambda *_: model)
-        check_layers(checkpoint, windows_of(1)[0], DTYPE, "replicate", WORLD, folder / "passed.json")
+        check_layers(checkpoint, windows_of(1)[0], DTYPE, "replicate", WORLD)
 
 
 def measured(folder, layers, gpu):

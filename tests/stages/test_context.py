@@ -11,7 +11,7 @@ from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.text import identity_of
-from hfprune_dist.errors import LostInputError
+from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
@@ -152,3 +152,18 @@ def test_a_clock_that_is_set_lengthens_no_stage(store, text, monkeypatch):
     manifest = store.handle(context.stage.id).manifest()
     assert 0 <= manifest["wall_time_s"] < 600
     assert manifest["finished"] - manifest["started"] == pytest.approx(manifest["wall_time_s"], abs=1e-3)
+
+
+def test_what_depends_on_the_same_is_computed_once_for_all_stages(store, text):
+    def refuse():
+        raise UserError("not such a model")
+
+    context = begin(store, text)
+    context.stage.inputs["model"] = NEED.inputs["model"]
+    with pytest.raises(UserError):
+        context.once("order", [1], refuse)
+    assert [context.once("order", [1], lambda: [0.1, 2]), context.once("order", [1], refuse)] == [[0.1, 2]] * 2
+    assert context.once("order", [2], lambda: None) is None
+    for file in (store.root / "layers").iterdir():
+        file.write_text("{")
+    assert context.once("order", [1], lambda: 3) == 3

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import shapes
@@ -114,7 +115,7 @@ def shaped(store, shape, order, layers):
     return Kept(staying, {"neurons": neurons, "kv_groups": kv_groups})
 
 
-def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(tmp_path):
+def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(tmp_path, monkeypatch):
     layers = 6
     store, stage = prepare(tmp_path, layers=layers, refit="none", ratio=0.4)
     run_here(store, stage)
@@ -130,6 +131,14 @@ def test_layers_are_given_up_in_the_order_in_which_whole_models_miss_them_least(
     for name, kl in metrics_of(store, stage)["search_kl"].items():
         candidate = masked(checkpoint, shaped(store, numbers_of(name), order, layers))
         assert divergence(load(tmp_path / "model"), candidate, windows, EVERY) == pytest.approx(kl, rel=1e-3), name
+
+    calls, measure = [], shape_search.measure_shapes
+    monkeypatch.setattr(
+        shape_search, "measure_shapes", lambda *given, **more: calls.append(1) or measure(*given, **more)
+    )
+    run_here(store, other := replace(stage, params=stage.params.model_copy(update={"ratio": 0.3})))
+    known = metrics_of(store, other)["layers_in_order_of_dropping"]
+    assert known and known == expected[: len(known)] and len(calls) == 1, "it is known for other ratios"
 
 
 def rows(windows_ST, among_ST):
