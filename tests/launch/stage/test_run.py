@@ -1,4 +1,4 @@
-"""The end of a rank that fails."""
+"""The end of a rank that fails, and its memory."""
 
 import os
 import subprocess
@@ -46,3 +46,22 @@ def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
     assert ended.stderr.startswith("Traceback") and ended.stderr.endswith("RuntimeError: connection closed by peer\n")
     (failure,) = attempt.failures()
     assert (failure.cause, failure.rank) == ("code", 3)
+
+
+FAULTS = """
+import resource
+from hfprune_launch.stage.run import prepare_environment
+
+prepare_environment()
+for _ in range(3):
+    tensors = [b"x" * 2**24 for _ in range(4)]
+    del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def test_memory_that_was_freed_is_not_asked_of_the_system_again():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    first, _, last = map(int, run.stdout.split())
+    assert last - first < 1000, "pages"
