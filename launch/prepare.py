@@ -175,6 +175,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
             )
     engines = [*config.engines] if "check" in kinds else []
     engines += [config.efficiency.engine] if config.efficiency.engine and "efficiency" in kinds else []
+    engines += ["vllm"] if "answers" in kinds and "vllm" in config.runtime.engine_pythons else []
     for engine in engines:
         require_engine(engine, config.runtime.python_of(engine))
     texts = list(_texts(config, kinds, looks_only))

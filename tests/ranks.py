@@ -151,13 +151,17 @@ def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
 
 
 def run_here(
-    store: Store, stage: Stage, world: World | None = None, interruption: Interruption | None = None
+    store: Store,
+    stage: Stage,
+    world: World | None = None,
+    interruption: Interruption | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Run a stage to its end on a rank of this process, by default the only one; return its metrics."""
     handle, world = store.handle(stage.id), world or SoloWorld()
     handle.work.mkdir(parents=True, exist_ok=True)
     claim = handle.claim("test") if world.is_first else None
-    runtime, asked = RuntimeConfig(), interruption or Interruption()
+    runtime, asked = RuntimeConfig(**settings), interruption or Interruption()
     context = Context(stage, store, world, runtime, Progress(None), {}, {}, 1, claim, asked)
     importlib.import_module(f"hfprune_dist.stages.{stage.kind}").run(context)
     return metrics_of(store, stage) if world.is_first else {}

@@ -208,7 +208,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
     monkeypatch.setattr(shard_scorer, "FrozenModel", place)
 
 
-def run_in_threads(store: Store, stage: Stage, ranks: Ranks) -> None:
+def run_in_threads(store: Store, stage: Stage, ranks: Ranks, **runtime: Any) -> None:
     """Run a stage to its end on these ranks, as the launcher's processes would."""
     write_stage_file(store, stage)
-    ranks.run(lambda world: run_here(store, stage, world))
+    ranks.run(lambda world: run_here(store, stage, world, **runtime))

@@ -122,7 +122,8 @@ class RuntimeConfig(Section):
     """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
     that hangs, and longer than rank 0 ever works alone."""
     engine_pythons: dict[EngineName, Name] = Field(default={})
-    """Engine -> path, or name in PATH, of a Python that has it; by default, the one that runs this."""
+    """Engine -> path, or name in PATH, of a Python that has it; by default, the one that runs this. A ``vllm`` also
+    writes the dense model's answers (``recovery.answers``)."""
     report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
     """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
 

@@ -48,15 +48,11 @@ class TrainingText(TextSource):
     """Field that holds the response; the loss is computed on its tokens only."""
     answers: Literal["given", "dense"] = "given"
     """Whose responses to instructions are learnt. given: the text's. dense: the dense model's, written once for all of
-    its rows, of a data set with ``samples``; the text's aren't read, and a chat ends with the first. What is cut is
-    learnt without an end."""
-    answer_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """answers dense: the most of sequence_length that an answer takes; instructions that leave less are left out."""
+    its rows, of a data set with ``samples``, by vLLM if ``runtime.engine_pythons`` names one and it loads the model on
+    one GPU, else by transformers; the text's aren't read, and a chat ends with the first. An answer takes up to half of
+    sequence_length; what is cut is learnt without an end, and instructions that leave less are left out."""
     answer_temperature: Annotated[float, Field(ge=0)] = 0.0
     """answers dense: the temperature at which tokens are drawn; 0 takes the most likely."""
-    answer_batch_size: Positive = 32
-    """answers dense: instructions that a rank answers at a time. Another number answers all anew, since
-    padding may change bits, and in glm_moe_dsa and deepseek_v32 more."""
     samples: Positive | None = None
     """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
     them, or of documents as many as hold ``tokens``."""
@@ -66,7 +62,7 @@ class TrainingText(TextSource):
 
     @property
     def answer_tokens(self) -> int:
-        return ceil(self.answer_share * self.sequence_length)
+        return ceil(self.sequence_length / 2)
 
 
 class Recipe(TrainingText):
@@ -74,8 +70,9 @@ class Recipe(TrainingText):
 
     method: Literal["none", "lora", "full", "parts"] = "lora"
     """Which weights are trained. lora: LoRA on all attention and MLP projections (of mixtures of experts on attention's
-    alone), merged afterwards. full: all of them. parts: those named in ``parts``. none: no training. With full and
-    parts, each rank has the whole model, ranks share the optimizer, and mixtures of experts are refused."""
+    alone), merged afterwards. full: all of them. parts: those named in ``parts``. none: no training, whatever the other
+    keys say. With full and parts, each rank has the whole model, ranks share the optimizer, and mixtures of experts are
+    refused."""
     parts: list[Part] = Field(default=["lm_head", "last_3_layers"], min_length=1)
     """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers (all that
     pruning has left, if these are fewer)."""
@@ -142,8 +139,7 @@ class Recipe(TrainingText):
         idle = set() if lora else {"rank", "alpha", "dropout"}
         idle |= set() if self.method == "parts" else {"parts"}
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
-        of_answers = {"answer_share", "answer_temperature", "answer_batch_size"}
-        idle |= {"response_field"} if self.answers == "dense" else of_answers
+        idle |= {"response_field"} if self.answers == "dense" else {"answer_temperature"}
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}

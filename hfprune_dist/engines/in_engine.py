@@ -2,9 +2,9 @@
 
 ``python in_engine.py ENGINE`` ends with 1 if this Python lacks it. ``python in_engine.py ENGINE REQUEST ANSWER``, two
 JSON files: REQUEST has the ``model``, ``options`` of its loader, and ``sequences`` of token ids, each a prompt and some
-``new_tokens``; or the arguments of ``_time_vllm``. ANSWER gets ``version``, and ``runs``, one a sequence: ``log_probs``
-of the prompt but its first token, and the ``new`` ones that the engine chooses, in float32; or what ``_time_vllm``
-returns; or ``error``, what it says of the model; or ``unable``, why it can't run.
+``new_tokens``; or the arguments of ``_time_vllm`` or ``_answer_vllm``. ANSWER gets ``version``, and ``runs``, one a
+sequence: ``log_probs`` of the prompt but its first token, and the ``new`` ones that the engine chooses, in float32; or
+what those functions return; or ``error``, what it says of the model; or ``unable``, why it can't run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def main() -> None:
         answer["version"] = f"{modules[0]} {version.partition('-')[0]}"  # without OpenVINO's commit
         if "workloads" in request:
             answer["runs"] = _time_vllm(**request)
+        elif "prompts" in request:
+            answer["runs"] = _answer_vllm(**request)
         else:
             answer["runs"] = run(request["model"], request["sequences"], request["new_tokens"], **request["options"])
     except BaseException as error:  # of an engine, anything; some end the interpreter
@@ -90,13 +92,11 @@ def _time_vllm(
         by the median over prompts.
     """
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     torch.set_num_threads(threads)
-    # kv_cache_memory_bytes takes the place of a share of the memory, which only has to be free.
-    alike = {"seed": 0, "enable_prefix_caching": False, "disable_log_stats": False, "gpu_memory_utilization": 0.05}
-    eager = not torch.cuda.is_available()  # compiling for a CPU takes minutes, and a compiler
-    engines: dict[str, Any] = {name: LLM(enforce_eager=eager, **alike, **options) for name, options in models.items()}
+    alike = {"enable_prefix_caching": False, "disable_log_stats": False}
+    engines = {name: _vllm_with_cache(**alike, **options) for name, options in models.items()}
     sampling, runs = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False), []
     for sequences in workloads:
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in sequences]
@@ -108,6 +108,25 @@ def _time_vllm(
                 seconds[name].append([median(one.first_token_latency for one in found), others])
         runs.append({name: times[1:] for name, times in seconds.items()})
     return runs
+
+
+def _answer_vllm(options: Any, prompts: Sequences, seeds: Sequence[int], sampling: Any) -> list[list[int]]:
+    """What a model, by options of its loader, says after each prompt, drawn by a seed each: tokens, with the end."""
+    from vllm import SamplingParams
+
+    each = [SamplingParams(seed=seed, detokenize=False, **sampling) for seed in seeds]
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    made = _vllm_with_cache(**options).generate(asked, each, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in made]
+
+
+def _vllm_with_cache(**options: Any) -> Any:
+    """An engine whose cache has ``kv_cache_memory_bytes``: a share of the memory, instead, would have to be free."""
+    import torch
+    from vllm import LLM
+
+    eager = not torch.cuda.is_available()  # compiling for a CPU takes minutes, and a compiler
+    return LLM(enforce_eager=eager, seed=0, gpu_memory_utilization=0.05, **options)
 
 
 def _llama_cpp(model: str, sequences: Sequences, new_tokens: int, **_: Any) -> Runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hfprune_dist.config.method import EngineName
 from hfprune_dist.errors import UserError
 from hfprune_dist.export import require_gguf
 from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.store.machine import count_gpus
 
 SCRIPT = str(Path(__file__).with_name("in_engine.py"))
 # What ranks of a stage, of which this may be one, are told, and no engine should take for its own.
@@ -53,6 +55,22 @@ def ask(engine: EngineName, python: str, folder: Path, request: Mapping[str, Any
     return answer
 
 
+def runs_of(engine: EngineName, python: str, scratch: Path, request: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """An engine's version, and the runs that it answers; ``scratch``: a folder for a while.
+
+    Raises:
+        UserError: if it can't run, or doesn't run the model.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        answer = ask(engine, python, Path(folder), request)
+    if "error" in answer:
+        raise UserError(f"{answer['version']} doesn't run it: {answer['error']}")
+    return answer["version"], answer["runs"]
+
+
 def _run(command: list[str], given: dict[str, str] | None = None, **options: Any) -> int:
     environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS} | (given or {})
+    if (gpu := os.environ.get("LOCAL_RANK")) and count_gpus():  # a rank's own, as ``claim_device`` leaves it there
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(gpu)] if seen else gpu
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False, **options).returncode

@@ -19,7 +19,7 @@ class AnswersParameters(StageParameters):
     """Settings of answers; ``seed`` is 0 where neither the order of a data set nor a draw depends on it."""
 
     tokenizes: ClassVar[bool] = True
-    batch_setting: ClassVar[str] = "recovery.answer_batch_size"
+    batch_setting: ClassVar[str] = "recovery.sequence_length"
 
     recovery: TrainingText
     dtype: Dtype
@@ -31,5 +31,4 @@ class AnswersParameters(StageParameters):
         return cls(recovery=text, dtype=training.dtype, seed=0 if text.path and not text.answer_temperature else seed)
 
     def need(self, planned: Planned) -> Need:
-        text = self.recovery
-        return generation(planned.dense, text.answer_batch_size, text.sequence_length, ITEMSIZE[self.dtype])
+        return generation(planned.dense, 1, self.recovery.sequence_length, ITEMSIZE[self.dtype])

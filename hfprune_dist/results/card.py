@@ -101,7 +101,7 @@ class Card:
         self.manifest = self.made.manifest() or {}
         self.stages = [plan.stages[stage_id] for stage_id in plan.upstream(cell)]
         answers = next((store.handle(stage.id).manifest() for stage in self.stages if stage.kind == "answers"), None)
-        self.answers: dict[str, int] = answers["metrics"] if answers else {}
+        self.answers: dict[str, Any] = answers["metrics"] if answers else {}
         # Of the run that evaluated it, else of the one that made it.
         self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
         self.base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
@@ -282,13 +282,13 @@ def _with_names(value: Any, names: dict[str, str]) -> Any:
 
 
 def _text(
-    settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str], answers: Mapping[str, int]
+    settings: Mapping[str, Any], source: Input | None, names: Mapping[str, str], answers: Mapping[str, Any]
 ) -> str:
     """A text for people, in Markdown: a data set on the hub, or the name of a file, which the recipe may have given."""
     answered = ", its instructions answered by the base model" if settings.get("answers") == "dense" else ""
     if answered and answers:
-        counts = "{pairs:,} answers, {unfinished_pairs:,} of them cut; {dropped_pairs:,} instructions left out"
-        answered += f" ({counts.format_map(answers)})"
+        answered += " in {engine} ({pairs:,} answers, {unfinished_pairs:,} of them cut; {dropped_pairs:,} instructions "
+        answered = f"{answered}left out)".format_map(answers)
     if source is not None:
         return f"the file {code(names.get(source.location, Path(source.location).name))}{answered}"
     parts = [settings.get("dataset"), settings.get("name"), settings.get("split")]

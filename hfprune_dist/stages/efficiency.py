@@ -5,11 +5,9 @@ It always has a single rank, with both models in memory. The stage is short: a k
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +19,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.engines import fit
 from hfprune_dist.checkpoints.token_costs import token_costs
 from hfprune_dist.engines.check import trusts
-from hfprune_dist.engines.process import ask
+from hfprune_dist.engines.process import runs_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.generation import Seconds, Workload, peak_bytes, time_generation, weight_bytes
 from hfprune_dist.kinds.efficiency import EfficiencyParameters
@@ -109,18 +107,10 @@ def _in_engine(
         "repeats": params.repeats,
         "threads": torch.get_num_threads(),
     }
-
-    def answer() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(dir=context.work) as folder:
-            return ask(engine, context.runtime.python_of(engine), Path(folder), request)
-
     context.progress.update(engine, 0, 1)
-    found = context.world.on_rank0(answer)
-    if "error" in found:
-        raise UserError(f"{found['version']} doesn't run it: {found['error']}")
-    return found["version"], [
-        {role: (None, [Seconds(*pair) for pair in times]) for role, times in run.items()} for run in found["runs"]
-    ]
+    python = context.runtime.python_of(engine)
+    version, runs = context.world.on_rank0(lambda: runs_of(engine, python, context.work, request))
+    return version, [{role: (None, [Seconds(*pair) for pair in times]) for role, times in run.items()} for run in runs]
 
 
 def _measure(models: Mapping[str, PreTrainedModel], workload: Workload, repeats: int) -> Measured:

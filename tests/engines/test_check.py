@@ -208,3 +208,19 @@ def test_a_stage_records_what_was_found(answers, checkpoint, tmp_path):
     run_in_threads(store, stage, Ranks(1))
     found = store.handle(stage.id).manifest()["metrics"]["engines"]
     assert found == {"openvino": asdict(Check("1", pytest.approx(0), 60)), "mlx": asdict(Check("2", failure="no"))}
+
+
+def test_an_engine_sees_the_gpu_of_the_rank_that_runs_it_alone(tmp_path, monkeypatch):
+    """By the number that it has among those that this rank sees; a machine without GPUs has no number."""
+    show = (
+        "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for seen, count, expected in (("4,GPU-5", 2, "GPU-5"), (None, 2, "1"), (None, 0, "all"), ("", 0, "")):
+        if seen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        monkeypatch.setattr(process, "count_gpus", lambda count=count: count)
+        assert process._run([sys.executable, "-c", show, str(tmp_path / "seen")]) == 0
+        assert (tmp_path / "seen").read_text() == expected

@@ -1,6 +1,7 @@
 """What stages need of each GPU, against the bytes that small models take: enough with the margin, not much more."""
 
 import contextlib
+import gc
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mixtures import some_kept
 from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
-from ranks import SoloWorld
+from ranks import SoloWorld, on_ranks
 from tiny import FAMILY, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 from unit_outputs import seen_units
@@ -274,19 +275,37 @@ def test_as_many_windows_pass_at_once_as_fit_and_make_sense(parts, host, count, 
     assert passes(need, 3, most, gpus, "auto").at_once == 3
 
 
-@pytest.mark.parametrize("settings", [{"method": "full", "objective": "distill"}, {"method": "parts"}])
-def test_training_in_place(tmp_path, settings, monkeypatch):
+DISTILLED = {"method": "full", "objective": "distill"}
+
+
+@pytest.mark.parametrize(("settings", "ranks"), [(DISTILLED, 1), (DISTILLED, 2), ({"method": "parts"}, 1)])
+def test_training_in_place(tmp_path, settings, ranks, monkeypatch):
+    """What is there at the peak of a step, and what stays: all weights and their gradients; ranks share the rest."""
     monkeypatch.setattr(head, "CHUNK_BYTES", 2**14)
     monkeypatch.setattr(training, "HEAD_BYTES", 2**17)
-    checkpoint = open_checkpoint(save_tiny(tmp_path, hidden_size=256, intermediate_size=704, num_hidden_layers=4))
+    shape = {"hidden_size": 320, "intermediate_size": 704, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **shape))  # whose matrices DeepSpeed shards
     task = make_task(checkpoint, dtype="float32", micro_batch_size=2, **settings)
     task = replace(task, teacher=checkpoint if task.settings.teacher_share else None)
-    need = training_need(task.settings, Sizes.from_checkpoint(checkpoint), 2, 24, has_teacher=task.teacher is not None)
-    with PeakBytes() as counted:
-        Trainer(task, Snapshot(), SoloWorld(), Placement(True, False, fits=True)).step(0)
+    sizes = Sizes.from_checkpoint(checkpoint)
+    need = training_need(task.settings, sizes, 2, 24, has_teacher=task.teacher is not None)
+
+    def count(world):
+        with PeakBytes() as counted:
+            trainer = Trainer(task, Snapshot(), world, Placement(True, False, fits=True))
+            trainer.step(0)
+            gc.collect()
+        (tmp_path / str(world.rank)).write_text(f"{counted.peak} {counted.live}")
+
+    assert on_ranks(ranks, count) == [0] * ranks
     # DeepSpeed gathers nothing on one rank.
-    gathered = Sizes.from_checkpoint(checkpoint).gathered * 4 if task.teacher else 0
-    check(need.on_each_gpu(1, whole=True) / MARGIN - gathered, counted.peak, at_most=1.6)
+    gathered = sizes.gathered * 4 if task.teacher and ranks == 1 else 0
+    trained = training.trained_in_place(task.settings, sizes)
+    held = need.weights + 4 * trained + (need.shared - 8 * trained) / ranks  # a step computes 8 bytes of each
+    for rank in range(ranks):
+        peak, live = map(int, (tmp_path / str(rank)).read_text().split())
+        check(need.on_each_gpu(ranks, whole=True) / MARGIN - gathered, peak, at_most=1.6)
+        assert live == pytest.approx(held, rel=0.02)
 
 
 def test_a_7b_model_learns_from_itself_on_eight_gpus_with_all_weights():

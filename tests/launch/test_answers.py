@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_rows_learn_the_dense_models_answers_and_say_so(tmp_path):
-    settings = ["recovery.answers=dense", "recovery.answer_share=0.1", "evaluation.tasks=[]"]
+    settings = ["recovery.answers=dense", "recovery.sequence_length=512", "evaluation.tasks=[]"]
     arguments = ["--models", "alpha", "--ratios", "0.2", *(f"--set={setting}" for setting in settings)]
     finish(make_inputs(tmp_path), tmp_path / "out", *arguments)
     rows = {row["label"]: row for row in results(tmp_path / "out")}
@@ -24,5 +24,5 @@ def test_rows_learn_the_dense_models_answers_and_say_so(tmp_path):
     trained = [read_json(file) for file in (tmp_path / "out" / "store" / "recover").glob("*/manifest.json")]
     assert [(manifest["metrics"]["pairs"], pairs > 30) for manifest in trained] == [(pairs, True)] * 2
     card = tmp_path / "out" / "checkpoints" / "alpha-0.2-surgeon-uniform-block-lora-answers" / "README.md"
-    told = f"the file `pairs.jsonl`, its instructions answered by the base model ({pairs} answers, "
+    told = "the file `pairs.jsonl`, its instructions answered by the base model in transformers "
     assert f"| trained on | {told}" in card.read_text()

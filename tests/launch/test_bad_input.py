@@ -87,12 +87,13 @@ def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(c
     assert in_process(sweep.main, *reports, "--dry-run", "--set", "recovery.method=none")[0] == 0
 
 
-def test_an_engine_that_its_python_lacks_is_refused_where_speed_is_measured_in_it(config, tmp_path):
+def test_an_engine_that_its_python_lacks_is_refused_where_it_measures_speed_or_answers(config, tmp_path):
     measured = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--set", "efficiency.engine=vllm"]
     measured += ["--set", f"runtime.engine_pythons.vllm={sys.executable}"]
     assert in_process(sweep.main, *measured)[0] == 0, "off unless it is enabled"
-    told = refused(sweep.main, *measured, "--set", "efficiency.enabled=true", folders=(tmp_path,))
-    assert f"{sys.executable}: it lacks vllm; name the Python" in told
+    for needed in ("efficiency.enabled=true", "recovery.answers=dense"):
+        told = refused(sweep.main, *measured, "--set", needed, folders=(tmp_path,))
+        assert f"{sys.executable}: it lacks vllm; name the Python" in told
     unknown = refused(sweep.main, *measured, "--set", "efficiency.engine=mlx", folders=(tmp_path,))
     assert "efficiency.engine" in unknown and "vllm" in unknown
 

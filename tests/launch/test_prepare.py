@@ -94,7 +94,7 @@ def test_pairs_without_anything_to_train_on(inputs, refusal):
 
 
 def test_instructions_that_leave_the_dense_model_no_room(refusal):
-    assert_parts(refusal("--set=recovery.answers=dense"), "none of 40 records", "too late for answer_share")
+    assert_parts(refusal("--set=recovery.answers=dense"), "none of 40 records", "in its second half")
 
 
 # Models.

@@ -315,9 +315,9 @@ def test_a_dense_model_answers_once_for_all_of_its_rows(config):
     (alone,) = stages_of(plan_of(config, models=["alpha"], **other), "answers")
     assert alone.id == stage.id
     drawn = [{"recovery__answer_temperature": 0.7, "seed": seed} for seed in (0, 3)]
-    others = [{"recovery__answer_share": 0.2}, {"recovery__sequence_length": 512}, *drawn]
+    others = [{"recovery__sequence_length": 512}, *drawn]
     plans = [plan_of(config, recovery__answers="dense", **other) for other in others]
-    assert len({stage.id for plan in plans for stage in stages_of(plan, "answers")} | {stage.id}) == 9
+    assert len({stage.id for plan in plans for stage in stages_of(plan, "answers")} | {stage.id}) == 7
 
 
 def test_what_prunes_in_recovery_needs_a_section_that_is_whole_without_its_recipes(config):
@@ -377,6 +377,7 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
         {"recovery__epochs": 7.0, "recovery__tokens": "300k"},
         {"recovery__rank": 5, "recovery__method": "full"},
         {"recovery__answer_temperature": 0.7},
+        {"recovery__answers": "dense", "recovery__method": "none"},
         {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
         {"prune__effort": "quick", "methods": ["hfprune"]},
         {"methods": ["loraprune"], "ratios": [0.1], "calibration__samples": 5},

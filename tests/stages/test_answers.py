@@ -3,22 +3,26 @@
 import json
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
 import torch
+import transformers
 from made_stages import stage_of
 from pyarrow import parquet
-from ranks import run_here, run_stage
+from ranks import SoloWorld, metrics_of, run_here, run_stage
 from tiny import save_tiny, tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from worlds import Death, Ranks, run_in_threads
 
-from hfprune_dist.data.examples import prompt_for
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.instructions import PackedRows
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
+from hfprune_dist.kinds.memory import GIB, Gpus
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages import answers
 from hfprune_dist.store.artifacts import Store
@@ -27,9 +31,13 @@ from hfprune_dist.store.stage import Input
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
-TEXT = {"text": "instructions", "answers": "dense", "sequence_length": 320, "answer_share": 0.05}
-TEXT |= {"answer_batch_size": 3}
-NEW = 16
+TEXT = {"text": "instructions", "answers": "dense", "sequence_length": 64}
+NEW = 32  # and as many are left for a question
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(answers, "BATCH", 4)
 
 
 def write_model(folder, ends=(2,), template=TEMPLATE):
@@ -47,14 +55,19 @@ def write_model(folder, ends=(2,), template=TEMPLATE):
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers")
     write_model(folder / "model")
-    records = [{"instruction": tiny_text(1 + number, number), "response": 7} for number in range(8)]
-    records[2]["input"] = "that"
-    records.append({"instruction": "x" * 200})  # which leaves no room
-    chat = [("user", "ab"), ("assistant", "never"), ("user", "read")]
-    records.append({"messages": [{"role": role, "content": content} for role, content in chat]})
-    records.append({"messages": [{"role": "assistant", "content": "asks nothing"}]})
+    records = [chat_of("user", tiny_text(1 + number % 3, number)) for number in range(70)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records[8:] = [{"instruction": "leaves no room", "response": 7}]
+    records.append(chat_of("user", "ab", "assistant", "never", "user", "read"))
+    records.append(chat_of("assistant", "asks nothing"))
     (folder / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def chat_of(*turns):
+    return {
+        "messages": [{"role": role, "content": content} for role, content in zip(turns[::2], turns[1::2], strict=True)]
+    }
 
 
 def stage_in(source, file="text.jsonl", **text):
@@ -84,11 +97,15 @@ def plain_answer(model, prompt):
     return ids[-NEW:]
 
 
+def cut(ids, ends=(2,)):
+    """What is said up to a token that ends it, and with it."""
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), NEW)]
+
+
 def plain_answers(source):
     model = AutoModelForCausalLM.from_pretrained(source / "model")
-    records = map(json.loads, (source / "text.jsonl").read_text().splitlines()[:8])
-    prompts = [f"<s>{prompt_for(record['instruction'], record.get('input', ''))}" for record in records]
-    return [plain_answer(model, prompt) for prompt in [*prompts, "<user>ab</s><assistant>"]]
+    asked = [*(tiny_text(1 + number % 3, number) for number in range(8)), "ab"]
+    return [plain_answer(model, f"<user>{text}</s><assistant>") for text in asked]
 
 
 def learn(store, answers):
@@ -119,11 +136,13 @@ def alone(source, tmp_path_factory):
 def test_greedy_answers_are_those_to_each_prompt_alone(source, alone):
     """In batches, with padding; without the penalties that come with the checkpoint."""
     store, stage, metrics = alone
-    records, expected = records_of(store, stage), plain_answers(source)
+    records, expected = records_of(store, stage), [*map(cut, plain_answers(source))]
     assert [record["response_ids"] for record in records] == expected and len({*map(str, expected)}) > 5
-    assert [record["response"] for record in records] == [tiny_tokenizer().decode(ids) for ids in expected]
-    assert "### Input:\nthat\n" in records[2]["prompt"] and records[2]["unfinished"]
-    assert metrics.items() >= {"pairs": 9, "dropped_pairs": 2, "unfinished_pairs": 9}.items()
+    said = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids in expected]
+    assert [record["response"] for record in records] == said
+    assert records[8]["prompt"] == "<user>ab</s><assistant>"
+    counts = {"pairs": 9, "dropped_pairs": 2, "unfinished_pairs": sum(2 not in ids for ids in expected)}
+    assert metrics.items() >= {**counts, "engine": f"transformers {transformers.__version__}"}.items()
 
 
 def test_answers_end_with_any_token_of_the_checkpoint_that_ends_them(source, tmp_path):
@@ -133,12 +152,12 @@ def test_answers_end_with_any_token_of_the_checkpoint_that_ends_them(source, tmp
     ends = {2, plain[0][0], plain[1][3]}
     write_model(tmp_path / "model", ends)
     metrics = run_here(store, stage)
-    cut = [next((place for place, token in enumerate(ids) if token in ends), NEW) for ids in plain]
-    assert {0, NEW} < {*cut}
-    assert metrics["pairs"] == 9 - cut.count(0) and metrics["unfinished_pairs"] == cut.count(NEW)
+    said = [ids for ids in (cut(ids, ends) for ids in plain) if len(ids) > 1]
+    unfinished = [ends.isdisjoint(ids) for ids in said]
+    assert {True, False} == {*unfinished} and len(said) < 9
+    assert metrics["pairs"] == len(said) and metrics["unfinished_pairs"] == sum(unfinished)
     records = records_of(store, stage)
-    assert [record["unfinished"] for record in records] == [length == NEW for length in cut if length]
-    said = [ids[: length + 1] for ids, length in zip(plain, cut, strict=True) if length]
+    assert [record["unfinished"] for record in records] == unfinished
     assert [record["response_ids"] for record in records] == said
     write_model(tmp_path / "model", {ids[0] for ids in plain})
     told = "recovery: of 11 instructions, 9 leave room for answers, and the dense model gives none; raise"
@@ -148,15 +167,17 @@ def test_answers_end_with_any_token_of_the_checkpoint_that_ends_them(source, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"answer_temperature": 0.7}], ids=["greedy", "drawn"])
-def test_two_ranks_with_whole_or_sharded_weights_write_the_file_of_one(source, alone, tmp_path, settings):
+def test_two_ranks_with_whole_or_sharded_weights_write_the_file_of_one(source, tmp_path, settings):
     """The batches are no multiple of the ranks."""
-    stage, files = stage_in(source, **settings), set()
+    stage, files = stage_in(source, "many.jsonl", **settings), set()
     for ranks, sharding in ((1, "replicate"), (2, "replicate"), (2, "zero3")):
         store = Store(tmp_path / f"{ranks} {sharding}")
         ended = run_stage(store, stage, ranks, sharding=sharding)
         assert ended.returncode == 0, ended.output
         files.add(file_of(store, stage).read_bytes())
-    assert len(files) == 1 and (file_of(*alone[:2]).read_bytes() in files) == (not settings)
+    said = [record["response_ids"] for record in records_of(store, stage)[:8]]
+    greedy = said == [*map(cut, plain_answers(source)[:8])]
+    assert len(files) == 1 and greedy == (not settings)
 
 
 def test_a_killed_stage_goes_on_with_the_batches_that_are_missing(source, alone, tmp_path, monkeypatch):
@@ -165,11 +186,72 @@ def test_a_killed_stage_goes_on_with_the_batches_that_are_missing(source, alone,
         run_in_threads(store, stage, Ranks(2, deaths={0: 5}))
     kept = list(store.handle(stage.id).work.glob("????????????????????.json"))
     assert 0 < len(kept) < 3
-    asked, answer = [], answers._answers
-    monkeypatch.setattr(answers, "_answers", lambda *those, **how: asked.append(1) or answer(*those, **how))
+    asked, generate = [], LlamaForCausalLM.generate
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda *those, **how: asked.append(1) or generate(*those, **how))
     run_in_threads(store, stage, Ranks(1))
     assert len(asked) == 3 - len(kept)
     assert file_of(store, stage).read_bytes() == file_of(*alone[:2]).read_bytes()
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """What a stand-in for vLLM was asked by each rank; it says one token and the end."""
+    asked = []
+
+    def run(engine, python, _folder, request):
+        asked.append(request)
+        return f"{engine} 1", [[7, 2] for _ in request["prompts"]]
+
+    monkeypatch.setattr(answers, "runs_of", run)
+    return asked
+
+
+def test_each_rank_asks_vllm_for_its_batches_and_what_transformers_wrote_stays(source, alone, tmp_path, vllm):
+    """As drawn as transformers would, from the same tokens and up to the same ends."""
+    store, stage = Store(tmp_path), stage_in(source, answer_temperature=0.5)
+    with pytest.raises(Death):
+        run_in_threads(store, stage, Ranks(1, deaths={0: 5}))
+    kept = [*store.handle(stage.id).work.glob("????????????????????.json")]
+    assert len(kept) == 1 and not vllm
+    run_in_threads(store, stage, Ranks(3), engine_pythons={"vllm": "python"})
+    assert len(vllm) == 2, "one rank has nothing to ask for"
+    asked = [ids for request in vllm for ids in request["prompts"]]
+    records = records_of(store, stage)
+    assert sorted(asked) == sorted(record["prompt_ids"] for record in records if record["response_ids"] == [7, 2])
+    assert 0 < len(asked) < 9 and len({seed for request in vllm for seed in request["seeds"]}) == len(asked)
+    assert vllm[0]["sampling"] == {"temperature": 0.5, "max_tokens": NEW, "stop_token_ids": [2]}
+    assert metrics_of(store, stage)["engine"] == f"transformers {transformers.__version__}, vllm 1"
+
+
+GPU = Gpus(1, 80 * GIB)
+BIASED = {"variant": "llama-tied-biases", "output_biases": ["mlp.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "settings", "told"),
+    [
+        ({}, GPU, {}, "by transformers\n"),
+        ({}, GPU, {"engine_pythons": {"vllm": "python"}}, ""),
+        ({}, Gpus(2, 2**16), {"engine_pythons": {"vllm": "python"}}, "since a rank lacks the memory for the whole"),
+        ({}, Gpus(2, 80 * GIB), {"engine_pythons": {"vllm": "python"}, "sharding": "zero3"}, "since a rank lacks"),
+        (BIASED, GPU, {"engine_pythons": {"vllm": "python"}}, "since vllm would not load the model: it has no biases"),
+    ],
+)
+def test_vllm_answers_if_it_is_there_and_holds_the_model(
+    tmp_path, source, monkeypatch, capsys, model, gpus, settings, told
+):
+    monkeypatch.setattr(answers, "gpus_here", lambda _: gpus)
+    monkeypatch.setattr(answers, "FrozenModel", lambda *options: options)
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **model))
+    context = SimpleNamespace(params=stage_in(source).params, runtime=RuntimeConfig(**settings), world=SoloWorld())
+    at_once, answer = answers._answerer(context, checkpoint, tiny_tokenizer(), [2])
+    printed = capsys.readouterr().out
+    if not told:
+        assert (answer.func, at_once, printed) == (answers._in_vllm, 128, "")
+        assert answer.args[-1]["max_num_seqs"] == 256 and answer.args[-1]["kv_cache_memory_bytes"] < GIB
+        return
+    assert (answer.func, at_once) == (answers._in_transformers, 1) and told in printed
+    assert answer.args[1][3] == ("zero3" if "sharding" in settings else "replicate")
 
 
 SAID = "<assistant>{{ m.content }}</s>"
@@ -196,9 +278,8 @@ def test_training_learns_what_was_said_token_by_token(tmp_path, template):
     parquet.write_table(pyarrow.table({"messages": chats}), tmp_path / "text.parquet")
     store, stage = Store(tmp_path / "store"), stage_in(tmp_path, file="text.parquet")
     run_here(store, stage)
-    cut = [next((place for place, token in enumerate(ids) if token in (2, end)), NEW) for ids in said]
-    answered = zip(questions, said, cut, strict=True)
-    expected = [(ids_of(question), ids[: length + 1]) for question, ids, length in answered if length]
+    answered = [(ids_of(question), cut(ids, (2, end))) for question, ids in zip(questions, said, strict=True)]
+    expected = [(question, ids) for question, ids in answered if len(ids) > 1]
     assert sorted(learn(store, stage)) == sorted(expected)
     assert {len(ids) == NEW for _, ids in expected} == {True, False}
 
@@ -210,26 +291,23 @@ def test_answers_that_are_made_again_are_learnt(source, tmp_path, monkeypatch):
     before = learn(store, stage)
     for kind in ("answers", "recover"):
         shutil.rmtree(store.root / kind)
-    answer = answers._answers
-    others = {"response": "other", "response_ids": [7], "unfinished": True}
-    monkeypatch.setattr(
-        answers, "_answers", lambda *those, **how: {n: one | others for n, one in answer(*those, **how).items()}
-    )
+    record, others = answers._record, {"response": "other", "response_ids": [7], "unfinished": True}
+    monkeypatch.setattr(answers, "_record", lambda *those: record(*those) | others)
     run_here(store, stage)
     assert {str(ids) for _, ids in learn(store, stage)} == {"[7]"} != {str(ids) for _, ids in before}
 
 
 def test_no_batch_is_kept_of_inputs_that_change(source, tmp_path, monkeypatch):
-    file, asked, answer = tmp_path / "text.jsonl", [], answers._answers
+    file, asked, generate = tmp_path / "text.jsonl", [], LlamaForCausalLM.generate
     file.write_bytes((source / "text.jsonl").read_bytes())
     text = Input(identity_of(file, FileHashes(None)), str(file), content="text")
     stage = stage_of("answers", "tiny", {"recovery": TEXT}, {"model": stage_in(source).inputs["model"], "text": text})
 
     def change_and_answer(*those, **how):
         asked.append(file.write_text("{}"))
-        return answer(*those, **how)
+        return generate(*those, **how)
 
-    monkeypatch.setattr(answers, "_answers", change_and_answer)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", change_and_answer)
     with pytest.raises(ChangedInputError):
         run_here(Store(tmp_path / "store"), stage)
     assert len(asked) == 1

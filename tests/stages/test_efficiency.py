@@ -14,8 +14,8 @@ from tiny import save_tiny
 from worlds import Ranks, run_in_threads
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.engines import process
 from hfprune_dist.errors import UserError
-from hfprune_dist.stages import efficiency
 from hfprune_dist.stages.efficiency import RESULTS
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import cpu_model, usable_cores
@@ -87,7 +87,7 @@ def answers(monkeypatch):
         answers["asked"] = {"engine": engine, **json.loads(json.dumps(request))}
         return answers
 
-    monkeypatch.setattr(efficiency, "ask", ask)
+    monkeypatch.setattr(process, "ask", ask)
     return answers
 
 
