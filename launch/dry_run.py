@@ -19,8 +19,9 @@ from hfprune_dist.results.formats import count, counted
 from hfprune_dist.results.outlook import outlook, read_runs
 from hfprune_dist.store.stage import kind_of
 
-# Shares of the tokens of a training that three shorter ones tell where it leads.
-TRIALS = (0.001, 0.003, 0.01)
+# Lengths of three trainings that tell where a long one leads, as multiples of the shortest, which has a thousandth of
+# its tokens, or a few steps if that is more.
+TRIALS, SHARE, STEPS = (1, 3, 10), 0.001, 4
 SIZES = ("experts", "width", "KV heads", "layers", "ratio")
 
 
@@ -97,14 +98,15 @@ def _show_hours(prepared: Prepared) -> None:
 
 def _show_outlooks(prepared: Prepared) -> None:
     """Show where the missing trainings lead, by shorter ones of the same recipe, or how to find out."""
-    plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[int]()
+    plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[tuple[int, float]]()
     for stage in (plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "recover"):
         recipe = stage.params.to_json()["recovery"]
         tokens = None if recipe.get("max_steps") else recipe.get("tokens")
         if tokens and (ahead := outlook(stage, runs, tokens)):
             prepared.request.tell(f"outlook: {stage.label}: {ahead}")
         elif tokens and recipe.get("evaluate_every"):
-            unknown.add(tokens)
-    for tokens in sorted(unknown):
-        shorter = ", ".join(count(round(share * tokens)) for share in TRIALS)
-        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three trainings with fewer, as of {shorter}")
+            least = max(SHARE * tokens, STEPS * recipe["batch_size"] * recipe["sequence_length"])
+            unknown |= {(tokens, least)} if TRIALS[-1] * least < tokens else set()
+    for tokens, least in sorted(unknown):
+        shorter = ", ".join(count(float(f"{times * least:.2g}")) for times in TRIALS)
+        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three shorter trainings, such as {shorter}")

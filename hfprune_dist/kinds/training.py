@@ -7,7 +7,8 @@ the pass whose ``windows`` are read; of the dense model, if it is the teacher, t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from hfprune_dist.config.method import Allocation, Method
 from hfprune_dist.config.schema import SweepConfig
@@ -60,6 +61,13 @@ class LoraPruneParameters(RecoverParameters):
         bounds = method.model_dump(include={"multiple_of", "tensor_parallel", "protect_first", "protect_last"})
         structures = kinds_among(method.structures)
         return cls(recovery=config.recovery.complete(), seed=config.seed, ratio=ratio, structures=structures, **bounds)
+
+
+def has_converged(losses: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Whether a training with these lines of losses ends early."""
+    divergences = [line[HELD_OUT_KL] for line in losses if HELD_OUT_KL in line]
+    patience = patience or len(divergences)
+    return len(divergences) > patience and min(divergences[-patience:]) >= min(divergences[:-patience])
 
 
 def training_need(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL
+from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL, has_converged
 from hfprune_dist.results.formats import count, number
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed
@@ -107,18 +107,20 @@ Runs = Mapping[str, Sequence[Run]]
 
 
 def read_runs(store: Store) -> Runs:
-    """The trainings of a store that measured KL on held-out text."""
+    """Trainings of a store that measured KL on held-out text, and didn't end early, before their rate had decayed."""
     runs: dict[str, list[Run]] = {}
     for folder in listed(store.root / "recover", "[!.]*"):
         handle = store.handle(f"recover/{folder.name}")
         with suppress(UserError):  # of another version
             if made := handle.manifest():
-                lines = loss_lines(handle.artifact / LOSSES)
-                if lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf:
+                stage, lines = Stage.from_json(made["stage"]), loss_lines(handle.artifact / LOSSES)
+                ended_early = has_converged(lines, stage.params.to_json()["recovery"].get("patience"))
+                measured = lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf
+                if measured and not ended_early:
                     tokens = lines[-1]["tokens"]
                     hours = made["world_size"] * made["wall_time_s"] / 3600 / made["metrics"]["training_tokens"]
                     run = Run(tokens, lines[-1][HELD_OUT_KL], lines[0][UNTRAINED_KL], hours)
-                    runs.setdefault(_recipe_of(Stage.from_json(made["stage"])), []).append(run)
+                    runs.setdefault(_recipe_of(stage), []).append(run)
     return {recipe: sorted(found, key=lambda run: run.tokens) for recipe, found in runs.items()}
 
 
@@ -144,8 +146,10 @@ def outlook(stage: Stage, runs: Runs, tokens: float | None = None) -> str | None
 
 
 def _until(kl: float, law: Law, runs: Sequence[Run]) -> str:
-    """When KL is that low."""
-    needed, most, longest = max(law.tokens_to(kl), runs[0].tokens), FARTHEST * runs[-1].tokens, runs[-1]
+    """When KL is that low: by the law, or by a run that got there, whatever the law says."""
+    reached = (run.tokens for run in runs if run.kl <= kl)
+    needed = min([max(law.tokens_to(kl), runs[0].tokens), *reached])
+    most, longest = FARTHEST * runs[-1].tokens, runs[-1]
     return f"after {_price(needed, longest)}" if needed <= most else f"not within {_price(most, longest)}"
 
 
@@ -161,8 +165,10 @@ def _recipe_of(stage: Stage) -> str:
 
 
 def loss_lines(file: Path) -> list[dict[str, Any]]:
-    """What a training recorded of each step; nothing if the file isn't there (yet), or was removed to make room."""
+    """What a training recorded of each step; nothing if the file isn't there (yet), was removed to make room, or is
+    damaged.
+    """
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return []

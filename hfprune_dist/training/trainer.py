@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -40,7 +40,7 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Need, Placement, Sizes, most_at_once
-from hfprune_dist.kinds.training import HELD_OUT_KL, UNTRAINED_KL, training_need
+from hfprune_dist.kinds.training import HELD_OUT_KL, UNTRAINED_KL, has_converged, training_need
 from hfprune_dist.models.loading import after_head, packed_rows
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights, replace_norms
 from hfprune_dist.store.hashing import digest_of
@@ -94,12 +94,6 @@ class FineTuning:
             return False
         return step == self.total_steps or self.tokens_at(step) // every > self.tokens_at(step - 1) // every
 
-    def has_converged(self, losses: Sequence[LossLine]) -> bool:
-        """Whether training ends early."""
-        divergences = [line[HELD_OUT_KL] for line in losses if HELD_OUT_KL in line]
-        patience = self.settings.patience or len(divergences)
-        return len(divergences) > patience and min(divergences[-patience:]) >= min(divergences[:-patience])
-
     def learning_rate(self, step: int) -> float:
         """That of an optimizer step, counted from 0: linear warm-up, then a cosine to zero."""
         peak = self.settings.learning_rate
@@ -131,7 +125,7 @@ def fine_tune(
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
     start = Snapshot.last(file, world)
-    if start.step == task.total_steps or task.has_converged(start.losses):
+    if start.step == task.total_steps or has_converged(start.losses, task.settings.patience):
         return start
     at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
     task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
@@ -164,7 +158,8 @@ def fine_tune(
             progress.update("recovery", step, task.total_steps)
             if world.is_first:
                 print(f"recovery: step {step}/{task.total_steps}, loss {values['loss']:.4f}", flush=True)
-            interrupted, ended = interruption.agreed(world), step == task.total_steps or task.has_converged(losses)
+            interrupted = interruption.agreed(world)
+            ended = step == task.total_steps or has_converged(losses, task.settings.patience)
             if step % runtime.save_every_steps == 0 or ended or interrupted:
                 trainer.save(file, step, losses)
             if interrupted:

@@ -73,9 +73,12 @@ def test_a_dry_run_shows_the_stages_and_a_job_runs_a_round_at_a_time(config, tmp
     code, shown, _ = in_process(main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run")
     assert code == 0 and re.search(r"importance +alpha 0.2 hfprune \+ lora via 0.1, 0.15 +\w+ +run", shown)
     assert "0.2 of the dense model, from what 0.15 leaves" in shown
-    longer = ["--set", "recovery={tokens: 3M, max_steps: null, evaluate_every: 1M}", "--dry-run"]
-    code, shown, _ = in_process(main, "--config", config, "--out", tmp_path / "out", *few, *longer)
-    assert code == 0 and "outlook on 3M tokens: after three trainings with fewer, as of 3k, 9k, 30k" in shown
+    for rows, shorter in ((2, "3k, 9k, 30k"), (64, "82k, 250k, 820k")):  # four steps of 320 tokens in each row
+        longer = f"recovery={{tokens: 3M, max_steps: null, evaluate_every: 1M, batch_size: {rows}}}"
+        code, shown, _ = in_process(
+            main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run", "--set", longer
+        )
+        assert code == 0 and f"outlook on 3M tokens: after three shorter trainings, such as {shorter}\n" in shown
 
     _, plan = planned(config, models=["alpha"], methods=["hfprune"], ratios=[0.1], rounds=[0.1, 0.15, 0.2])
     serves = served_by(plan)

@@ -10,7 +10,7 @@ from made_stages import being_made, stage_of
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.report.page import page
-from hfprune_dist.results.outlook import Law, foretold, outlook, read_runs
+from hfprune_dist.results.outlook import Law, Run, _until, foretold, outlook, read_runs
 from hfprune_dist.results.rows import DenseModel, collect_rows
 from hfprune_dist.results.table import report
 from hfprune_dist.store.artifacts import Store
@@ -61,6 +61,15 @@ def test_whatever_was_measured_gives_finite_numbers(kls):
     assert np.isfinite(foretold(points, 3_000_000)).all() and Law.fitted(points).tokens_to(0.5) > 0
 
 
+def test_what_was_measured_goes_before_what_the_law_says():
+    """KL that rises a little, by noise or because all is learnt, has a law by which it never falls."""
+    kls = dict(zip(LENGTHS, (1.0, 0.999, 1.001), strict=True))
+    runs = [Run(tokens, kl, untrained=5.0, hours=1e-6) for tokens, kl in kls.items()]
+    law = Law.fitted(kls)
+    assert law.tokens_to(2.5) == float("inf") and _until(2.5, law, runs) == "after 30k tokens (0.03 device-hours)"
+    assert _until(0.9, law, runs) == "not within 30M tokens (30 device-hours)"
+
+
 def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, monkeypatch):
     store, model = Store(tmp_path / "store"), Input("digest", "/model")
     prune = stage_of("prune", "m 0.2 hfprune", {}, {"model": model})
@@ -72,6 +81,7 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
     def made(stage, tokens, kl):
         record = {"world_size": 2, "wall_time_s": tokens / 100, "metrics": {"training_tokens": tokens}}
         first, last = {"step": 1, "loss": 1.0, "untrained_kl": 5.0}, {"step": 2, "loss": 1.0}
+        first |= {"tokens": 1, "held_out_kl": 0.1}
         with being_made(store, stage, **record) as draft:
             lines = [first, last | ({"tokens": tokens, "held_out_kl": kl} if kl else {})]
             (draft / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,6 +90,10 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
         made(training("lora", tokens=tokens), tokens, kl)
     for tokens, kl in {**ends(LAWS[0], LENGTHS[:2]), 400_000: None, 500_000: -1e-9}.items():
         made(training("full", tokens=tokens, method="full"), tokens, kl)
+    made(training("full", tokens=300_000, method="full", evaluate_every=1000, patience=1), 300_000, 0.2)  # ended early
+    damaged = training("full", tokens=600_000, method="full")
+    made(damaged, 600_000, 0.1)
+    (store.handle(damaged.id).artifact / "loss.jsonl").write_text('{"st')
     stages = [
         training("lora", tokens=300_000),
         training("full", tokens=90_000, method="full"),
