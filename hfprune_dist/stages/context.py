@@ -136,7 +136,9 @@ class Context(Generic[P]):
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         versions = torch.__version__, transformers.__version__, [kind.version for kind in KINDS.values()]
-        key = digest_of([self.stage.inputs["model"].identity, *given, kind, *versions])[:20]
+        source = self.stage.inputs["model"]
+        model = self._content_of(source.location) if source.is_stage else source.identity
+        key = digest_of([model, *given, kind, *versions])[:20]
         file = self.store.root / "layers" / f"{name}-{key}.json"
         found: dict[str, Any] = self.world.on_rank0(lambda: read_object(file) or {})
         if name not in found:
@@ -167,16 +169,18 @@ class Context(Generic[P]):
         self.world.on_rank0(check)
 
     def _discard_progress_with_other_artifacts(self) -> None:
-        file, digests = self.work / INPUTS, {}
-        for stage_id in self.stage.needs:
-            files = (self.store.handle(stage_id).manifest() or {}).get("files", {})
-            digests[stage_id] = digest_of({name: entry["sha256"] for name, entry in files.items()})
+        file, digests = self.work / INPUTS, {need: self._content_of(need) for need in self.stage.needs}
         known = read_object(file) or {}
         if any(known.get(stage_id, digest) != digest for stage_id, digest in digests.items()):
             self._claim.require_held()
             self.handle.discard_progress()
         if digests:
             write_json(file, known | digests)
+
+    def _content_of(self, stage_id: str) -> str:
+        """Digest of an artifact's files, which may be others if it was made again."""
+        files = (self.store.handle(stage_id).manifest() or {}).get("files", {})
+        return digest_of({name: entry["sha256"] for name, entry in files.items()})
 
     def require_artifacts(self, *, thorough: bool = False, lost: tuple[str, ...] = ("corrupt", "missing")) -> None:
         """Check the artifacts that this stage reads, on this rank.

@@ -167,3 +167,13 @@ def test_what_depends_on_the_same_is_computed_once_for_all_stages(store, text):
     for file in (store.root / "layers").iterdir():
         file.write_text("{")
     assert context.once("order", [1], lambda: 3) == 3
+
+
+def test_what_was_computed_of_an_artifact_is_not_that_of_one_made_again_with_other_content(store, text):
+    context = begin(store, text)
+    context.stage.inputs["model"] = NEED.as_input()
+    assert [context.once("order", [1], lambda: 1), context.once("order", [1], lambda: 2)] == [1, 1]
+    shutil.rmtree(store.handle(NEED.id).artifact)
+    with being_made(store, NEED) as draft:
+        (draft / "scores").write_text("others")
+    assert context.once("order", [1], lambda: 2) == 2
