@@ -40,8 +40,9 @@ Batches = Sequence[tuple[str, Batch]]  # with names of files for the answers
 Answers = tuple[str, list[list[int]]]  # what answered, and the tokens of each answer
 Answerer = Callable[[Batches], Answers]
 BATCH = 32  # instructions
-# Instructions in vLLM at a time; and batches between its starts, each of which takes a minute.
-AT_ONCE_IN_VLLM, BATCHES_OF_VLLM = 256, 128
+# Instructions in vLLM at a time; and batches between its starts, each of which takes a minute: more than a few would be
+# hours of a CPU's work, which is lost if the stage is killed.
+AT_ONCE_IN_VLLM, BATCHES_OF_VLLM = 256, {"cuda": 128, "cpu": 8}
 
 
 def run(context: Context) -> None:
@@ -118,7 +119,9 @@ def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: li
         if in_vllm.loads and placed.whole and placed.fits:
             cache = int(need(rows).activations)
             options = {"max_num_seqs": rows, "kv_cache_memory_bytes": cache, **in_vllm.options}
-            return BATCHES_OF_VLLM, partial(_in_vllm, context, checkpoint.path, ends, options)
+            return BATCHES_OF_VLLM[context.world.device.type], partial(
+                _in_vllm, context, checkpoint.path, ends, options
+            )
         lacks = "a rank lacks the memory for the whole model"
         told = f", since {lacks if in_vllm.loads else f'vllm would not load the model: {in_vllm.told}'}"
     if context.world.is_first:

@@ -22,7 +22,7 @@ from hfprune_dist.data.instructions import PackedRows
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import GIB, Gpus
+from hfprune_dist.kinds.memory import GIB, Gpus, Passes
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages import answers
 from hfprune_dist.store.artifacts import Store
@@ -193,6 +193,21 @@ def test_a_killed_stage_goes_on_with_the_batches_that_are_missing(source, alone,
     assert file_of(store, stage).read_bytes() == file_of(*alone[:2]).read_bytes()
 
 
+def test_fewer_instructions_at_once_than_a_batch_has_get_the_same_answers(source, alone, tmp_path, monkeypatch):
+    """As where memory is short."""
+    rows, generate, store = [], LlamaForCausalLM.generate, Store(tmp_path)
+
+    def counting(module, **asked):
+        rows.append(len(asked["input_ids"]))
+        return generate(module, **asked)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", counting)
+    monkeypatch.setattr(answers, "passes", lambda *_: Passes(3))
+    run_here(store, alone[1])
+    assert rows == [3, 1, 3, 1, 1]
+    assert file_of(store, alone[1]).read_bytes() == file_of(*alone[:2]).read_bytes()
+
+
 @pytest.fixture
 def vllm(monkeypatch):
     """What a stand-in for vLLM was asked by each rank; it says one token and the end."""
@@ -247,7 +262,7 @@ def test_vllm_answers_if_it_is_there_and_holds_the_model(
     at_once, answer = answers._answerer(context, checkpoint, tiny_tokenizer(), [2])
     printed = capsys.readouterr().out
     if not told:
-        assert (answer.func, at_once, printed) == (answers._in_vllm, 128, "")
+        assert (answer.func, at_once, printed) == (answers._in_vllm, 8, "")
         assert answer.args[-1]["max_num_seqs"] == 256 and answer.args[-1]["kv_cache_memory_bytes"] < GIB
         return
     assert (answer.func, at_once) == (answers._in_transformers, 1) and told in printed
