@@ -80,16 +80,16 @@ def _with_exponent(shares: Floats, kls: Floats, exponent: float, has_floor: bool
 
 
 def foretold(points: Mapping[int, float], tokens: float) -> tuple[float, float]:
-    """KL after so many tokens, by ``Law.fitted`` of at least ``LEAST_RUNS`` points, and its error: what a law without a
-    floor says otherwise, or, if that is more, what the shorter runs' law missed the longest by, for each time that D is
-    multiplied as much.
+    """KL after so many tokens, more than of any point, by ``Law.fitted`` of at least ``LEAST_RUNS`` points; and its
+    error: what a law without a floor says otherwise, or, if that is more, what the shorter runs' law missed the longest
+    by, for each time that D is multiplied as much.
     """
     law, plain = Law.fitted(points), Law.fitted(points, has_floor=False)
     *shorter, longest = points
     before = Law.fitted({each: points[each] for each in shorter}, has_floor=len(shorter) >= LEAST_RUNS)
     missed = abs(math.log(before.at(longest) / points[longest])) / math.log(longest / shorter[-1])
     kl = law.at(tokens)
-    return kl, max(abs(plain.at(tokens) - kl), kl * missed * max(0.0, math.log(tokens / longest)))
+    return kl, max(abs(plain.at(tokens) - kl), kl * missed * math.log(tokens / longest))
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def read_runs(store: Store) -> Runs:
 
 def outlook(stage: Stage, runs: Runs, tokens: float | None = None) -> str | None:
     """A sentence on KL after so many tokens of a training, or ``AHEAD`` times as many as its longest run's; and then on
-    what regains how much. None if there are fewer than ``LEAST_RUNS`` runs of other lengths.
+    what regains how much. None if runs have fewer than ``LEAST_RUNS`` lengths, or one of them is as long already.
     """
     found = runs.get(_recipe_of(stage), [])
     points = {run.tokens: run.kl for run in found}
-    if len(points) < LEAST_RUNS:
+    if len(points) < LEAST_RUNS or (tokens or math.inf) <= found[-1].tokens:
         return None
     longest, law = found[-1], Law.fitted(points)
     asked = AHEAD * longest.tokens if tokens is None else tokens

@@ -184,7 +184,7 @@ def causes(rows: Sequence[Row]) -> list[str]:
 
 
 def outlooks(rows: Sequence[Row]) -> list[str]:
-    """A line on each row whose training measured KL on the way."""
+    """A line on each row whose recipe has been trained for enough lengths."""
     return [f"{row['label']}: {row[OUTLOOK]}" for row in rows if row[OUTLOOK]]
 
 

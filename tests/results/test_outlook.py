@@ -116,7 +116,7 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
         )
     runs = read_runs(store)
     longer = training("lora", tokens=1_200_000)
-    assert outlook(longer, runs, 1_200_000).startswith("KL 0.6")
+    assert outlook(longer, runs, 1_200_000).startswith("KL 0.6") and outlook(longer, runs, 90_000) is None
     assert outlook(longer, runs, 1e9) == "too far ahead: 1B tokens, by 3 runs of up to 300k tokens"
     monkeypatch.setitem(KINDS, "recover", replace(KINDS["recover"], version=KINDS["recover"].version + 1))
     assert not read_runs(store)
