@@ -84,7 +84,9 @@ class Reconstruction:
         if not all(map(math.isfinite, errors)):
             raise unusable_activations(self._number, "values are NaN or infinite")
         length = STEP_LENGTHS[errors.index(min(errors))]
-        if not (length and again):
+        if not length:
+            return whole
+        if not again:
             return whole.plus(step, length)
         moved = fitted.plus(step, length)
         return moved.plus(self._step(moved, problems.whole().gram_KK, list(self._inputs), again), length)
