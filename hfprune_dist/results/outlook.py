@@ -52,9 +52,9 @@ class Law:
     def fitted(cls, points: Mapping[int, float], *, has_floor: bool = True) -> Law:
         """The fit of least squares in relative errors: tokens, in ascending order -> KL, all above 0."""
         tokens, kls = (np.asarray([*values], dtype=np.float64) for values in (points.keys(), points.values()))
-        fits = [_with_exponent(tokens / tokens[-1], kls, float(each), has_floor) for each in EXPONENTS]
-        fits = [_with_exponent(tokens / tokens[-1], kls, min(fits)[-1] * float(each), has_floor) for each in FINER]
-        _, floor, factor, exponent = min(fits)
+        shares = tokens / tokens[-1]
+        *_, near = min(_with_exponent(shares, kls, float(each), has_floor) for each in EXPONENTS)
+        _, floor, factor, exponent = min(_with_exponent(shares, kls, near * float(each), has_floor) for each in FINER)
         return cls(floor, factor, exponent, float(tokens[-1]))
 
     def at(self, tokens: float) -> float:
