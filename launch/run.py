@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from hfprune_launch.local.backend import LocalBackend
+from hfprune_launch.local.warm import WarmProcess
 from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
@@ -26,10 +27,10 @@ from hfprune_dist.store.atomic_files import require_usable
 from hfprune_dist.store.attempts import Ledger
 
 
-def run_to_tables(prepared: Prepared) -> int:
+def run_to_tables(prepared: Prepared, warm: WarmProcess | None = None) -> int:
     """``run_missing``, then write and show the tables of all rows of the folder; return the exit code."""
     out, request = prepared.sweep.out, prepared.request
-    code = run_missing(prepared)
+    code = run_missing(prepared, warm)
     if code is not None:
         return code
     folder = read_sweep(out)  # with rows that another run has begun meanwhile, without those that were forgotten
@@ -64,7 +65,7 @@ def make(prepared: Prepared) -> None:
             raise StageFailedError(f"{plan.stages[stage_id].kind} left no artifact; run the same command again")
 
 
-def run_missing(prepared: Prepared) -> int | None:
+def run_missing(prepared: Prepared, warm: WarmProcess | None = None) -> int | None:
     """Run missing stages, and write report.html after each; return an exit code if leaving before the last one ends.
     Raises UserError if stages can't run as asked for; nothing has been written then.
     """
@@ -81,7 +82,8 @@ def run_missing(prepared: Prepared) -> int | None:
     provenance = Provenance(config.runtime, config.model_dump(), PROJECT.code_version())
     on_end, code = partial(write_page, out, request.console), None
     if (profile := request.profile) is None:
-        _run_here(prepared, LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation), on_end)
+        backend = LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation, warm)
+        _run_here(prepared, backend, on_end)
     else:
         jobs = partial(NewJobs, provenance, profile, prepared.cancellation)
         code = run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=request.follow, on_end=on_end)

@@ -45,15 +45,22 @@ OnHeartbeat = Callable[[Heartbeat | None], None]
 
 class LocalBackend:
     """Runs stages on this machine, on ranks of a process that goes on until ``close``. The folder ``logs`` gets a log
-    per stage and attempt; ``cancellation`` tells whether stages are still wanted.
+    per stage and attempt; ``cancellation`` tells whether stages are still wanted; ``warm`` may have begun.
     """
 
-    def __init__(self, store: Store, logs: Path, provenance: Provenance, cancellation: Cancellation) -> None:
+    def __init__(
+        self,
+        store: Store,
+        logs: Path,
+        provenance: Provenance,
+        cancellation: Cancellation,
+        warm: WarmProcess | None = None,
+    ) -> None:
         self._store = store
         self._logs = logs
         self._provenance = provenance
         self._cancellation = cancellation
-        self._warm = WarmProcess()
+        self._warm = warm or WarmProcess()
         self.ranks = ranks_here(provenance.runtime)
 
     def close(self) -> None:

@@ -50,13 +50,20 @@ GRACE_S = 10.0
 
 
 class WarmProcess:
-    """A process that starts ranks as forks of itself. It begins with the first of them, and again if it was killed."""
+    """A process that starts ranks as forks of itself. It begins with the first of them, or before, and again if it was
+    killed.
+    """
 
     PROGRAM: ClassVar = ("-m", __name__)
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+
+    def begin(self) -> None:
+        """Begin to import what ranks need, before they are wanted."""
+        if self._connection is None:
+            self._begin()
 
     def start(self, main: str, arguments: Sequence[str], size: int, environment: Mapping[str, str], log: Path) -> None:
         """Start ranks that call a function, ``module:function``, with a list of arguments, once those before them have
@@ -65,8 +72,7 @@ class WarmProcess:
         """
         if self._connection is not None and self._connection.poll():
             self.close()  # it says nothing when nothing runs: it was killed
-        if self._connection is None:
-            self._begin()
+        self.begin()
         assert self._connection is not None
         with contextlib.suppress(OSError):  # it has just been killed, as ``ended`` will find
             self._connection.send((main, list(arguments), size, dict(environment), Path.cwd(), log.resolve()))
@@ -121,15 +127,13 @@ class WarmProcess:
 
 def serve(launcher: Connection) -> None:
     """Run the ranks of one request after another, until the launcher sends nothing more or is gone."""
-    is_safe: bool | None = None
+    is_safe = sys.platform == "linux" and _has_imported_safely()
     with contextlib.suppress(EOFError, OSError):  # the launcher was killed
         while request := launcher.recv():
             main, arguments, size, environment, folder, log = request
-            with log.open("ab") as stream:  # of the first ranks, also for what libraries say when they are imported
+            with log.open("ab") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-            if is_safe is None:
-                is_safe = sys.platform == "linux" and _has_imported_safely()
             be_rank = partial(_be_rank, main, arguments, folder, is_safe)
             launcher.send(run_ranks(be_rank, size, environment, launcher))
 

@@ -68,6 +68,9 @@ class Subject(ABC):
 class InProcess:
     """A warm process whose only rank is this process."""
 
+    def begin(self) -> None:
+        pass
+
     def start(self, main: str, arguments: list[str], size: int, environment: Mapping[str, str], log: Path) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         stage_script.leave_process = sys.exit
@@ -121,7 +124,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        backend.WarmProcess = InProcess
+        backend.WarmProcess = sweep.WarmProcess = InProcess
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *SHORT]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))

@@ -97,8 +97,12 @@ def test_ranks_join_in_surroundings_of_their_own(process, log, tmp_path, monkeyp
 def test_a_process_that_has_only_imported_does_not_grow_with_the_stages_that_it_starts(log, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", PATH)
     with closing(OwnProcess()) as process:
+        process.begin()
+        while "libtorch" not in Path(f"/proc/{process._process.pid}/maps").read_text():
+            time.sleep(0.1)  # it imports before there are ranks
         start(process, log)
         warm_process = at_work(log)[0]
+        assert warm_process.pid == process._process.pid
         assert process.ended(300) == {0: 0, 1: 0} and "hfprune_launch.local.warm" in warm_process.cmdline()
 
         def size_after(stages):
