@@ -112,12 +112,11 @@ def read_runs(store: Store) -> Runs:
     for folder in listed(store.root / "recover", "[!.]*"):
         handle = store.handle(f"recover/{folder.name}")
         with suppress(UserError):  # of another version
-            if made := handle.manifest():
-                stage, lines = Stage.from_json(made["stage"]), loss_lines(handle.artifact / LOSSES)
-                ended_early = has_converged(lines, stage.params.to_json()["recovery"].get("patience"))
-                measured = lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf
-                if measured and not ended_early:
-                    tokens = lines[-1]["tokens"]
+            made, lines = handle.manifest(), loss_lines(handle.artifact / LOSSES)
+            measured = lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf
+            if made and measured:
+                stage, tokens = Stage.from_json(made["stage"]), lines[-1]["tokens"]
+                if not has_converged(lines, stage.params.to_json()["recovery"].get("patience")):
                     hours = made["world_size"] * made["wall_time_s"] / 3600 / made["metrics"]["training_tokens"]
                     run = Run(tokens, lines[-1][HELD_OUT_KL], lines[0][UNTRAINED_KL], hours)
                     runs.setdefault(_recipe_of(stage), []).append(run)
