@@ -23,12 +23,12 @@ from hfprune_dist.config.training import TrainingText
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import EXAMPLES_AT_ONCE, questions
 from hfprune_dist.data.tokenizer import load_tokenizer, require_eos
-from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, gpus_here
+from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding, gpus_here, placement_here
 from hfprune_dist.engines.check import trusts
 from hfprune_dist.engines.process import runs_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.answers import ANSWERS, AnswersParameters
-from hfprune_dist.kinds.memory import ITEMSIZE, generation, passes, place
+from hfprune_dist.kinds.memory import ITEMSIZE, generation, passes
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, read_object, write_json, write_text
 from hfprune_dist.store.hashing import digest_of
@@ -109,26 +109,24 @@ def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: li
     """How many batches a rank answers before they are kept, and what answers: vLLM if there is one that loads the
     model, and a rank has the memory for all of it. Collective.
     """
-    params, sharding, in_vllm = context.params, context.runtime.sharding, fit("vllm", checkpoint.config)
+    params, world, sharding = context.params, context.world, context.runtime.sharding
     tokens, itemsize = params.recovery.sequence_length, ITEMSIZE[params.dtype]
     need = partial(generation, checkpoint, tokens=tokens, itemsize=itemsize)
-    gpus, told = gpus_here(context.world), ""
+    gpus, told = gpus_here(world), ""
     if "vllm" in context.runtime.engine_pythons:
         rows = passes(need, "auto", AT_ONCE_IN_VLLM, gpus, sharding).at_once
-        placed = place(need(rows), gpus, sharding)
+        placed, in_vllm = placement_here(need(rows), sharding, world), fit("vllm", checkpoint.config)
         if in_vllm.loads and placed.whole and placed.fits:
             cache = int(need(rows).activations)
             options = {"max_num_seqs": rows, "kv_cache_memory_bytes": cache, **in_vllm.options}
-            return BATCHES_OF_VLLM[context.world.device.type], partial(
-                _in_vllm, context, checkpoint.path, ends, options
-            )
+            return BATCHES_OF_VLLM[world.device.type], partial(_in_vllm, context, checkpoint.path, ends, options)
         lacks = "a rank lacks the memory for the whole model"
         told = f", since {lacks if in_vllm.loads else f'vllm would not load the model: {in_vllm.told}'}"
-    if context.world.is_first:
+    if world.is_first:
         print(f"answers: by transformers{told}", flush=True)
     rows = passes(need, "auto", BATCH, gpus, sharding).at_once
-    decided: DecidedSharding = "replicate" if place(need(rows), gpus, sharding).whole else "zero3"
-    model = FrozenModel(checkpoint, getattr(torch, params.dtype), rows, decided, context.world)
+    placed_as = choose_sharding(sharding, need(rows), world)
+    model = FrozenModel(checkpoint, getattr(torch, params.dtype), rows, placed_as, world)
     return 1, partial(_in_transformers, params.recovery, model, tokenizer, ends, rows)
 
 

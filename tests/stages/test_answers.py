@@ -21,6 +21,7 @@ from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.instructions import PackedRows
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import identity_of
+from hfprune_dist.distributed import frozen_model
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import GIB, Gpus, Passes
 from hfprune_dist.planning.user_files import ChangedInputError
@@ -255,7 +256,8 @@ BIASED = {"variant": "llama-tied-biases", "output_biases": ["mlp.down_proj"]}
 def test_vllm_answers_if_it_is_there_and_holds_the_model(
     tmp_path, source, monkeypatch, capsys, model, gpus, settings, told
 ):
-    monkeypatch.setattr(answers, "gpus_here", lambda _: gpus)
+    for module in (answers, frozen_model):
+        monkeypatch.setattr(module, "gpus_here", lambda _: gpus)
     monkeypatch.setattr(answers, "FrozenModel", lambda *options: options)
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **model))
     context = SimpleNamespace(params=stage_in(source).params, runtime=RuntimeConfig(**settings), world=SoloWorld())
