@@ -27,10 +27,10 @@ from hfprune_dist.store.atomic_files import require_usable
 from hfprune_dist.store.attempts import Ledger
 
 
-def run_to_tables(prepared: Prepared, warm: WarmProcess | None = None) -> int:
+def run_to_tables(prepared: Prepared) -> int:
     """``run_missing``, then write and show the tables of all rows of the folder; return the exit code."""
     out, request = prepared.sweep.out, prepared.request
-    code = run_missing(prepared, warm)
+    code = run_missing(prepared)
     if code is not None:
         return code
     folder = read_sweep(out)  # with rows that another run has begun meanwhile, without those that were forgotten
@@ -65,28 +65,31 @@ def make(prepared: Prepared) -> None:
             raise StageFailedError(f"{plan.stages[stage_id].kind} left no artifact; run the same command again")
 
 
-def run_missing(prepared: Prepared, warm: WarmProcess | None = None) -> int | None:
+def run_missing(prepared: Prepared) -> int | None:
     """Run missing stages, and write report.html after each; return an exit code if leaving before the last one ends.
     Raises UserError if stages can't run as asked for; nothing has been written then.
     """
-    require_runnable(prepared)
     sweep, config, request = prepared.sweep, prepared.config, prepared.request
-    out, hashes = sweep.out, sweep.store.hashes
-    require_usable(out)
-    record_run(sweep, config, prepared.models)
-    hashes.save()  # of input files; every stage that reads one compares its hash with the plan
-    _clean_up(prepared)
-    write_page(out, request.console)
-    if not prepared.todo:
-        return None
-    provenance = Provenance(config.runtime, config.model_dump(), PROJECT.code_version())
-    on_end, code = partial(write_page, out, request.console), None
-    if (profile := request.profile) is None:
-        backend = LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation, warm)
-        _run_here(prepared, backend, on_end)
-    else:
-        jobs = partial(NewJobs, provenance, profile, prepared.cancellation)
-        code = run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=request.follow, on_end=on_end)
+    out, hashes, code = sweep.out, sweep.store.hashes, None
+    with closing(WarmProcess()) as warm:
+        if prepared.todo and request.profile is None:
+            warm.begin()  # what it imports takes as long as what is checked meanwhile
+        require_runnable(prepared)
+        require_usable(out)
+        record_run(sweep, config, prepared.models)
+        hashes.save()  # of input files; every stage that reads one compares its hash with the plan
+        _clean_up(prepared)
+        write_page(out, request.console)
+        if not prepared.todo:
+            return None
+        provenance = Provenance(config.runtime, config.model_dump(), PROJECT.code_version())
+        on_end = partial(write_page, out, request.console)
+        if (profile := request.profile) is None:
+            backend = LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation, warm)
+            _run_here(prepared, backend, on_end)
+        else:
+            jobs = partial(NewJobs, provenance, profile, prepared.cancellation)
+            code = run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=request.follow, on_end=on_end)
     hashes.save()
     return code
 
@@ -101,7 +104,7 @@ def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], No
     every, ranks = counted(len(stages), "stage"), counted(backend.ranks, "rank")
     request.tell(f"{len(todo)} of {every} to run, {ranks} each; logs in {sweep.out / 'logs'}")
     screen = StageScreen(request.console, len(todo))
-    with closing(backend), screen.live:
+    with screen.live:
         while waiting:
             stage, began = stages[waiting.popleft()], time.monotonic()
             missing = next((stages[need] for need in stage.needs if not store.handle(need).is_done()), None)

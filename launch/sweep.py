@@ -21,7 +21,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ if __name__ == "__main__":
 from hfprune_launch.command import command, folder, make_parser, place
 from hfprune_launch.dry_run import show_dry_run
 from hfprune_launch.local.backend import running_without_job, wait_until_cancelled
-from hfprune_launch.local.warm import WarmProcess
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
 from hfprune_launch.run import run_to_tables
@@ -84,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             show_dry_run(prepare(request, download=False))
             return 0
-        with closing(WarmProcess()) as warm:
-            if profile is None:
-                warm.begin()  # it imports while the sweep is planned
-            return run_to_tables(prepare(request, download=True), warm)
+        return run_to_tables(prepare(request, download=True))
     except SlurmUnavailableError as error:
         print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
         return 1

@@ -87,9 +87,6 @@ class FakeBackend:
     def run(self, stage: Stage, _on_heartbeat: object) -> End | None:
         raise AssertionError(f"{stage.kind} {stage.label} began")
 
-    def close(self) -> None:
-        pass
-
 
 def stage_of(
     kind: str,

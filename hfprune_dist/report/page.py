@@ -18,7 +18,7 @@ from hfprune_dist.results.rows import DONE, MISSING, Row
 from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE as SUCCESS
-from hfprune_dist.store.attempts import Attempt, End, Ledger, local_log
+from hfprune_dist.store.attempts import INTERRUPTED, Attempt, End, Ledger, local_log
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
@@ -139,10 +139,10 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
 
 
 def _failures(attempts: Attempts, out: Path) -> str:
-    """HTML table of all attempts that ended without an artifact."""
+    """HTML table of all attempts that failed."""
     lines = ""
     for stage, attempt, end in attempts:
-        if end is not None and end.cause != SUCCESS:
+        if end is not None and end.cause not in (SUCCESS, INTERRUPTED):
             job = f"job {attempt.job_id or 'unknown'}" if attempt.intent.job_name else ""
             nodes = "".join(f" on {run.nodes}" for run in attempt.runs()[-1:])
             found = [log for log in (*attempt.logs(), local_log(out / "logs", attempt.intent)) if log.exists()]

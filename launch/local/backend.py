@@ -44,8 +44,8 @@ OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
 class LocalBackend:
-    """Runs stages on this machine, on ranks of a process that goes on until ``close``. The folder ``logs`` gets a log
-    per stage and attempt; ``cancellation`` tells whether stages are still wanted; ``warm`` may have begun.
+    """Runs stages on this machine, on ranks that the ``warm`` process starts. The folder ``logs`` gets a log per stage
+    and attempt; ``cancellation`` tells whether stages are still wanted.
     """
 
     def __init__(
@@ -54,18 +54,14 @@ class LocalBackend:
         logs: Path,
         provenance: Provenance,
         cancellation: Cancellation,
-        warm: WarmProcess | None = None,
+        warm: WarmProcess,
     ) -> None:
         self._store = store
         self._logs = logs
         self._provenance = provenance
         self._cancellation = cancellation
-        self._warm = warm or WarmProcess()
+        self._warm = warm
         self.ranks = ranks_here(provenance.runtime)
-
-    def close(self) -> None:
-        """End the process that starts ranks."""
-        self._warm.close()
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
         """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact. Raises
@@ -94,7 +90,7 @@ class LocalBackend:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
         arguments = [str(self._store.root.resolve()), stage.id, claim.token]
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
-        cause, message = INTERRUPTED, "the launcher was interrupted"
+        cause, message = INTERRUPTED, "the launcher was interrupted; what was saved stays"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
@@ -133,7 +129,7 @@ class LocalBackend:
                         if not handle.is_committed():  # after which the claim goes with the work folder
                             claim.require_held()
         except BaseException:
-            self.close()
+            self._warm.close()
             handle.discard_draft(claim)
             raise
         return codes

@@ -74,8 +74,9 @@ class WarmProcess:
             self.close()  # it says nothing when nothing runs: it was killed
         self.begin()
         assert self._connection is not None
+        request = (main, list(arguments), size, dict(environment), Path.cwd(), log.resolve())
         with contextlib.suppress(OSError):  # it has just been killed, as ``ended`` will find
-            self._connection.send((main, list(arguments), size, dict(environment), Path.cwd(), log.resolve()))
+            self._connection.send(request)
 
     def ended(self, timeout: float) -> dict[int, int] | None:
         """Wait for the end of all ranks, up to some seconds; return rank -> exit code, negative for a signal, or None
@@ -128,7 +129,7 @@ class WarmProcess:
 def serve(launcher: Connection) -> None:
     """Run the ranks of one request after another, until the launcher sends nothing more or is gone."""
     is_safe = sys.platform == "linux" and _has_imported_safely()
-    with contextlib.suppress(EOFError, OSError):  # the launcher was killed
+    with contextlib.suppress(EOFError, ConnectionError):  # the launcher was killed
         while request := launcher.recv():
             main, arguments, size, environment, folder, log = request
             with log.open("ab") as stream:

@@ -77,7 +77,7 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None) ->
         detail = job.reason if job.is_waiting else ""
     elif job is not None and state == "missing" and not detail:
         detail = f"job {job.job_id} ended ({job.state}); run the same command again"
-    beat = handle.heartbeat() if state == "running" else None
+    beat = handle.heartbeat() if state != "done" else None
     if runs and beat is not None and (runs[-1].ended or beat.updated < runs[-1].started):
         beat = None  # an earlier start's
     return StageStatus(
@@ -85,7 +85,7 @@ def _status(stage: Stage, ledger: Ledger, jobs: Mapping[str, JobInfo] | None) ->
         state=state,
         detail=detail,
         progress=str(beat or ""),
-        left=time_left(beat) if beat is not None else "",
+        left=time_left(beat) if state == "running" else "",
         job=(attempts[-1].job_id or "") if attempts else "",
         nodes=job.nodes if job is not None else "",
         attempts=len(attempts),

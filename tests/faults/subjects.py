@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fake_slurm import PLAN, Controller, FakeLauncher, attempts_in
+from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
-from hfprune_launch.local import backend
 from hfprune_launch.slurm import commands as slurm_cli
 from hfprune_launch.slurm.job import Start
 from hfprune_launch.stage import run as stage_script
@@ -124,7 +124,7 @@ class WholeSweep(Subject):
 
     def run(self, root: Path, mark: Mark, marks: list) -> dict:
         os.environ["OMP_NUM_THREADS"] = "1"
-        backend.WarmProcess = sweep.WarmProcess = InProcess
+        sweep_run.WarmProcess = InProcess
         chosen = ["--models", "alpha", "--ratios", "0.2", "--methods", "hfprune", "--ranks", "1"]
         assert sweep.main(["--config", str(self.prepared), "--out", str(root), *chosen, *SHORT]) == 0
         weights = sorted(root.glob("store/*/*/*.safetensors"))

@@ -192,11 +192,13 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
 def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
     sweep = DrawnSweep(tmp_path, missing={"m 0.5 other", "m 0.5 hfprune"})
     (cell,) = (cell for cell in sweep.plan.cells if cell.label == "m 0.5 hfprune")
-    attempt = Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[cell.evaluate])
-    attempt.close(End("input", "no such task", 1.0))
+    for cause, message in (("interrupted", "the launcher was"), ("input", "no such task")):
+        attempt = Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[cell.evaluate])
+        attempt.close(End(cause, message, 1.0))
     rows = [dict(row, measured_as="a") for row in sweep.rows()]
     rows[-1]["measured_as"] = "b"
     text = sweep.page(rows=rows)
+    assert "interrupted" not in text, "which is no failure"
     said = re.findall("<p class='?(finding|note .*?)'?>(.*?)</p>", text[: text.index("<figure")])
     (_, finding), failures, (kind, lacking) = said
     assert finding.startswith("m: with 20 % removed, ")

@@ -70,11 +70,9 @@ class Ranks:
 
 @pytest.fixture
 def backend(store, tmp_path):
-    backend = LocalBackend(
-        store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}), Cancellation(store.root)
+    return LocalBackend(
+        store, tmp_path / "logs", Provenance(RuntimeConfig(ranks=1), {}, {}), Cancellation(store.root), Ranks(store)
     )
-    backend._warm = Ranks(store)
-    return backend
 
 
 @pytest.fixture

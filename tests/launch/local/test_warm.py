@@ -92,6 +92,11 @@ def test_ranks_join_in_surroundings_of_their_own(process, log, tmp_path, monkeyp
         one, other = told(log)
         assert one["ranks"] == other["ranks"] == [0, 1] and one["hash"] == other["hash"]
         assert (one["environment"], one["folder"], one["threads"]) == (value, str(tmp_path), int(threads))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError):
+        start(process, log)
 
 
 def test_a_process_that_has_only_imported_does_not_grow_with_the_stages_that_it_starts(log, monkeypatch):

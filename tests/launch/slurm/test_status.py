@@ -55,7 +55,7 @@ def test_a_stage_that_runs_shows_how_far_it_is_and_who_runs_it(store):
         f"prune a 0.2 waiting no run yet for {STAGE.id}",
     ]
     claim.release()
-    assert shown(store)[0] == "importance a missing no run yet"
+    assert shown(store)[0] == "importance a missing calibration 5/9 no run yet", "as far as it came"
 
 
 def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
