@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.screen import plain_table
@@ -13,6 +14,8 @@ from hfprune_launch.sweep_folder import NO_RUN, measured_hours
 from rich.console import Console
 from rich.markup import escape
 
+from hfprune_dist.data.examples import read_examples
+from hfprune_dist.data.text import read_beginning
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, sizes_of
 from hfprune_dist.results.formats import count, counted
@@ -77,11 +80,20 @@ def _show_shapes(console: Console, prepared: Prepared) -> None:
 
 
 def _remarks(prepared: Prepared) -> Iterator[str]:
-    """Yield sentences on the effect of settings: how texts are mixed, and what each method does to each model."""
+    """Yield sentences on the effect of settings: how texts are mixed, how many instructions are answered, and what each
+    method does to each model.
+    """
     shares = prepared.config.calibration.shares()
     if len(shares) > 1:
         texts = (f"{share.windows} of {share.text.path or share.text.dataset}" for share in shares)
         yield f"calibration windows: {', '.join(texts)}"
+    for stage in (prepared.sweep.plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "answers"):
+        settings = stage.params.to_json()["recovery"]
+        most = f"up to {settings['samples']}"
+        if not settings["samples"]:  # else a data set is refused
+            found = read_beginning(read_examples(settings, Path(stage.inputs["text"].location), 0))
+            most = f"{len(found.records)}{'' if found.is_all else ' or more'}"
+        yield f"{stage.label}, the dense model, answers {most} instructions"
     for model in (model for model in prepared.models if model.has_known_shape):
         for name, method in prepared.methods.items():
             yield from remarks_on_method(model.checkpoint, method, place_of(model.name, name))
@@ -99,13 +111,17 @@ def _show_hours(prepared: Prepared) -> None:
 def _show_outlooks(prepared: Prepared) -> None:
     """Show where the missing trainings lead, by shorter ones of the same recipe, or how to find out."""
     plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[tuple[int, float]]()
-    for stage in (plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "recover"):
+    # What later rounds train depends on how long the first did, so that no three of them are alike.
+    told = {made for cell in plan.cells if cell.ratio and not cell.rounds for made in cell.producers}
+    trained = (stage_id for stage_id in prepared.todo if stage_id in told and kind_of(stage_id) == "recover")
+    for stage in map(plan.stages.__getitem__, trained):
         recipe = stage.params.to_json()["recovery"]
+        windows = prepared.config.calibration.sequence_length if "windows" in stage.inputs else None
         tokens = None if recipe.get("max_steps") else recipe.get("tokens")
         if tokens and (ahead := outlook(stage, runs, tokens)):
             prepared.request.tell(f"outlook: {stage.label}: {ahead}")
         elif tokens and recipe.get("evaluate_every"):
-            least = max(SHARE * tokens, STEPS * recipe["batch_size"] * recipe["sequence_length"])
+            least = max(SHARE * tokens, STEPS * recipe["batch_size"] * (windows or recipe["sequence_length"]))
             unknown |= {(tokens, least)} if TRIALS[-1] * least < tokens else set()
     for tokens, least in sorted(unknown):
         shorter = ", ".join(count(float(f"{times * least:.2g}")) for times in TRIALS)

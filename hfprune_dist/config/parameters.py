@@ -47,11 +47,11 @@ KINDS = {
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 3),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 5, trains=True),
+    "recover": StageKind("training.RecoverParameters", 6, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 5, cuts=True, trains=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 6, cuts=True, trains=True),
 }
 
 

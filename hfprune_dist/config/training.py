@@ -193,8 +193,11 @@ class Training(Recipe):
         """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or
         ``epochs``.
         """
-        epochs = self.tokens / (rows * sequence_length) if self.tokens else self.epochs
-        exact = epochs * steps_per_epoch(rows, self.batch_size)
+        of_an_epoch = steps_per_epoch(rows, self.batch_size)
+        if self.tokens and not self.max_steps:  # the steps of an epoch differ by a row
+            needed = -(-self.tokens // sequence_length)
+            return -(-needed * of_an_epoch // rows)
+        exact = self.epochs * of_an_epoch
         return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
 
 
@@ -255,6 +258,4 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 def rows_trained(rows: int, batch_size: int, steps: int) -> int:
     """Number of rows that ``steps`` optimizer steps see, with epochs cut into steps as by ``data.schedule``."""
-    of_an_epoch = steps_per_epoch(rows, batch_size)
-    epochs, part = divmod(steps, of_an_epoch)
-    return epochs * rows + rows * part // of_an_epoch
+    return rows * steps // steps_per_epoch(rows, batch_size)

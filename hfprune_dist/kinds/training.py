@@ -2,7 +2,8 @@
 
 Inputs: ``model``, for LoRAPrune the dense one; ``text`` where that is a file, the dense model's ``answers`` instead, or
 the pass whose ``windows`` are read; of the dense model, if it is the teacher, the hidden states on these
-(``reference``), or else itself (``dense``); and a reference on ``held-out`` text for evaluations on the way.
+(``reference``), or else itself (``dense``); a reference on ``held-out`` text for evaluations on the way; and the dense
+model again where its ``head`` may differ from the one that training begins with.
 """
 
 from __future__ import annotations

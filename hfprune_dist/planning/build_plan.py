@@ -295,6 +295,8 @@ class _Planner:
         inputs = {"model": variant.checkpoint}
         if training.evaluate_every:
             inputs["held-out"] = next(iter(self._references_of_held_out(variant).values()))
+        if variant.rounds and training.method != "lora" and (training.teacher_share or training.evaluate_every):
+            inputs["head"] = variant.dense  # an earlier round may have trained the model's own
         if training.text != "calibration":
             inputs |= {"dense": variant.dense} if training.teacher_share else {}
             text = self._text("text", training)

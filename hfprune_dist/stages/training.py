@@ -55,7 +55,9 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         masked_to: the units that are to be left of the model at the end; None for all.
     """
     settings, seed = context.params.recovery, context.params.seed
-    teacher = open_checkpoint(context.input_path("dense")) if context.has_input("dense") else None
+    teacher, head_of = (
+        open_checkpoint(context.input_path(role)) if context.has_input(role) else None for role in ("dense", "head")
+    )
     rows, counts = _rows(context, checkpoint)
     schedule = Schedule(counts["rows"], settings.batch_size, seed)
     task = FineTuning(
@@ -67,6 +69,7 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         total_steps=settings.steps(schedule.rows, len(rows(0)["input_ids"])),
         is_plain_text=settings.text == "calibration",
         teacher=teacher,
+        head_of=head_of,
         held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,
         masked_to=masked_to,
     )
@@ -217,6 +220,6 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded
         encoded += encode(tokenizer, some, settings.sequence_length)
         left -= sum(len(one.input_ids_T) for one in encoded[done:] if one is not None)
         done = len(encoded)
-        context.progress.update("tokenizing", done, settings.samples or done + len(some))
+        context.progress.update("tokenizing", done, max(done, settings.samples or 0))
     require_trainable(encoded, settings.sequence_length, f"recovery {path or settings.dataset}")
     return encoded

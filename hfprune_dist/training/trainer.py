@@ -43,6 +43,7 @@ from hfprune_dist.kinds.memory import Need, Placement, Sizes, most_at_once
 from hfprune_dist.kinds.training import HELD_OUT_KL, UNTRAINED_KL, has_converged, training_need
 from hfprune_dist.models.loading import after_head, packed_rows
 from hfprune_dist.models.memory_efficient_backward import keep_no_gathered_weights, replace_norms
+from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Shape
@@ -63,6 +64,7 @@ class FineTuning:
         total_steps: optimizer steps of the whole training, over all attempts.
         is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
         teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
+        head_of: the dense model, if its head may differ from the one that training begins with.
         held_out: text for evaluations on the way.
         masked_to: the units that are to be left at the end, in all layers (LoRAPrune); None for all.
     """
@@ -75,6 +77,7 @@ class FineTuning:
     total_steps: int
     is_plain_text: bool = False
     teacher: Checkpoint | None = None
+    head_of: Checkpoint | None = None
     held_out: DenseStates | None = None
     masked_to: Shape | None = None
 
@@ -125,7 +128,7 @@ def fine_tune(
         Interrupted: after a step and its snapshot, if any rank was asked to end early.
     """
     start = Snapshot.last(file, world)
-    if start.step == task.total_steps or has_converged(start.losses, task.settings.patience):
+    if start.step >= task.total_steps or has_converged(start.losses, task.settings.patience):
         return start
     at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
     task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
@@ -210,7 +213,10 @@ class Trainer:
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
-        if head.weight.requires_grad:
+        if task.head_of is not None:
+            of_dense = LayerReader(task.head_of, self._dtype, world.device).head()
+            self._dense_head = of_dense.weight_VC, of_dense.bias_V
+        elif head.weight.requires_grad:
             bias = None if head.bias is None else head.bias.detach().clone()
             self._dense_head = head.weight.detach().clone(), bias
         self._optimizer = Optimizer(trained, task.settings, start, world)
@@ -320,12 +326,9 @@ class Trainer:
     @contextmanager
     def _head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The model's head, within the context; the parameters themselves if it is trained."""
-        if self._dense_head is not None:
-            head = self._task.checkpoint.family.head_of(self._frozen.module)
+        head = self._task.checkpoint.family.head_of(self._frozen.module)
+        with self._frozen.gathered([head]):
             yield head.weight, head.bias
-            return
-        with self._frozen.head() as (weight_VC, bias_V):
-            yield weight_VC, bias_V
 
     @torch.no_grad()
     def evaluate(self) -> LossLine:

@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.training import Training
+from hfprune_dist.config.training import Training, rows_trained
 from hfprune_dist.config.yaml_text import to_yaml
+from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.errors import UserError
 
 
@@ -23,10 +24,19 @@ def test_epochs_are_as_many_as_are_written(hundredths, steps_per_epoch):
 
 
 @pytest.mark.parametrize(("written", "tokens"), [("300k", 300_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), (7, 7)])
-def test_a_budget_of_tokens_is_as_many_steps_as_it_takes(written, tokens):
-    training = Training(tokens=written, batch_size=4)
-    assert training.tokens == tokens
-    assert training.steps(40, 100) == ceil(Fraction(tokens, 400))
+def test_counts_of_tokens_are_read_as_they_are_written(written, tokens):
+    assert Training(tokens=written).tokens == tokens
+
+
+@given(tokens=st.integers(1, 10**6), rows=st.integers(1, 300), batch_size=st.integers(1, 200))
+@example(15, 3, 2)
+def test_a_budget_of_tokens_is_as_many_steps_as_it_takes(tokens, rows, batch_size):
+    """Of three rows in steps of two, the first step has one row."""
+    steps = Training(tokens=tokens, batch_size=batch_size).steps(rows, 10)
+    schedule = Schedule(rows, batch_size, 0)
+    few, enough = (10 * rows_trained(rows, batch_size, steps - less) for less in (1, 0))
+    assert few < tokens <= enough
+    assert rows_trained(rows, batch_size, 2) == len(schedule.rows_of(0)) + len(schedule.rows_of(1))
 
 
 def trainings_of(**settings):

@@ -1,13 +1,23 @@
 """A sweep that learns what the dense model answers, from planning to the card."""
 
 import pytest
-from sweeps import finish, make_inputs, results
+from sweeps import finish, in_process, make_inputs, results
 
 from hfprune_dist.store.atomic_files import read_json
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize(("samples", "told"), [("null", "40"), (7, "up to 7")])
+def test_a_dry_run_tells_how_many_instructions_are_answered(tmp_path, samples, told):
+    from hfprune_launch.sweep import main
+
+    given = {"answers": "dense", "sequence_length": 512, "samples": samples}
+    settings = [word for name, value in given.items() for word in ("--set", f"recovery.{name}={value}")]
+    named = ["--config", make_inputs(tmp_path), "--out", tmp_path / "out", "--models", "alpha"]
+    code, shown, _ = in_process(main, *named, *settings, "--dry-run")
+    assert code == 0 and f"note: alpha, the dense model, answers {told} instructions\n" in shown
 
 
+@pytest.mark.slow
 def test_rows_learn_the_dense_models_answers_and_say_so(tmp_path):
     settings = ["recovery.answers=dense", "recovery.sequence_length=512", "evaluation.tasks=[]"]
     arguments = ["--models", "alpha", "--ratios", "0.2", *(f"--set={setting}" for setting in settings)]

@@ -69,16 +69,21 @@ def test_rounds_too_close_to_each_other_are_told_by_the_stage(config, tmp_path):
 def test_a_dry_run_shows_the_stages_and_a_job_runs_a_round_at_a_time(config, tmp_path):
     from hfprune_launch.sweep import main
 
-    few = ["--models", "alpha", "--methods", "hfprune", "--ratios", "0.1", "--set", "rounds=[0.1,0.15,0.2]"]
+    few = ["--models", "alpha", "--methods", "hfprune", "--set", "rounds=[0.1,0.15,0.2]", "--set", "ratios=[0.1]"]
     code, shown, _ = in_process(main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run")
     assert code == 0 and re.search(r"importance +alpha 0.2 hfprune \+ lora via 0.1, 0.15 +\w+ +run", shown)
     assert "0.2 of the dense model, from what 0.15 leaves" in shown
-    for rows, shorter in ((2, "3k, 9k, 30k"), (64, "82k, 250k, 820k")):  # four steps of 320 tokens in each row
-        longer = f"recovery={{tokens: 3M, max_steps: null, evaluate_every: 1M, batch_size: {rows}}}"
-        code, shown, _ = in_process(
-            main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run", "--set", longer
-        )
+    dry_run = [main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run", "--set"]
+    longer = "recovery={tokens: 3M, max_steps: null, evaluate_every: 1M, batch_size: "
+    for setting, shorter in (
+        ("2}", "3k, 9k, 30k"),
+        ("64}", "82k, 250k, 820k"),  # four steps of 320 tokens in each row
+        ("64, text: calibration}", "8.2k, 25k, 82k"),  # of 32
+    ):
+        code, shown, _ = in_process(*dry_run, longer + setting)
         assert code == 0 and f"outlook on 3M tokens: after three shorter trainings, such as {shorter}\n" in shown
+    code, shown, _ = in_process(*dry_run, longer + "2}", "--set", "ratios=[]")
+    assert code == 0 and "outlook" not in shown, "of later rounds, and of the dense model"
 
     _, plan = planned(config, models=["alpha"], methods=["hfprune"], ratios=[0.1], rounds=[0.1, 0.15, 0.2])
     serves = served_by(plan)

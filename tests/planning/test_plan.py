@@ -342,18 +342,19 @@ def test_norms_without_weights_are_not_for_training(config, tmp_path):
 
 def test_rounds_go_on_from_the_row_at_the_first_ratio_by_each_recipe(config):
     """Without that row, the stages on the way are the same; speed is that of the last cut."""
-    recipes = {"none": {"method": "none"}, "lora": {}, "again": {"text": "calibration", "objective": "distill"}}
+    again = {"text": "calibration", "objective": "distill"}
+    recipes = {"none": {"method": "none"}, "lora": {}, "again": again, "full": {**again, "method": "full"}}
     settings = {"models": ["alpha"], "rounds": [0.1, 0.2], "recovery__recipes": recipes, "efficiency__enabled": True}
     plan = plan_of(config, ratios=[0.1], device="here", **settings)
     alone = plan_of(config, ratios=[], device="here", **settings)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).to_json() == plan.to_json()
     rows = {cell.label.removeprefix("alpha "): cell for cell in plan.cells}
     by_rounds = [cell for cell in plan.cells if cell.rounds]
-    assert [cell.recovery for cell in by_rounds] == ["lora via 0.1", "again via 0.1"]
+    assert [cell.recovery for cell in by_rounds] == ["lora via 0.1", "again via 0.1", "full via 0.1"]
     assert [(cell.label, cell.producers) for cell in alone.cells if cell.ratio] == [
         (cell.label, cell.producers) for cell in by_rounds
     ]
-    for cell, recipe in zip(by_rounds, ("lora", "again"), strict=True):
+    for cell, recipe in zip(by_rounds, ("lora", "again", "full"), strict=True):
         before = rows[f"0.1 surgeon-uniform-block + {recipe}"].producers
         assert cell.producers[: len(before)] == before
         importance, cut, trained = (plan.stages[made] for made in cell.producers[-3:])
@@ -361,6 +362,8 @@ def test_rounds_go_on_from_the_row_at_the_first_ratio_by_each_recipe(config):
         assert {*cut.inputs} == {"model", "importance", "dense"} and cut.params.ratio == 0.2
         assert trained.inputs["model"] == plan.stages[cell.efficiency].inputs["model"] == cut.as_input()
         assert "dense" not in plan.stages[rows["0.1 surgeon-uniform-block"].producers[-1]].inputs
+        # Whose own head was trained in the first round.
+        assert ["head" in plan.stages[made].inputs for made in (before[-1], trained.id)] == [False, recipe == "full"]
 
 
 def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_from_it(config, monkeypatch):

@@ -1,6 +1,7 @@
 """Every recipe against a plain loop, on any number of ranks, interrupted and not."""
 
 import gc
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -105,6 +106,20 @@ def test_the_first_steps_are_those_of_a_plain_loop(tmp_path, checkpoints, name):
     assert losses == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5) and losses[-1] < losses[0]
 
 
+def test_a_head_that_an_earlier_round_has_trained_is_not_the_dense_models(tmp_path, checkpoints):
+    model = load_causal_lm(checkpoints[0].path, torch.float32)
+    torch.nn.init.normal_(model.lm_head.weight)
+    shutil.copytree(checkpoints[0].path, tmp_path / "trained")
+    model.save_pretrained(tmp_path / "trained")
+    trained_before = open_checkpoint(tmp_path / "trained"), checkpoints[1]
+    task = task_of(trained_before, "full, distill", evaluate_every=1)
+    task = replace(task, head_of=checkpoints[1], held_out=HeldOut(checkpoints[1]))
+    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
+    trained = fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
+    assert [line["loss"] for line in trained.losses] == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5)
+    assert trained.losses[0]["untrained_kl"] == pytest.approx(task.held_out.divergence(model), rel=1e-4)
+
+
 class AfterTwoSteps(Interruption):
     def __init__(self):
         super().__init__()
@@ -170,6 +185,12 @@ class HeldOut:
     def hidden(self, index):
         return self.model.model(input_ids=self.windows_ST[index][None]).last_hidden_state[0]
 
+    @torch.no_grad()
+    def divergence(self, model):
+        logits = (each(input_ids=self.windows_ST).logits for each in (self.model, model))
+        log_p, log_q = (each.double().log_softmax(-1) for each in logits)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
 
 @pytest.mark.parametrize("patience", [None, 1])
 def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_path, checkpoints, patience):
@@ -185,10 +206,7 @@ def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_pa
         assert found[7] < found[2] < trained.losses[0]["untrained_kl"]
         model = load_causal_lm(task.checkpoint.path, torch.float32)
         model.load_state_dict(trained.weights, strict=False)
-        with torch.no_grad():
-            logits = (each(input_ids=task.held_out.windows_ST).logits for each in (task.held_out.model, model))
-            log_p, log_q = (each.double().log_softmax(-1) for each in logits)
-        assert found[7] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+        assert found[7] == pytest.approx(task.held_out.divergence(model), rel=1e-4)
 
 
 def test_evaluations_that_diverge_are_told(tmp_path, checkpoints):
