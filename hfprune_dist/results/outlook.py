@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL, has_converged
@@ -27,13 +26,12 @@ from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import Stage
 
-Floats = NDArray[np.float64]
 # A law has three unknowns.
 LEAST_RUNS = 3
-# Exponents that are tried, and then factors of the best one.
-EXPONENTS, FINER = np.geomspace(0.02, 3.0, 100), np.geomspace(0.95, 1.05, 201)
-# How many times the tokens of the longest run a law is told for, and how many it is trusted for at all.
-AHEAD, FARTHEST = 10, 100
+# Exponents that are tried.
+EXPONENTS = np.geomspace(0.02, 3.0, 2000)
+# How many times the tokens of the longest run a law is told for.
+AHEAD = 10
 SHARES = {"half": 0.5, "90 %": 0.1}  # of what pruning lost: regained -> left
 # Settings of a recipe that say how long it goes on, or what is measured meanwhile.
 LENGTH = ("tokens", "epochs", "max_steps", "evaluate_every", "patience")
@@ -52,9 +50,13 @@ class Law:
     def fitted(cls, points: Mapping[int, float], *, has_floor: bool = True) -> Law:
         """The fit of least squares in relative errors: tokens, in ascending order -> KL, all above 0."""
         tokens, kls = (np.asarray([*values], dtype=np.float64) for values in (points.keys(), points.values()))
-        shares = tokens / tokens[-1]
-        *_, near = min(_with_exponent(shares, kls, float(each), has_floor) for each in EXPONENTS)
-        _, floor, factor, exponent = min(_with_exponent(shares, kls, near * float(each), has_floor) for each in FINER)
+        powers = (tokens / tokens[-1]) ** -EXPONENTS[:, None] / kls  # [exponents, points]
+        basis = np.stack([np.broadcast_to(1 / kls, powers.shape), powers], axis=2)
+        floors, factors = np.linalg.pinv(basis).sum(axis=2).T  # that make basis x (floor, factor) closest to 1
+        alone = (floors < 0) | (not has_floor)
+        floors, factors = np.where(alone, [0 * floors, powers.sum(axis=1) / (powers**2).sum(axis=1)], [floors, factors])
+        best = ((floors[:, None] / kls + factors[:, None] * powers - 1) ** 2).sum(axis=1).argmin()
+        floor, factor, exponent = (float(each[best]) for each in (floors, factors, EXPONENTS))
         return cls(floor, factor, exponent, float(tokens[-1]))
 
     def at(self, tokens: float) -> float:
@@ -67,16 +69,6 @@ class Law:
         if left <= 0 or self.factor <= 0:
             return math.inf
         return float(self.unit * math.exp(min(700.0, math.log(self.factor / left) / self.exponent)))
-
-
-def _with_exponent(shares: Floats, kls: Floats, exponent: float, has_floor: bool) -> tuple[float, float, float, float]:
-    """The sum of squared relative errors, and floor, factor and exponent, of the best law with this exponent."""
-    basis = np.stack([np.ones_like(kls), shares**-exponent], axis=1) / kls[:, None]
-    floor, factor = np.linalg.lstsq(basis, np.ones_like(kls), rcond=None)[0]
-    if floor < 0 or not has_floor:
-        floor, factor = 0.0, basis[:, 1].sum() / (basis[:, 1] @ basis[:, 1])
-    errors = basis @ np.asarray([floor, factor]) - 1
-    return float(errors @ errors), float(floor), float(factor), exponent
 
 
 def foretold(points: Mapping[int, float], tokens: float) -> tuple[float, float]:
@@ -133,8 +125,8 @@ def outlook(stage: Stage, runs: Runs, tokens: float | None = None) -> str | None
         return None
     longest, law = found[-1], Law.fitted(points)
     asked = AHEAD * longest.tokens if tokens is None else tokens
-    measured = f"by {len(points)} runs of up to {count(longest.tokens)} tokens"
-    if asked > FARTHEST * longest.tokens:
+    measured = f"by {len(points)} runs of {count(found[0].tokens)} to {count(longest.tokens)} tokens"
+    if asked > _farthest(found):
         return f"too far ahead: {count(asked)} tokens, {measured}"
     kl, error = foretold(points, asked)
     told = f"KL {kl:.3f}±{error:.3f} after {_price(asked, longest)}"
@@ -148,8 +140,13 @@ def _until(kl: float, law: Law, runs: Sequence[Run]) -> str:
     """When KL is that low: by the law, or by a run that got there, whatever the law says."""
     reached = (run.tokens for run in runs if run.kl <= kl)
     needed = min([max(law.tokens_to(kl), runs[0].tokens), *reached])
-    most, longest = FARTHEST * runs[-1].tokens, runs[-1]
+    most, longest = _farthest(runs), runs[-1]
     return f"after {_price(needed, longest)}" if needed <= most else f"not within {_price(most, longest)}"
+
+
+def _farthest(runs: Sequence[Run]) -> float:
+    """The most tokens that a law is trusted for: as much farther as runs go, squared."""
+    return runs[-1].tokens * (runs[-1].tokens / runs[0].tokens) ** 2
 
 
 def _price(tokens: float, longest: Run) -> str:

@@ -67,7 +67,6 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         rows=rows,
         schedule=schedule,
         total_steps=settings.steps(schedule.rows, len(rows(0)["input_ids"])),
-        is_plain_text=settings.text == "calibration",
         teacher=teacher,
         head_of=head_of,
         held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,

@@ -46,10 +46,8 @@ class Optimizer:
         if start.step:
             moments = {moment: start.vector(moment, own).to(device) for moment in MOMENTS}
             self._adamw.state[self._weights] = {"step": torch.tensor(float(start.step)), **moments}
-        self._hooks = [
+        for name, sum_of_gradients in self.gradients().items():
             parameters[name].register_post_accumulate_grad_hook(_adding_to(sum_of_gradients))
-            for name, sum_of_gradients in self.gradients().items()
-        ]
         self._show()
 
     def weights(self) -> dict[str, Tensor]:
@@ -92,15 +90,6 @@ class Optimizer:
             return None
         moments = {moment: self._adamw.state[self._weights][moment].cpu() for moment in MOMENTS}
         return {WEIGHTS: self._weights.detach().cpu(), **moments}
-
-    def release(self) -> None:
-        """Free the memory; it can't be used any more."""
-        self._adamw.state.clear()
-        for hook in self._hooks:
-            hook.remove()  # or the parameters, which DeepSpeed holds on to, would keep the gradients
-        for vector in (self._weights, self._gradient):
-            vector.data = vector.data.new_empty(0)
-        self._weights.grad = None
 
     def _share(self, rank: int) -> slice:
         size = -(-self._numbers // self._shares)

@@ -16,7 +16,7 @@ class Trackers:
 
     Args:
         names: of trackers: ``tensorboard``, ``trackio``, ``wandb``.
-        folder: for trackers that write files; its name is that of the run.
+        folder: for trackers that write files; its name is that of the run, and ends in what no other run has.
     """
 
     def __init__(self, names: Iterable[str], folder: Path) -> None:
@@ -27,7 +27,8 @@ class Trackers:
             if name == "tensorboard":
                 self._writers.append(import_module("torch.utils.tensorboard").SummaryWriter(str(folder)))
             else:
-                os.environ["WANDB_DIR"] = str(folder)
+                # Without an id, wandb would begin another run after a death.
+                os.environ |= {"WANDB_DIR": str(folder), "WANDB_RUN_ID": folder.name.rpartition("-")[2]}
                 project = os.environ.get("WANDB_PROJECT", PROJECT)
                 self._runs.append(import_module(name).init(project=project, name=folder.name, resume="allow"))
 

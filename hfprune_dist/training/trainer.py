@@ -3,9 +3,9 @@
 With LoRA, frozen weights are whole on each rank if they fit, and sharded otherwise; what is learnt differs by rounding
 only. Weights that are trained themselves are whole on each rank, and their optimizer is shared.
 
-There are two losses, both means over the tokens of an optimizer step: that of the rows' labels, and the divergence from
-the dense model, whose hidden states come with the rows, or which runs beside the model. Units may be masked during
-training (LoRAPrune).
+There are two losses, both means over the tokens of an optimizer step that have labels: that of the labels, and the
+divergence from the dense model, whose hidden states come with the rows, or which runs beside the model. Units may be
+masked during training (LoRAPrune).
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ class FineTuning:
         rows: reads a row by its number.
         schedule: which rows each step sees.
         total_steps: optimizer steps of the whole training, over all attempts.
-        is_plain_text: whether all of a row is text to learn, so that the divergence counts at each of its tokens.
         teacher: the dense model, if it is to run beside the model; None: its hidden states come with the rows.
         head_of: the dense model, if its head may differ from the one that training begins with.
         held_out: text for evaluations on the way.
@@ -75,7 +74,6 @@ class FineTuning:
     rows: RowReader
     schedule: Schedule
     total_steps: int
-    is_plain_text: bool = False
     teacher: Checkpoint | None = None
     head_of: Checkpoint | None = None
     held_out: DenseStates | None = None
@@ -141,9 +139,11 @@ def fine_tune(
             values, step = trainer.step(len(losses)), len(losses) + 1
             if values is None:
                 placement = smaller(placement, task, runtime.sharding, world)
-                trainer.release()
-                del trainer  # before there is another, which gc.freeze hides from Python's collector with all else
+                del trainer  # whose memory, hidden from Python's collector by gc.freeze, the next one needs
+                gc.unfreeze()
                 gc.collect()
+                if world.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 start = Snapshot.last(file, world)
                 trainer, losses = Trainer(task, start, world, placement), list(start.losses)
                 continue
@@ -177,7 +177,7 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
         return replace(placement, checkpointing=True)
     if in_adapters(task) and world.size > 1 and sharding == "auto":
         return replace(placement, whole=False)
-    lower = f"{'calibration' if task.is_plain_text else 'recovery'}.sequence_length"
+    lower = f"{'calibration' if task.settings.text == 'calibration' else 'recovery'}.sequence_length"
     if (at_once := task.settings.least_at_once) > 1:
         lower = f"recovery.micro_batch_size, here {at_once}"
     raise torch.OutOfMemoryError(
@@ -236,14 +236,13 @@ class Trainer:
         """
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
         batches = list(self._micro_batches(step))
-        tokens = torch.tensor([sum(batch.labels for batch in batches), sum(batch.tokens for batch in batches)])
-        world.all_reduce(tokens)  # of all ranks
-        labels, tokens_of_teacher = tokens.tolist()
+        labels = torch.tensor(sum(batch.labels for batch in batches))
+        world.all_reduce(labels)  # of all ranks
         loss, lacks_memory = torch.zeros((), device=world.device), False
         try:
             for batch in batches:
                 torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
-                term = self._loss(batch, labels, tokens_of_teacher)
+                term = self._loss(batch, int(labels))
                 loss += term.detach()
                 term.backward()
         except torch.OutOfMemoryError:
@@ -271,21 +270,18 @@ class Trainer:
                 task.rows(numbers[slot] if slot < len(numbers) else numbers[0])
                 for slot in range(first, first + at_once)
             ]
-            counted = min(max(len(numbers) - first, 0), at_once)
-            for row in rows[counted:]:
+            for row in rows[max(len(numbers) - first, 0) :]:
                 row["labels"].fill_(IGNORED)
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
             with_loss_BT = tensors["labels"] != IGNORED
-            labels = tokens = int(with_loss_BT[:, 1:].sum())
-            if task.is_plain_text:
-                tokens = counted * task.tokens
-            else:  # nothing depends on what comes after the last token with a loss
-                end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if labels else 2
-                tensors = {name: tensor[:, :end] for name, tensor in tensors.items()}
-            yield _MicroBatch(tensors, counted, labels, tokens, int(digest_of([task.seed, step, first])[:15], 16))
+            labels = int(with_loss_BT[:, 1:].sum())
+            # Nothing depends on what comes after the last token with a loss.
+            end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if labels else 2
+            tensors = {name: tensor[:, :end] for name, tensor in tensors.items()}
+            yield _MicroBatch(tensors, labels, int(digest_of([task.seed, step, first])[:15], 16))
 
-    def _loss(self, batch: _MicroBatch, labels: int, tokens: int) -> Tensor:
-        """A micro-batch's part of the loss, which is a mean over so many labels, and tokens that the teacher judges."""
+    def _loss(self, batch: _MicroBatch, labels: int) -> Tensor:
+        """A micro-batch's part of the loss, which is a mean over so many labels."""
         device, model, share = self._world.device, self._frozen.module, self._task.settings.teacher_share
         tensors = {
             name: send(tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype), device)
@@ -295,21 +291,17 @@ class Trainer:
         # On the host, which would have to wait for a GPU to find them.
         targets_N = nn.functional.pad(batch.tensors["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
+        targets_N = send(targets_N[places_N], device)
         texts = packed_rows(batch.tensors.get("position_ids"), device)
         if not share:
             with texts, self._frozen.head_at(places_N):  # with a cache, rows would not count as packed
                 logits_NV = model(**tensors, use_cache=False).logits[0].float()
-            targets_N = send(targets_N[places_N], device)
             return nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / labels
         with texts:
             dense_BTC = tensors.pop(DENSE) if self._teacher is None else self._teacher.final_hidden_of(tensors)
             hidden_BTC = self._task.checkpoint.family.body_of(model)(**tensors, use_cache=False).last_hidden_state
-        if self._task.is_plain_text:
-            judged: slice | Tensor = slice(0, batch.counted * hidden_BTC.shape[1])
-            targets_N = targets_N[judged]
-        else:
-            judged, targets_N = send(places_N, device), targets_N[places_N]
-        hidden_NC, dense_NC = (states_BTC.flatten(0, 1)[judged] for states_BTC in (hidden_BTC, dense_BTC))
+        judged_N = send(places_N, device)
+        hidden_NC, dense_NC = (states_BTC.flatten(0, 1)[judged_N] for states_BTC in (hidden_BTC, dense_BTC))
         with self._head() as (weight_VC, bias_V):
             divergence = summed_divergence(
                 hidden_NC,
@@ -317,11 +309,11 @@ class Trainer:
                 weight_VC,
                 bias_V,
                 self._after,
-                labels_N=send(targets_N, device) if share < 1 else None,
-                label_weight=(1 - share) / share * tokens / max(labels, 1),
+                labels_N=targets_N if share < 1 else None,
+                label_weight=(1 - share) / share,
                 dense_head=self._dense_head,
             )
-        return divergence * (share / tokens)
+        return divergence * (share / labels)
 
     @contextmanager
     def _head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -351,17 +343,6 @@ class Trainer:
         means = sum(sums[: len(states.windows_ST)], FidelitySums()).means()
         return {HELD_OUT_KL: means["kl"], "held_out_perplexity": means["perplexity"]}
 
-    def release(self) -> None:
-        """Free the memory, for another placement; it can't be used any more."""
-        self._frozen.release()
-        self._optimizer.release()
-        self._dense_head = None
-        if self._teacher is not None:
-            self._teacher.release()
-        gc.unfreeze()
-        if self._world.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def save(self, file: Path, step: int, losses: list[LossLine]) -> None:
         """Write a snapshot; collective."""
         masks = {} if self._masks is None else self._masks.state()
@@ -371,14 +352,10 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Rows of a forward of one rank, stacked; the first ``counted`` have a loss, over so many ``labels``, and so many
-    ``tokens`` that the teacher judges.
-    """
+    """Rows of a forward of one rank, stacked, with a loss over so many ``labels``."""
 
     tensors: dict[str, Tensor]
-    counted: int
     labels: int
-    tokens: int
     seed: int
 
 

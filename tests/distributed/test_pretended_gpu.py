@@ -173,7 +173,7 @@ def task_of(checkpoint, goal):
     task = make_task(checkpoint, dtype="bfloat16", dropout=0.05, micro_batch_size=8, objective=objective)
     if goal == "distillation":
         dense = torch.randn(8, 24, checkpoint.config["hidden_size"], dtype=DTYPE)
-        return replace(task, is_plain_text=True, rows=lambda row: {**task.rows(row), "dense": dense[row]})
+        return replace(task, rows=lambda row: {**task.rows(row), "dense": dense[row]})
     kinds = {kind: checkpoint.structures[kind].counts for kind in KINDS}
     fewer = {kind: tuple(count - 1 for count in counts) for kind, counts in kinds.items()}
     shape = Shape(tuple(range(checkpoint.num_layers)), fewer)

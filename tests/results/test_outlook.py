@@ -111,12 +111,16 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
     until = "half after 30k tokens (0.17 device-hours), 90 % after 3M tokens (17 device-hours)"
     for text in (report(rows), page(tmp_path, plan, rows, written=0.0)):
         assert "m 0.2 hfprune + lora: KL 0.500±" in text
-        assert (
-            f" after 3M tokens (17 device-hours); of what pruning lost, regained: {until} (by 3 runs of up to" in text
-        )
+        told = f" after 3M tokens (17 device-hours); of what pruning lost, regained: {until} (by 3 runs of 30k to 300k"
+        assert told in text
     runs = read_runs(store)
     longer = training("lora", tokens=1_200_000)
     assert outlook(longer, runs, 1_200_000).startswith("KL 0.6") and outlook(longer, runs, 90_000) is None
-    assert outlook(longer, runs, 1e9) == "too far ahead: 1B tokens, by 3 runs of up to 300k tokens"
+    assert outlook(longer, runs, 1e9) == "too far ahead: 1B tokens, by 3 runs of 30k to 300k tokens"
+    alike = {
+        recipe: [replace(run, tokens=300_000 + number) for number, run in enumerate(found)]
+        for recipe, found in runs.items()
+    }
+    assert outlook(longer, alike, 600_000) == "too far ahead: 600k tokens, by 3 runs of 300k to 300k tokens"
     monkeypatch.setitem(KINDS, "recover", replace(KINDS["recover"], version=KINDS["recover"].version + 1))
     assert not read_runs(store)

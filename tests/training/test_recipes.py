@@ -66,7 +66,7 @@ def task_of(checkpoints, name, *, online=True, **settings):
     with torch.no_grad():
         ids_ST = torch.stack([task.rows(row)["input_ids"] for row in range(ROWS)])
         dense_STC = load_causal_lm(teacher.path, torch.float32).model(input_ids=ids_ST).last_hidden_state
-    return replace(task, is_plain_text=True, rows=lambda row: {**task.rows(row), DENSE: dense_STC[row]})
+    return replace(task, rows=lambda row: {**task.rows(row), DENSE: dense_STC[row]})
 
 
 def plain_losses(task, teacher):
@@ -164,9 +164,7 @@ def test_both_models_sharded_learn_what_whole_ones_do(tmp_path, checkpoints, mon
 
 
 def test_hidden_states_from_a_file_teach_what_the_dense_model_does(tmp_path, checkpoints):
-    """The states of whole windows, whose last token counts too."""
     tasks = {kind: task_of(checkpoints, "full, distill", online=kind == "online") for kind in ("online", "stored")}
-    tasks["online"] = replace(tasks["online"], is_plain_text=True)
     losses = {}
     for kind, task in tasks.items():
         noting = Progress(None), Interruption(), tmp_path / kind, tmp_path / "run"
