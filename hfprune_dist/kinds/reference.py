@@ -8,10 +8,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.config.schema import EvaluationConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.config.texts import FidelityConfig
-from hfprune_dist.config.training import Training
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, Sizes, StageParameters, layer_by_layer
 
 
@@ -26,16 +24,6 @@ class ReferenceParameters(StageParameters):
     dtype: Dtype
     add_bos_token: bool | None = None
     text: FidelityConfig | None = None
-
-    @classmethod
-    def of_calibration(cls, training: Training) -> ReferenceParameters:
-        """The reference that a distillation on calibration windows needs."""
-        return cls(dtype=training.dtype)
-
-    @classmethod
-    def of_held_out(cls, evaluation: EvaluationConfig, text: FidelityConfig) -> ReferenceParameters:
-        """The reference that an evaluation needs on one of its texts."""
-        return cls(dtype=evaluation.dtype, add_bos_token=evaluation.add_bos_token, text=text)
 
     def need(self, planned: Planned) -> Need:
         if self.text is None:

@@ -317,7 +317,7 @@ class _Planner:
         if numbers * ITEMSIZE[training.dtype] > STORED_BYTES:
             return inputs | {"dense": variant.dense}, [importance]
         given = {"model": variant.dense, "importance": inputs["windows"]}
-        params = ReferenceParameters.of_calibration(training)
+        params = ReferenceParameters(dtype=training.dtype)
         reference = self._stage("reference", f"{importance.label} calibration", params, given)
         return inputs | {"reference": reference.as_input()}, [importance, reference]
 
@@ -355,7 +355,7 @@ class _Planner:
         evaluation = self._config.evaluation
         references: dict[str, Input] = {}
         for name, text in evaluation.fidelity.each().items():
-            params = ReferenceParameters.of_held_out(evaluation, text)
+            params = ReferenceParameters(dtype=evaluation.dtype, add_bos_token=evaluation.add_bos_token, text=text)
             inputs = {"model": variant.dense, **self._text("text", text)}
             stage = self._stage("reference", f"{variant.model} held-out {name}".rstrip(), params, inputs)
             if stage.as_input() in references.values():

@@ -29,7 +29,7 @@ from hfprune_dist.store.stage import Stage
 # A law has three unknowns.
 LEAST_RUNS = 3
 # Exponents that are tried.
-EXPONENTS = np.geomspace(0.02, 3.0, 2000)
+EXPONENTS = np.geomspace(0.02, 3.0, 5000)
 # How many times the tokens of the longest run a law is told for.
 AHEAD = 10
 SHARES = {"half": 0.5, "90 %": 0.1}  # of what pruning lost: regained -> left
@@ -117,17 +117,18 @@ def read_runs(store: Store) -> Runs:
 
 def outlook(stage: Stage, runs: Runs, tokens: float | None = None) -> str | None:
     """A sentence on KL after so many tokens of a training, or ``AHEAD`` times as many as its longest run's; and then on
-    what regains how much. None if runs have fewer than ``LEAST_RUNS`` lengths, or one of them is as long already.
+    what regains how much. None if runs have fewer than ``LEAST_RUNS`` lengths, one of them is as long already, or all
+    are too short.
     """
     found = runs.get(_recipe_of(stage), [])
     points = {run.tokens: run.kl for run in found}
-    if len(points) < LEAST_RUNS or (tokens or math.inf) <= found[-1].tokens:
+    if len(points) < LEAST_RUNS:
         return None
     longest, law = found[-1], Law.fitted(points)
     asked = AHEAD * longest.tokens if tokens is None else tokens
+    if not longest.tokens < asked <= _farthest(found):
+        return None
     measured = f"by {len(points)} runs of {count(found[0].tokens)} to {count(longest.tokens)} tokens"
-    if asked > _farthest(found):
-        return f"too far ahead: {count(asked)} tokens, {measured}"
     kl, error = foretold(points, asked)
     told = f"KL {kl:.3f}±{error:.3f} after {_price(asked, longest)}"
     if tokens is None:

@@ -219,8 +219,11 @@ class Context(Generic[P]):
         """A folder in which all ranks may write files of the artifact."""
         return self.world.on_rank0(lambda: self.handle.open_draft(self._claim))
 
-    def commit(self, draft: Path, metrics: dict[str, Any]) -> None:
+    def commit(self, draft: Path, metrics: dict[str, Any], earlier_s: float = 0.0) -> None:
         """Publish the draft as this stage's artifact, once all ranks have written their files.
+
+        Args:
+            earlier_s: seconds that earlier attempts have worked, as far as they are known.
 
         Raises:
             LostInputError, ChangedInputError: if what it reads has changed in the meantime.
@@ -238,7 +241,7 @@ class Context(Generic[P]):
             "started": finished - seconds,
             "finished": finished,
             "peak_memory_bytes": peak,
-            "wall_time_s": seconds,
+            "wall_time_s": seconds + max(0.0, earlier_s),
             "attempts": self.attempt,
         }
 

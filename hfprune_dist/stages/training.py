@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -76,7 +77,9 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
     root = context.store.root
     run_folder = root.parent / TRACKING / f"{title}-{digest_of([context.stage.id, str(root.resolve())])[:8]}"
     surroundings = context.world, context.runtime, context.progress, context.interruption
+    began = time.monotonic()
     trained = fine_tune(task, *surroundings, context.work / "snapshot.safetensors", run_folder)
+    earlier = trained.notes.pop("seconds") - (time.monotonic() - began)
     losses = [line["loss"] for line in trained.losses]
     seen = rows_trained(schedule.rows, settings.batch_size, trained.step)
     cost = training_cost(checkpoint, seen, task.tokens, in_place=not in_adapters(task), teacher=teacher)
@@ -88,7 +91,7 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         metrics |= shape_metrics(checkpoint, kept.shape, checkpoint.config)
     draft = context.open_draft()
     write_trained(checkpoint, trained, settings, draft, context.world, context.progress, kept)
-    context.commit(draft, metrics)
+    context.commit(draft, metrics, earlier)
 
 
 def write_trained(

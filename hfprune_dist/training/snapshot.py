@@ -41,7 +41,7 @@ class Snapshot:
             they have in a ``PeftModel``.
         shares: the files with the vector's parts, in order.
         notes: for the manifest: rows per forward pass of one rank (``micro_batch_size``), which later attempts keep,
-            and whether Liger's kernels computed (``fused_kernels``).
+            whether Liger's kernels computed (``fused_kernels``), and the ``seconds`` of training in all attempts.
     """
 
     step: int = 0

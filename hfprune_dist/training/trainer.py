@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -90,10 +91,9 @@ class FineTuning:
 
     def evaluates_at(self, step: int) -> bool:
         """Whether there is an evaluation after the first ``step`` steps."""
-        every = self.settings.evaluate_every
-        if self.held_out is None or every is None:
-            return False
-        return step == self.total_steps or self.tokens_at(step) // every > self.tokens_at(step - 1) // every
+        every = self.settings.evaluate_every or math.inf
+        is_due = self.tokens_at(step) // every > self.tokens_at(step - 1) // every
+        return self.held_out is not None and (is_due or step == self.total_steps)
 
     def learning_rate(self, step: int) -> float:
         """That of an optimizer step, counted from 0: linear warm-up, then a cosine to zero."""
@@ -130,7 +130,7 @@ def fine_tune(
         return start
     at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
     task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
-    placement = place_training(task, runtime.sharding, world)
+    placement, began = place_training(task, runtime.sharding, world), time.monotonic() - start.notes.get("seconds", 0)
     trainer, losses = Trainer(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
         while True:
@@ -164,7 +164,7 @@ def fine_tune(
             interrupted = interruption.agreed(world)
             ended = step == task.total_steps or has_converged(losses, task.settings.patience)
             if step % runtime.save_every_steps == 0 or ended or interrupted:
-                trainer.save(file, step, losses)
+                trainer.save(file, step, losses, seconds=int(time.monotonic() - began))
             if interrupted:
                 raise Interrupted
             if ended:
@@ -177,11 +177,10 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
         return replace(placement, checkpointing=True)
     if in_adapters(task) and world.size > 1 and sharding == "auto":
         return replace(placement, whole=False)
-    lower = f"{'calibration' if task.settings.text == 'calibration' else 'recovery'}.sequence_length"
-    if (at_once := task.settings.least_at_once) > 1:
-        lower = f"recovery.micro_batch_size, here {at_once}"
+    rows = f"{task.settings.least_at_once} x {task.tokens} tokens"
     raise torch.OutOfMemoryError(
-        f"out of memory, although layers run again in backward; lower {lower}, or take more GPUs"
+        f"out of memory, although layers run again in backward; lower recovery.micro_batch_size or the sequence_length "
+        f"of rows ({rows}), or take more GPUs"
     )
 
 
@@ -343,10 +342,10 @@ class Trainer:
         means = sum(sums[: len(states.windows_ST)], FidelitySums()).means()
         return {HELD_OUT_KL: means["kl"], "held_out_perplexity": means["perplexity"]}
 
-    def save(self, file: Path, step: int, losses: list[LossLine]) -> None:
-        """Write a snapshot; collective."""
+    def save(self, file: Path, step: int, losses: list[LossLine], seconds: int) -> None:
+        """Write a snapshot, after so many seconds of all attempts; collective."""
         masks = {} if self._masks is None else self._masks.state()
-        snapshot = Snapshot(step, masks, losses, self._optimizer.shapes(), notes=self._notes)
+        snapshot = Snapshot(step, masks, losses, self._optimizer.shapes(), notes=self._notes | {"seconds": seconds})
         snapshot.save(file, self._optimizer.state(), self._world)
 
 

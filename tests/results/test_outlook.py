@@ -116,11 +116,11 @@ def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, mo
     runs = read_runs(store)
     longer = training("lora", tokens=1_200_000)
     assert outlook(longer, runs, 1_200_000).startswith("KL 0.6") and outlook(longer, runs, 90_000) is None
-    assert outlook(longer, runs, 1e9) == "too far ahead: 1B tokens, by 3 runs of 30k to 300k tokens"
+    assert outlook(longer, runs, 1e9) is None, "too far ahead"
     alike = {
         recipe: [replace(run, tokens=300_000 + number) for number, run in enumerate(found)]
         for recipe, found in runs.items()
     }
-    assert outlook(longer, alike, 600_000) == "too far ahead: 600k tokens, by 3 runs of 300k to 300k tokens"
+    assert outlook(longer, alike, 600_000) is None, "of runs too much alike"
     monkeypatch.setitem(KINDS, "recover", replace(KINDS["recover"], version=KINDS["recover"].version + 1))
     assert not read_runs(store)
