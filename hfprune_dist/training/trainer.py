@@ -210,14 +210,10 @@ class Trainer:
         fused = [use_fused_kernels(each.module, world.device) for each in (self._frozen, self._teacher) if each]
         self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
-        head = task.checkpoint.family.head_of(model)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
-        if task.head_of is not None:
-            of_dense = LayerReader(task.head_of, self._dtype, world.device).head()
-            self._dense_head = of_dense.weight_VC, of_dense.bias_V
-        elif head.weight.requires_grad:
-            bias = None if head.bias is None else head.bias.detach().clone()
-            self._dense_head = head.weight.detach().clone(), bias
+        if task.head_of or task.checkpoint.family.head_of(model).weight.requires_grad:
+            head = LayerReader(task.head_of or task.checkpoint, self._dtype, world.device).head()
+            self._dense_head = head.weight_VC, head.bias_V
         self._optimizer = Optimizer(trained, task.settings, start, world)
         self._after = after_head(task.checkpoint)
         self._masks = None

@@ -72,6 +72,7 @@ def lay_out(source, folder, teacher="reference", **settings):
     }
     teachers = {"reference": REFERENCE.as_input(), "dense": Input("dense", str(source / "dense"))}
     inputs = {"model": PRUNE.as_input(), "windows": PASS.as_input(), teacher: teachers[teacher]}
+    inputs |= {"head": teachers["dense"]} if teacher == "dense" else {}  # as in a later round
     params = {"recovery": Training(**defaults | settings), "seed": 0}
     return Store(folder / "store"), stage_of("recover", "tiny", params, inputs)
 
