@@ -215,8 +215,9 @@ def clone(tmp_path_factory):
         (clone / file).write_text(f'{{"text": "{tiny_text(600, seed=0)}"}}\n')
     for readme in READMES:
         for body in blocks_of(readme.read_text(), "yaml"):
-            name = re.match(r"# ([\w-]+\.yaml)|", body)[1] or "my.yaml"
-            (clone / name).write_text(body)
+            name = re.match(r"# ([\w-]+\.yaml)|", body)[1]
+            if name or "models:" in body:  # else it is a section for one that has them
+                (clone / (name or "my.yaml")).write_text(body)
     for config in (clone / "my.yaml", clone / "configs" / "demo.yaml"):  # tokens are bytes here
         config.write_text(config.read_text().replace("sequence_length: 128", "sequence_length: 320"))
     return clone
