@@ -28,6 +28,11 @@ class ThreadedProcess(OwnProcess):
     PROGRAM = ("-c", f"{THREAD}; {BE_LIGHT.format('')}")
 
 
+class OfflineProcess(OwnProcess):
+    FAULT = "import socket; socket.create_server = lambda *_, **__: open('/no loopback')"
+    PROGRAM = ("-c", f"{FAULT}; {BE_LIGHT.format('')}")
+
+
 def join_and_tell(arguments):
     """A rank's main function: tell about this process, in the log, and do as the arguments say."""
     from hfprune_dist.distributed.world import join_world
@@ -208,3 +213,9 @@ def test_where_a_library_does_what_forks_do_not_survive_ranks_are_new_interprete
         assert process.ended(300) == {0: 0, 1: 0}
     lines = sorted(log.read_text().splitlines())
     assert [(line[0], "from rank import main" in line) for line in lines] == [("0", True), ("1", True)]
+
+
+def test_what_keeps_ranks_from_starting_is_in_the_log(log):
+    with closing(OfflineProcess()) as process:
+        start(process, log)
+        assert process.ended(300) == {} and "No such file or directory: '/no loopback'" in log.read_text()
