@@ -6,6 +6,7 @@ copy, what to do.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from importlib.util import find_spec
@@ -27,4 +28,6 @@ def start(script: str) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    sys.exit(importlib.import_module(f"hfprune_launch.{Path(script).stem}").main())
+    with contextlib.suppress(KeyboardInterrupt):  # during imports; a command that has begun says more
+        sys.exit(importlib.import_module(f"hfprune_launch.{Path(script).stem}").main())
+    sys.exit(130)

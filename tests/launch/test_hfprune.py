@@ -1,11 +1,13 @@
 """The command hfprune: its sub-commands are the project's commands, and it answers at once."""
 
+import importlib
 import io
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from hfprune_launch import hfprune
+from hfprune_launch import hfprune, start
 from hfprune_launch.command import command
 from sweeps import in_process
 
@@ -38,6 +40,12 @@ def test_bad_input_is_one_message(arguments, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, said = in_process(hfprune.main, *arguments)
     assert code == 2 and expected in said and not list(tmp_path.iterdir())
+
+
+def test_an_interruption_while_a_command_is_imported_shows_no_traceback(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        start.start("launch/sweep.py")
 
 
 def test_what_a_terminal_can_not_show_is_escaped(monkeypatch):
