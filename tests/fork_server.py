@@ -42,7 +42,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **warm.IMPORTING}
 class OwnProcess(WarmProcess):
     """The product's warm process, where the others of tests are forks of the server."""
 
-    _begin = WarmProcess._begin
+    begin = WarmProcess.begin
 
 
 def forked(command: Sequence[str | Path]) -> list[str]:
@@ -56,11 +56,13 @@ def forked(command: Sequence[str | Path]) -> list[str]:
 def share() -> None:
     """Let a fork of the server be the warm process of launchers in this process."""
     if sys.platform == "linux" and not count_gpus():
-        WarmProcess._begin = _begin
+        WarmProcess.begin = _begin
         backend.RUN = "fork_server:run_rank"
 
 
 def _begin(process: WarmProcess) -> None:
+    if process._connection is not None:
+        return
     server = socket.socket(socket.AF_UNIX)
     server.connect(_address())
     server.sendall(b".")

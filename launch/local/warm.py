@@ -62,8 +62,19 @@ class WarmProcess:
 
     def begin(self) -> None:
         """Begin to import what ranks need, before they are wanted."""
-        if self._connection is None:
-            self._begin()
+        if self._connection is not None:
+            return
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", *self.PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                env={**IMPORTING, **os.environ},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches only the launcher, which then ends the ranks
+            )
 
     def start(self, main: str, arguments: Sequence[str], size: int, environment: Mapping[str, str], log: Path) -> None:
         """Start ranks that call a function, ``module:function``, with a list of arguments, once those before them have
@@ -91,19 +102,6 @@ class WarmProcess:
         except (EOFError, OSError):
             self.close()
             return {}
-
-    def _begin(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", *self.PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                env={**IMPORTING, **os.environ},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches only the launcher, which then ends the ranks
-            )
 
     def close(self) -> None:
         """End the process, and all ranks with it."""
