@@ -45,7 +45,7 @@ class StageKind:
 KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 11, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
-    "answers": StageKind("answers.AnswersParameters", 4),
+    "answers": StageKind("answers.AnswersParameters", 3),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 6, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),

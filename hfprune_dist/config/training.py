@@ -47,11 +47,12 @@ class TrainingText(TextSource):
     response_field: str = "response"
     """Field that holds the response; the loss is computed on its tokens only."""
     answers: Literal["given", "dense"] = "given"
-    """Whose responses to instructions are learnt. given: the text's. dense: those most likely by the dense model, token
-    by token, written once for all of its rows, of a data set with ``samples``, by vLLM if ``runtime.engine_pythons``
-    names one and it loads the model on one GPU, else by transformers; the text's aren't read, and a chat ends with the
-    first. An answer takes up to half of sequence_length; what is cut is learnt without an end, and instructions that
-    leave less are left out."""
+    """Whose responses to instructions are learnt. given: the text's. dense: the dense model's, written once for all of
+    its rows, of a data set with ``samples``, by vLLM if ``runtime.engine_pythons`` names one and it loads the model on
+    one GPU, else by transformers; the text's aren't read, and a chat ends with the first. An answer takes up to half of
+    sequence_length; what is cut is learnt without an end, and instructions that leave less are left out."""
+    answer_temperature: Annotated[float, Field(ge=0)] = 0.0
+    """answers dense: the temperature at which tokens are drawn; 0 takes the most likely."""
     samples: Positive | None = None
     """Use only this many records: the first of a file, or of a data set once ``seed`` has shuffled it; null uses all of
     them, or of documents as many as hold ``tokens``."""
@@ -138,7 +139,7 @@ class Recipe(TrainingText):
         idle = set() if lora else {"rank", "alpha", "dropout"}
         idle |= set() if self.method == "parts" else {"parts"}
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
-        idle |= {"response_field"} if self.answers == "dense" else set()
+        idle |= {"response_field"} if self.answers == "dense" else {"answer_temperature"}
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}

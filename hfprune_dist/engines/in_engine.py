@@ -110,13 +110,13 @@ def _time_vllm(
     return runs
 
 
-def _answer_vllm(options: Any, prompts: Sequences, sampling: Any) -> list[list[int]]:
-    """What a model, by options of its loader, says after each prompt: tokens, with the end."""
+def _answer_vllm(options: Any, prompts: Sequences, seeds: Sequence[int], sampling: Any) -> list[list[int]]:
+    """What a model, by options of its loader, says after each prompt, drawn by a seed each: tokens, with the end."""
     from vllm import SamplingParams
 
+    each = [SamplingParams(seed=seed, detokenize=False, **sampling) for seed in seeds]
     asked = [{"prompt_token_ids": ids} for ids in prompts]
-    how = SamplingParams(detokenize=False, **sampling)
-    made = _vllm_with_cache(**options).generate(asked, how, use_tqdm=False)
+    made = _vllm_with_cache(**options).generate(asked, each, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in made]
 
 

@@ -16,7 +16,7 @@ ANSWERS = "answers.jsonl"
 
 
 class AnswersParameters(StageParameters):
-    """Settings of answers; ``seed`` is 0 where there is no data set, whose order depends on it."""
+    """Settings of answers; ``seed`` is 0 where neither the order of a data set nor a draw depends on it."""
 
     tokenizes: ClassVar[bool] = True
     batch_setting: ClassVar[str] = "recovery.sequence_length"
@@ -28,7 +28,7 @@ class AnswersParameters(StageParameters):
     @classmethod
     def of_training(cls, training: Training, seed: int) -> AnswersParameters:
         text = TrainingText(**training.model_dump(include={*TrainingText.model_fields}))
-        return cls(recovery=text, dtype=training.dtype, seed=0 if text.path else seed)
+        return cls(recovery=text, dtype=training.dtype, seed=0 if text.path and not text.answer_temperature else seed)
 
     def need(self, planned: Planned) -> Need:
         return generation(planned.dense, 1, self.recovery.sequence_length, ITEMSIZE[self.dtype])

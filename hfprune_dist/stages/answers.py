@@ -90,8 +90,8 @@ def run(context: Context) -> None:
 
 def _batches(context: Context, tokenizer: Any) -> tuple[int, dict[str, Batch]]:
     """The number of instructions; and batches of those that leave an answer room, by names of files for the answers."""
-    text, path = context.params.recovery, context.own_file("text")
-    examples = islice(read_examples(text.model_dump(), path, context.params.seed), text.samples)
+    text, path, seed = context.params.recovery, context.own_file("text"), context.params.seed
+    examples = islice(read_examples(text.model_dump(), path, seed), text.samples)
     found: Batch = []
     count = 0
     while some := list(islice(examples, EXAMPLES_AT_ONCE)):
@@ -102,7 +102,7 @@ def _batches(context: Context, tokenizer: Any) -> tuple[int, dict[str, Batch]]:
     # The longest come first: memory runs out at once then, or never.
     found.sort(key=lambda question: -len(question[1]))
     batches = (found[first : first + BATCH] for first in range(0, len(found), BATCH))
-    return count, {f"{digest_of(batch)[:20]}.json": batch for batch in batches}
+    return count, {f"{digest_of([seed, batch])[:20]}.json": batch for batch in batches}
 
 
 def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: list[int]) -> tuple[int, Answerer]:
@@ -112,7 +112,7 @@ def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: li
     params, world, sharding = context.params, context.world, context.runtime.sharding
     tokens, itemsize = params.recovery.sequence_length, ITEMSIZE[params.dtype]
     need = partial(generation, checkpoint, tokens=tokens, itemsize=itemsize)
-    gpus = gpus_here(world)
+    gpus, told = gpus_here(world), ""
     if "vllm" in context.runtime.engine_pythons:
         rows = passes(need, "auto", AT_ONCE_IN_VLLM, gpus, sharding).at_once
         placed, in_vllm = placement_here(need(rows), sharding, world), fit("vllm", checkpoint.config)
@@ -120,6 +120,10 @@ def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: li
             cache = int(need(rows).activations)
             options = {"max_num_seqs": rows, "kv_cache_memory_bytes": cache, **in_vllm.options}
             return BATCHES_OF_VLLM[world.device.type], partial(_in_vllm, context, checkpoint.path, ends, options)
+        lacks = "a rank lacks the memory for the whole model"
+        told = f", since {lacks if in_vllm.loads else f'vllm would not load the model: {in_vllm.told}'}"
+    if world.is_first:
+        print(f"answers: by transformers{told}", flush=True)
     rows = passes(need, "auto", BATCH, gpus, sharding).at_once
     placed_as = choose_sharding(sharding, need(rows), world)
     model = FrozenModel(checkpoint, getattr(torch, params.dtype), rows, placed_as, world)
@@ -132,10 +136,12 @@ def _in_transformers(
     """Answer batches, so many instructions at once."""
     found: list[list[int]] = []
     tokenizer.pad_token = tokenizer.eos_token
+    drawn = {"temperature": text.answer_temperature, "top_k": 0} if text.answer_temperature else {}
     options = {"eos_token_id": ends, "pad_token_id": tokenizer.eos_token_id, "max_new_tokens": text.answer_tokens}
     module: Any = model.module  # whose own configuration may have penalties
-    module.generation_config = GenerationConfig(do_sample=False, **options)
-    for _, batch in batches:
+    module.generation_config = GenerationConfig(do_sample=bool(drawn), **options, **drawn)
+    for name, batch in batches:
+        torch.manual_seed(int(name[:8], 16))
         for first in range(0, len(batch), rows):
             asked = {"input_ids": [ids for _, ids in batch[first : first + rows]]}
             prompts = tokenizer.pad(asked, padding_side="left", return_tensors="pt").to(model.world.device)
@@ -147,11 +153,13 @@ def _in_transformers(
 def _in_vllm(context: Context, model: Path, ends: list[int], options: Mapping[str, Any], batches: Batches) -> Answers:
     """Answer batches in a process of vLLM's, on the rank's GPU."""
     text = context.params.recovery
+    drawn = {"temperature": text.answer_temperature, "max_tokens": text.answer_tokens, "stop_token_ids": ends}
     loader = {"model": str(model), "trust_remote_code": trusts(model), "max_model_len": text.sequence_length}
     request = {
         "options": {**loader, "dtype": context.params.dtype, **options},
         "prompts": [ids for _, batch in batches for _, ids in batch],
-        "sampling": {"temperature": 0, "max_tokens": text.answer_tokens, "stop_token_ids": ends},
+        "seeds": [int(name[:8], 16) + number for name, batch in batches for number, _ in batch],
+        "sampling": drawn,
     }
     return runs_of("vllm", context.runtime.python_of("vllm"), context.work, request) if batches else ("", [])
 

@@ -300,7 +300,7 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(config):
 
 
 def test_a_dense_model_answers_once_for_all_of_its_rows(config):
-    """Whatever is trained on its answers, with any seed."""
+    """Whatever is trained on its answers; another seed changes what is drawn alone."""
     recipes = {"lora": {}, "full": {"method": "full", "objective": 0.5}, "given": {"answers": "given"}}
     settings = {"recovery__answers": "dense", "recovery__recipes": recipes}
     plan = plan_of(config, models=["alpha"], methods=["hfprune", "surgeon-plain"], **settings)
@@ -314,8 +314,10 @@ def test_a_dense_model_answers_once_for_all_of_its_rows(config):
     other = {"methods": ["loraprune"], "ratios": [0.1], "recovery__answers": "dense", "seed": 3}
     (alone,) = stages_of(plan_of(config, models=["alpha"], **other), "answers")
     assert alone.id == stage.id
-    longer = stages_of(plan_of(config, models=["alpha"], recovery__sequence_length=512, **settings), "answers")
-    assert [other.id == stage.id for other in longer] == [False]
+    drawn = [{"recovery__answer_temperature": 0.7, "seed": seed} for seed in (0, 3)]
+    others = [{"recovery__sequence_length": 512}, *drawn]
+    plans = [plan_of(config, recovery__answers="dense", **other) for other in others]
+    assert len({stage.id for plan in plans for stage in stages_of(plan, "answers")} | {stage.id}) == 7
 
 
 def test_what_prunes_in_recovery_needs_a_section_that_is_whole_without_its_recipes(config):
@@ -377,6 +379,7 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
         {"recovery__text_field": "response"},
         {"recovery__epochs": 7.0, "recovery__tokens": "300k"},
         {"recovery__rank": 5, "recovery__method": "full"},
+        {"recovery__answer_temperature": 0.7},
         {"recovery__answers": "dense", "recovery__method": "none"},
         {"prune__tensor_parallel": 2, "methods": ["hfprune"]},
         {"prune__effort": "quick", "methods": ["hfprune"]},

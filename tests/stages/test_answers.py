@@ -167,16 +167,18 @@ def test_answers_end_with_any_token_of_the_checkpoint_that_ends_them(source, tmp
 
 
 @pytest.mark.slow
-def test_two_ranks_with_whole_or_sharded_weights_write_the_file_of_one(source, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"answer_temperature": 0.7}], ids=["greedy", "drawn"])
+def test_two_ranks_with_whole_or_sharded_weights_write_the_file_of_one(source, tmp_path, settings):
     """The batches are no multiple of the ranks."""
-    stage, files = stage_in(source, "many.jsonl"), set()
+    stage, files = stage_in(source, "many.jsonl", **settings), set()
     for ranks, sharding in ((1, "replicate"), (2, "replicate"), (2, "zero3")):
         store = Store(tmp_path / f"{ranks} {sharding}")
         ended = run_stage(store, stage, ranks, sharding=sharding)
         assert ended.returncode == 0, ended.output
         files.add(file_of(store, stage).read_bytes())
     said = [record["response_ids"] for record in records_of(store, stage)[:8]]
-    assert len(files) == 1 and said == [*map(cut, plain_answers(source)[:8])]
+    greedy = said == [*map(cut, plain_answers(source)[:8])]
+    assert len(files) == 1 and greedy == (not settings)
 
 
 def test_a_killed_stage_goes_on_with_the_batches_that_are_missing(source, alone, tmp_path, monkeypatch):
@@ -221,8 +223,8 @@ def vllm(monkeypatch):
 
 
 def test_each_rank_asks_vllm_for_its_batches_and_what_transformers_wrote_stays(source, alone, tmp_path, vllm):
-    """From the same tokens and up to the same ends."""
-    store, stage = Store(tmp_path), alone[1]
+    """As drawn as transformers would, from the same tokens and up to the same ends."""
+    store, stage = Store(tmp_path), stage_in(source, answer_temperature=0.5)
     with pytest.raises(Death):
         run_in_threads(store, stage, Ranks(1, deaths={0: 5}))
     kept = [*store.handle(stage.id).work.glob("????????????????????.json")]
@@ -232,8 +234,8 @@ def test_each_rank_asks_vllm_for_its_batches_and_what_transformers_wrote_stays(s
     asked = [ids for request in vllm for ids in request["prompts"]]
     records = records_of(store, stage)
     assert sorted(asked) == sorted(record["prompt_ids"] for record in records if record["response_ids"] == [7, 2])
-    assert 0 < len(asked) < 9
-    assert vllm[0]["sampling"] == {"temperature": 0, "max_tokens": NEW, "stop_token_ids": [2]}
+    assert 0 < len(asked) < 9 and len({seed for request in vllm for seed in request["seeds"]}) == len(asked)
+    assert vllm[0]["sampling"] == {"temperature": 0.5, "max_tokens": NEW, "stop_token_ids": [2]}
     assert metrics_of(store, stage)["engine"] == f"transformers {transformers.__version__}, vllm 1"
 
 
@@ -242,17 +244,17 @@ BIASED = {"variant": "llama-tied-biases", "output_biases": ["mlp.down_proj"]}
 
 
 @pytest.mark.parametrize(
-    ("model", "gpus", "settings", "answers_in_vllm"),
+    ("model", "gpus", "settings", "told"),
     [
-        ({}, GPU, {}, False),
-        ({}, GPU, {"engine_pythons": {"vllm": "python"}}, True),
-        ({}, Gpus(2, 2**16), {"engine_pythons": {"vllm": "python"}}, False),
-        ({}, Gpus(2, 80 * GIB), {"engine_pythons": {"vllm": "python"}, "sharding": "zero3"}, False),
-        (BIASED, GPU, {"engine_pythons": {"vllm": "python"}}, False),
+        ({}, GPU, {}, "by transformers\n"),
+        ({}, GPU, {"engine_pythons": {"vllm": "python"}}, ""),
+        ({}, Gpus(2, 2**16), {"engine_pythons": {"vllm": "python"}}, "since a rank lacks the memory for the whole"),
+        ({}, Gpus(2, 80 * GIB), {"engine_pythons": {"vllm": "python"}, "sharding": "zero3"}, "since a rank lacks"),
+        (BIASED, GPU, {"engine_pythons": {"vllm": "python"}}, "since vllm would not load the model: it has no biases"),
     ],
 )
 def test_vllm_answers_if_it_is_there_and_holds_the_model(
-    tmp_path, source, monkeypatch, model, gpus, settings, answers_in_vllm
+    tmp_path, source, monkeypatch, capsys, model, gpus, settings, told
 ):
     for module in (answers, frozen_model):
         monkeypatch.setattr(module, "gpus_here", lambda _: gpus)
@@ -260,11 +262,12 @@ def test_vllm_answers_if_it_is_there_and_holds_the_model(
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **model))
     context = SimpleNamespace(params=stage_in(source).params, runtime=RuntimeConfig(**settings), world=SoloWorld())
     at_once, answer = answers._answerer(context, checkpoint, tiny_tokenizer(), [2])
-    if answers_in_vllm:
-        assert (answer.func, at_once) == (answers._in_vllm, 8)
+    printed = capsys.readouterr().out
+    if not told:
+        assert (answer.func, at_once, printed) == (answers._in_vllm, 8, "")
         assert answer.args[-1]["max_num_seqs"] == 256 and answer.args[-1]["kv_cache_memory_bytes"] < GIB
         return
-    assert (answer.func, at_once) == (answers._in_transformers, 1)
+    assert (answer.func, at_once) == (answers._in_transformers, 1) and told in printed
     assert answer.args[1][3] == ("zero3" if "sharding" in settings else "replicate")
 
 
