@@ -22,9 +22,9 @@ from hfprune_dist.results.formats import count, counted
 from hfprune_dist.results.outlook import outlook, read_runs
 from hfprune_dist.store.stage import kind_of
 
-# Lengths of three trainings that tell where a long one leads, as multiples of the shortest, which has a thousandth of
-# its tokens, or a few steps if that is more.
-TRIALS, SHARE, STEPS = (1, 3, 10), 0.001, 4
+# Lengths of three trainings that tell where a long one leads, as multiples of the shortest, which has a five-hundredth
+# of its tokens, or a few steps if that is more. Whole steps may make the shortest a quarter longer.
+TRIALS, SHARE, STEPS = (1, 3, 10), 0.002, 4
 SIZES = ("experts", "width", "KV heads", "layers", "ratio")
 
 
@@ -111,7 +111,7 @@ def _show_hours(prepared: Prepared) -> None:
 def _show_outlooks(prepared: Prepared) -> None:
     """Show where the missing trainings lead, by shorter ones of the same recipe, or how to find out."""
     plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[tuple[int, float]]()
-    # What later rounds train depends on how long the first did, so that no three of them are alike.
+    # Later rounds begin with what the first has trained, which is another model for each length.
     told = {made for cell in plan.cells if cell.ratio and not cell.rounds for made in cell.producers}
     trained = (stage_id for stage_id in prepared.todo if stage_id in told and kind_of(stage_id) == "recover")
     for stage in map(plan.stages.__getitem__, trained):

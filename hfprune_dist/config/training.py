@@ -193,11 +193,11 @@ class Training(Recipe):
         """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or
         ``epochs``.
         """
-        of_an_epoch = steps_per_epoch(rows, self.batch_size)
-        if self.tokens and not self.max_steps:  # the steps of an epoch differ by a row
+        per_epoch = steps_per_epoch(rows, self.batch_size)
+        if self.tokens and not self.max_steps:  # steps of an epoch differ by a row
             needed = -(-self.tokens // sequence_length)
-            return -(-needed * of_an_epoch // rows)
-        exact = self.epochs * of_an_epoch
+            return -(-needed * per_epoch // rows)
+        exact = self.epochs * per_epoch
         return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
 
 

@@ -117,8 +117,8 @@ def read_runs(store: Store) -> Runs:
 
 def outlook(stage: Stage, runs: Runs, tokens: float | None = None) -> str | None:
     """A sentence on KL after so many tokens of a training, or ``AHEAD`` times as many as its longest run's; and then on
-    what regains how much. None if runs have fewer than ``LEAST_RUNS`` lengths, one of them is as long already, or all
-    are too short.
+    what regains how much. None if runs have fewer than ``LEAST_RUNS`` lengths, if one of them is as long already, or if
+    that is farther than a law of them is trusted for.
     """
     found = runs.get(_recipe_of(stage), [])
     points = {run.tokens: run.kl for run in found}
@@ -146,8 +146,8 @@ def _until(kl: float, law: Law, runs: Sequence[Run]) -> str:
 
 
 def _farthest(runs: Sequence[Run]) -> float:
-    """The most tokens that a law is trusted for: as much farther as runs go, squared."""
-    return runs[-1].tokens * (runs[-1].tokens / runs[0].tokens) ** 2
+    """The most tokens a law is trusted for: 100 times the longest run's, fewer if lengths differ less than tenfold."""
+    return runs[-1].tokens * min(10.0, runs[-1].tokens / runs[0].tokens) ** 2
 
 
 def _price(tokens: float, longest: Run) -> str:

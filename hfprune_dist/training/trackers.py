@@ -16,7 +16,7 @@ class Trackers:
 
     Args:
         names: of trackers: ``tensorboard``, ``trackio``, ``wandb``.
-        folder: for trackers that write files; its name is that of the run, and ends in what no other run has.
+        folder: for trackers that write files; its name, which is the run's, ends in an id of its own.
     """
 
     def __init__(self, names: Iterable[str], folder: Path) -> None:

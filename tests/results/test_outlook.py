@@ -67,7 +67,9 @@ def test_what_was_measured_goes_before_what_the_law_says():
     runs = [Run(tokens, kl, untrained=5.0, hours=1e-6) for tokens, kl in kls.items()]
     law = Law.fitted(kls)
     assert law.tokens_to(2.5) == float("inf") and _until(2.5, law, runs) == "after 30k tokens (0.03 device-hours)"
-    assert _until(0.9, law, runs) == "not within 30M tokens (30 device-hours)"
+    for shortest in (30_000, 30):  # which doesn't make the law hold farther
+        spread = [replace(runs[0], tokens=shortest), *runs[1:]]
+        assert _until(0.9, law, spread) == "not within 30M tokens (30 device-hours)"
 
 
 def test_reports_and_dry_runs_tell_it_of_recipes_with_three_lengths(tmp_path, monkeypatch):
