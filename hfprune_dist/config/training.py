@@ -193,12 +193,14 @@ class Training(Recipe):
         """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or
         ``epochs``.
         """
+        if self.max_steps:
+            return self.max_steps
         per_epoch = steps_per_epoch(rows, self.batch_size)
-        if self.tokens and not self.max_steps:  # steps of an epoch differ by a row
+        if self.tokens:  # an epoch's steps differ by a row
             needed = -(-self.tokens // sequence_length)
             return -(-needed * per_epoch // rows)
         exact = self.epochs * per_epoch
-        return self.max_steps or ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
+        return ceil(exact - 1e-9 * exact)  # the float 1.1 times 10 is more than 11
 
 
 class RecoveryConfig(Recipe):
