@@ -42,7 +42,7 @@ class Session:
 
     Raises:
         UserError: for bad input, also by the methods.
-        RuntimeError: by the methods, if a stage fails.
+        RuntimeError: by ``score`` and ``prune``, if a stage fails.
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:

@@ -23,11 +23,11 @@ if __name__ == "__main__":
     start(__file__)
 
 from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.sweep_folder import SWEEP_FILE
 
 from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.engines.check import check
 from hfprune_dist.results.card import CARD
-from hfprune_dist.results.checkpoints import made_checkpoint
 from hfprune_dist.results.markdown import escaped
 from hfprune_dist.store.atomic_files import write_text
 
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def note_in_card(checkpoint: Path, engine: str, found: str) -> None:
-    """Replace an engine's line in a checkpoint's card. The card of a sweep is the sweep's, which has ``engines``."""
+    """Replace an engine's line in a checkpoint's card. In a sweep's folder, ``engines`` does that."""
     card = checkpoint / CARD
-    if not card.exists() or made_checkpoint(checkpoint):
+    if not card.exists() or (checkpoint.resolve().parent.parent / SWEEP_FILE).exists():
         return
     text = card.read_text(encoding="utf-8")
     noted = re.sub(rf"^- {re.escape(engine)}: .*$", lambda _: f"- {engine}: {escaped(found)}", text, flags=re.MULTILINE)

@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, an alias (configs/models), or a hub id")
     parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty, or not there")
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
-    parser.add_argument("--text", metavar="FILE", help="text to prune on; its end is held out to compare; default: C4")
+    text = "text to prune on; its end is held out to compare; default: --config's, else C4"
+    parser.add_argument("--text", metavar="FILE", help=text)
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
-    engines = f"restrict its shape to what these load, of families that they have: {', '.join(ENGINES)}"
+    engines = f"keep to shapes that these load, if they have the model's family: {', '.join(ENGINES)}"
     parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
     parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
@@ -93,8 +94,8 @@ def prune(
 
     Args:
         out: empty, or not there.
-        text: on which the model is pruned and, at its end, compared; by default, C4.
-        engines: those that restrict its shape to what they load, of families that they have.
+        text: on which the model is pruned and, at its end, compared; by default, that of ``config``, else C4.
+        engines: those whose shapes to keep to, if they have the model's family.
         recover: whether to train with LoRA afterwards; or a file of pairs to train on.
         config, settings: files, and keys such as ``calibration.samples``, of a sweep (``config/schema.py``).
         dry_run: tell what would run, and run nothing.

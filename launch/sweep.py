@@ -159,7 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
     several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
-    engines = f"restrict shapes to what these load, of families that they have: {', '.join(ENGINES)}"
+    engines = f"keep to shapes that these load, if they have the model's family: {', '.join(ENGINES)}"
     several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])
@@ -167,9 +167,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--set", "KEY=VALUE", values, default=[])
     add = parser.add_argument
     out = (
-        "folder for results and store; default: runs/<name of the first config>. Without --config, a folder in which a "
-        "sweep has run uses its own config.yaml, with the other flags laid over it. Rows of earlier runs stay in its "
-        "tables"
+        "folder for results and store; default: runs/<name of the first config>, or runs/default. Without --config, a "
+        "folder in which a sweep has run uses its own config.yaml, with the other flags laid over it. Rows of earlier "
+        "runs stay in its tables"
     )
     add("--out", metavar="DIR", type=folder, help=out)
     add("--ranks", metavar="N", type=int, help="processes per stage; default: one per GPU, or 1")

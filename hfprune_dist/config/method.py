@@ -45,8 +45,8 @@ class Method(Section):
     structures: Structures = Field(default=[NEURONS])
     """What is pruned. neurons: channels of MLPs. In addition: kv_groups, the key-value heads of attention with the
     query heads that read them; layers, whole layers. Neurons and groups are scored; the effect of removing a layer is
-    measured. Anything besides neurons requires an allocation other than uniform and low_rank. Or only experts: whole
-    experts of a mixture of experts, which requires allocation: uniform, and no refit."""
+    measured. kv_groups require an allocation other than uniform and low_rank; layers require plain or searched. Or only
+    experts: whole experts of a mixture of experts, which requires allocation: uniform, and no refit."""
     allocation: Allocation = "uniform"
     """The shape of the pruned model. uniform: the same width, or number of experts, in all layers. plain: the same
     numbers of KV groups and neurons in all layers, perhaps fewer layers; such shapes are measured on calibration
@@ -66,7 +66,8 @@ class Method(Section):
     """local, global, standardized, searched: as protect_first, for layers at the end of the model."""
     adapts: bool = False
     """Whether the method omits what an architecture doesn't allow: KV groups that can't be removed one by one are kept,
-    and a refit that works block by block (layerwise, block) becomes dense. false: such a model is refused."""
+    and a refit that works block by block (layerwise, block) becomes dense; a mixture of experts for which that isn't
+    enough gets no row. false: such a model is refused."""
     tensor_parallel: Positive = 1
     """Number of devices that each layer will be split over: the number of KV groups that a layer keeps, and the width
     of a layer that loses neurons, are multiples of it. Has an effect only if structures includes kv_groups."""

@@ -77,7 +77,7 @@ def test_what_passes_and_what_does_not(answers, checkpoint, change, told, capsys
 
 
 def test_a_card_has_what_was_found(answers, checkpoint, tmp_path, capsys):
-    card = Path(shutil.copytree(checkpoint[0], tmp_path / "pruned")) / "README.md"
+    card = Path(shutil.copytree(checkpoint[0], tmp_path / "checkpoints/pruned")) / "README.md"
     card.write_text("# Mine\n\n- mlx: yes\n- vllm: yes; not tried\n")
     answers["vllm"] = {"version": "vllm 1.2", "runs": checkpoint[1]}
     assert command.main([str(card.parent), "--engine", "vllm"]) == 0
@@ -86,6 +86,9 @@ def test_a_card_has_what_was_found(answers, checkpoint, tmp_path, capsys):
     answers["vllm"] = {"version": "vllm 1.2", "error": "no <lambda>"}
     assert command.main([str(card.parent), "--engine", "vllm"]) == 1
     assert card.read_text().endswith("- vllm: vllm 1.2: fails: no \\<lambda>\n")
+    (tmp_path / "sweep.json").touch()  # whose cards have what its own checks find
+    answers["vllm"]["error"] = "another"
+    assert command.main([str(card.parent), "--engine", "vllm"]) == 1 and "another" not in card.read_text()
 
 
 def test_a_token_that_is_as_likely_passes():
