@@ -30,7 +30,7 @@ from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.text import Beginning, read_beginning, read_texts, require_data_set
 from hfprune_dist.engines.process import require_engine
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import parameters_of
+from hfprune_dist.kinds.memory import settings_of
 from hfprune_dist.planning.build_plan import build_plan
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import ModelSource, resolve_models
@@ -147,7 +147,7 @@ class Text(NamedTuple):
     section: str  # of the configuration, which describes it
     where: str  # its name in the stages' messages
     beginning: Beginning[Any] | None  # its first texts; None if they come from the hub
-    sequence_length: int  # tokens per window, or per row of pairs
+    sequence_length: int  # tokens per window, or per row to train on
     windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
     add_bos_token: bool
     answer_tokens: int = 0  # that an answer of the dense model to an instruction takes
@@ -187,7 +187,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
         check_tasks(evaluation.tasks, include_path, data=not looks_only)
     # Tokenizers of dense models are those of the models pruned from them, too. A dry run may lack a model of the hub.
     absent = {model.checkpoint.path for model in prepared.models if not model.is_here}
-    folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if parameters_of(stage).tokenizes)
+    folders = dict.fromkeys(plan.dense_folder(stage) for stage in stages if settings_of(stage).tokenizes)
     for folder in (folder for folder in folders if folder not in absent):
         _check_model(folder, texts, has_tasks and evaluation.apply_chat_template)
 

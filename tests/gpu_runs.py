@@ -16,7 +16,7 @@ import yaml
 from sweeps import command
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.kinds.memory import MARGIN, Planned, parameters_of
+from hfprune_dist.kinds.memory import MARGIN, Planned, settings_of
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.machine import count_gpus
@@ -111,7 +111,7 @@ def estimate_of(out: Path, model: Path, ranks: int) -> float:
     """Return the bytes that planning expects of each rank of the calibration pass, with sharded weights."""
     plan = Plan.from_json(json.loads((out / "sweep.json").read_text()))
     stage = next(found for found in plan.stages.values() if found.kind == "importance")
-    need = parameters_of(stage).need(Planned(stage, plan.stages, open_checkpoint(model), checkpointing=False))
+    need = settings_of(stage).need(Planned(stage, plan.stages, open_checkpoint(model), checkpointing=False))
     assert need is not None
     return need.on_each_gpu(ranks, whole=False) / MARGIN
 

@@ -45,7 +45,7 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, about["texts"]
 
 
-def read_texts(file: Path) -> dict[str, str]:
+def header_texts(file: Path) -> dict[str, str]:
     """The texts that ``save_tensors`` wrote, without reading the tensors."""
     return dict(_about(file)["texts"])
 

@@ -13,12 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from hfprune_dist.config.method import EngineName
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.section import Section, as_written, without_null
+from hfprune_dist.config.section import DATA_SET_KEYS, Section, as_written, without_null
 from hfprune_dist.config.yaml_text import NotYamlError, read_yaml, yaml_value
 from hfprune_dist.errors import UserError, did_you_mean
 
-# Keys that belong to a data set, and those that are paths, in any section.
-OF_A_DATA_SET = ("name", "split", "revision")
+# Keys that are paths, in any section.
 PATHS = "path", "include_path"
 # Folder of the project's own configurations.
 SHIPPED = "configs"
@@ -129,9 +128,9 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
     """Sections key by key; a text's path or data set replaces the one, with its keys, that it had before."""
     replaced: tuple[str, ...] = ()
     if update.get("path", base.get("path")) != base.get("path") and "dataset" not in update:
-        replaced = ("dataset", *OF_A_DATA_SET)
+        replaced = ("dataset", *DATA_SET_KEYS)
     elif "dataset" in base and update.get("dataset") not in (None, base["dataset"]):
-        replaced = OF_A_DATA_SET
+        replaced = DATA_SET_KEYS
     if update.get("dataset") is not None and "path" not in update:
         replaced = ("path", *replaced)
     merged = {key: value for key, value in base.items() if key not in replaced}

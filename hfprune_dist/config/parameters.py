@@ -14,11 +14,8 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from hfprune_dist.config.section import Section, TextSource
+from hfprune_dist.config.section import DATA_SET_KEYS, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig
-
-# Fields of a text source that describe a data set on the hub.
-OF_A_DATA_SET = {"dataset", "name", "split", "revision"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ KINDS = {
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 3),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 6, trains=True),
+    "recover": StageKind("training.RecoverParameters", 7, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
@@ -79,5 +76,7 @@ def _recorded(value: object, file: str = "(file)") -> Any:
     if isinstance(value, CalibrationConfig) and value.mixture is not None:  # whose texts have these settings
         return {name: value for name, value in record.items() if name not in TextSource.model_fields}
     if isinstance(value, TextSource) and value.path is not None:
-        return {name: value for name, value in record.items() if name not in OF_A_DATA_SET} | {"path": file}
+        return {name: value for name, value in record.items() if name not in ("dataset", *DATA_SET_KEYS)} | {
+            "path": file
+        }
     return record

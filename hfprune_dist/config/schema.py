@@ -115,7 +115,8 @@ class RuntimeConfig(Section):
     """Importance: keep only the layers' inputs and run each layer again in backward; less memory, identical scores."""
     sharding: Sharding = "auto"
     """Wherever ranks run the whole model (prune only to check its layers): replicate it on every rank, shard it with
-    ZeRO-3, or decide by the free memory (auto): whole wherever it fits."""
+    ZeRO-3, or decide by the free memory (auto): whole wherever it fits. Ranks that train weights themselves
+    (recovery.method full, parts) each have all of them, and always shard a teacher that runs beside."""
     save_every_steps: Positive = 50
     """Recovery: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240
@@ -157,15 +158,15 @@ class SweepConfig(Section):
     ratios: list[Ratio] = Field(default=[0.2, 0.3])
     """Removed parameters / all parameters of the model, for each pruned row; with none, only the dense model's rows."""
     rounds: list[Ratio] = Field(default=[])
-    """Two or more ascending ratios, e.g. [0.3, 0.5]: each method (not lorap, sdmprune, loraprune) gets one more row for
-    each recipe that trains, at the last of them, whose model is pruned to the first, trained, scored and pruned to
-    the next, trained again, and so on. What is pruned to the first is shared with the row at that ratio."""
+    """Two or more ascending ratios, e.g. [0.3, 0.5]: each method (lorap, sdmprune and loraprune are refused) gets one
+    more row for each recipe that trains, at the last of them, whose model is pruned to the first, trained, scored and
+    pruned to the next, trained again, and so on. What is pruned to the first is shared with the row at that ratio."""
     methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints plain transformers loads."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the calibration windows, of scores that draw random numbers, of the order of the training rows, of
-    dropout and of the LoRA initialisation."""
+    """Seed of the calibration windows, of the order in which data sets are read, of scores and answers that draw random
+    numbers, of the order of the training rows, of dropout and of the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
     """Further model aliases; they take precedence over those shipped in configs/models."""
     engines: Annotated[list[EngineName], AfterValidator(_once_each)] = Field(default=[])

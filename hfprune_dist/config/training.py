@@ -19,6 +19,8 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[str, Field(pattern=r"^(lm_head|embeddings|norms|last_[1-9][0-9]{0,3}_layers)$")]
 # A warm-up takes at most one of so many steps: if all were warm-up, the only one would have a learning rate of 0.
 STEPS_PER_WARMUP_STEP = 4
+# Settings of how long a training is; each overrides those after it.
+LENGTHS = ("max_steps", "tokens", "epochs")
 _THOUSANDS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -141,6 +143,7 @@ class Recipe(TrainingText):
         idle |= {"instruction_field", "response_field"} if self.text != "instructions" else {"text_field"}
         idle |= {"response_field"} if self.answers == "dense" else {"answer_temperature"}
         idle |= {"epochs"} if self.tokens or self.max_steps else set()
+        idle |= {"tokens"} if self.max_steps and self.text != "documents" else set()
         if self.text == "calibration":
             idle |= {*TextSource.model_fields, "samples", "sequence_length"}
         given = {name: value for name, value in settings.items() if name not in idle and value is not None}
@@ -175,7 +178,7 @@ class Training(Recipe):
 
     @property
     def least_at_once(self) -> int:
-        """Rows per forward pass, as far as settings tell."""
+        """Rows per forward pass: the least, if memory is yet to decide."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
@@ -232,6 +235,8 @@ class RecoveryConfig(Recipe):
             # A recipe with a text of its own takes none of the section's; one without evaluations no patience that is
             # for others.
             others = {"recipes", *(TextSource.model_fields if {"path", "dataset"} & own.keys() else ())}
+            longer = next((place for place, name in enumerate(LENGTHS) if name in own), 0)
+            others |= set(LENGTHS[:longer])  # which would override the recipe's own
             others |= {"patience"} if evaluates and not own.get("evaluate_every", self.evaluate_every) else set()
             try:
                 whole = Recipe(**self.model_dump(exclude=others) | own)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from hfprune_dist.checkpoints.tensor_files import read_texts, save_tensors
+from hfprune_dist.checkpoints.tensor_files import header_texts, save_tensors
 from hfprune_dist.data.examples import Example
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
@@ -61,10 +61,10 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         if not example.prompt and not example.messages:
             start = [] if bos is None else [bos]
-            ids, body = [*whole, eos], sequence_length - len(start)
+            ids, body = [*whole, eos] if example.response.strip() else [], sequence_length - len(start)
             pieces = [[*start, *ids[first : first + body]] for first in range(0, len(ids), body)]
-            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces)
-            encoded += [Encoded(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in of_piece if len(ids_T) > 1]
+            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > 1)
+            encoded += [Encoded(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in of_piece] or [None]
             continue
         ids = [*([] if bos is None else [bos]), *whole, eos]
         untrained = len(ids) - 1 - len(whole) + _in_common(prompt, whole)
@@ -232,7 +232,7 @@ class PackedRows:
 
     def __init__(self, file: Path) -> None:
         self._stream = safe_open(file, framework="pt")
-        self.counts: dict[str, int] = json.loads(read_texts(file)["counts"])
+        self.counts: dict[str, int] = json.loads(header_texts(file)["counts"])
 
     def __call__(self, row: int) -> dict[str, Tensor]:
         return {name: self._stream.get_slice(name)[row].long() for name in ROW}

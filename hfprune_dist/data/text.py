@@ -166,14 +166,14 @@ def _read_json(file: Path, stream: io.TextIOWrapper, ending: str) -> Iterator[Pl
     """Read an object a line or, in a file that ends in .json, an array of objects."""
     text = stream.read() if ending == ".json" else ""
     records: Iterator[tuple[str, Any]]
-    if text.lstrip().startswith("["):
+    if is_array := text.lstrip().startswith("["):
         records = ((f"{file}, record {number}", record) for number, record in enumerate(json.loads(text), start=1))
     else:
         lines = enumerate(io.StringIO(text) if text else stream, start=1)
         records = ((f"{file}:{number}", line) for number, line in lines if line.strip())
     for place, record in records:
         with _explaining(place):
-            value = json.loads(record) if isinstance(record, str) else record
+            value = record if is_array else json.loads(record)
         if not isinstance(value, dict):
             raise UserError(f"{place}: expected a JSON object")
         yield place, value

@@ -254,12 +254,9 @@ class Planned:
     dense: Checkpoint
     checkpointing: bool
 
-    def source(self, *roles: str) -> Any:
-        """The settings, of its kind, of the stage that makes an input or, with several roles, an input of that one."""
-        stage = self.stage
-        for role in roles:
-            stage = self.stages[stage.inputs[role].location]
-        return stage.params
+    def source(self, role: str) -> Any:
+        """The settings, of its kind, of the stage that makes an input."""
+        return self.stages[self.stage.inputs[role].location].params
 
 
 class StageParameters(Parameters, ABC):
@@ -278,7 +275,7 @@ class StageParameters(Parameters, ABC):
         """The memory that the stage needs; None if it runs no model."""
 
 
-def parameters_of(stage: Stage) -> StageParameters:
+def settings_of(stage: Stage) -> StageParameters:
     """The settings of a stage."""
     assert isinstance(stage.params, StageParameters)
     return stage.params

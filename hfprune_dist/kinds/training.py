@@ -1,9 +1,9 @@
 """Kinds of stages that train: recovery, and LoRAPrune, which prunes as it recovers.
 
-Inputs: ``model``, for LoRAPrune the dense one; ``text`` where that is a file, the dense model's ``answers`` instead, or
-the pass whose ``windows`` are read; of the dense model, if it is the teacher, the hidden states on these
-(``reference``), or else itself (``dense``); a reference on ``held-out`` text for evaluations on the way; and the dense
-model again where its ``head`` may differ from the one that training begins with.
+Inputs: ``model``, for LoRAPrune the dense one; what is read: ``text``, if it is a file, the dense model's ``answers``,
+or the pass with the ``windows``; of a teacher, its hidden states (``reference``) or itself, to run beside (``dense``);
+a reference on ``held-out`` text, for evaluations on the way; and the dense model again, for its ``head``, where rounds
+may have changed the model's own.
 """
 
 from __future__ import annotations

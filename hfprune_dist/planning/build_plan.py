@@ -33,12 +33,15 @@ from hfprune_dist.kinds.training import LoraPruneParameters, RecoverParameters
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_rounds, suited
 from hfprune_dist.planning.model_sources import ModelSource
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds, label_of
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of, recovery_name
 from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import CUTTING, Input, Stage
 from hfprune_dist.structures import NEURONS, UnitKind, kinds_among
+
+# The most that a dense model's hidden states may take on disk; it runs beside the model that is trained otherwise.
+STORED_BYTES = 64 * GIB
 
 
 def build_plan(
@@ -85,7 +88,7 @@ def _refuse_same_rows(cells: Iterable[Cell]) -> None:
         if cell.evaluate in labels:
             raise UserError(
                 f"rows {labels[cell.evaluate]!r} and {cell.label!r} would be the same: their models have the same "
-                "content, and their methods do the same at this ratio; leave one of them out"
+                "content, and their methods and recipes do the same; leave one of them out"
             )
         labels[cell.evaluate] = cell.label
 
@@ -123,7 +126,7 @@ class _Variant:
 
     @property
     def label(self) -> str:
-        return label_of(self.model, self.ratio, self.method, in_rounds(self.recovery, self.rounds))
+        return label_of(self.model, self.ratio, self.method, recovery_name(self.recovery, self.rounds))
 
     @property
     def checkpoint(self) -> Input:
@@ -133,10 +136,6 @@ class _Variant:
     def cut(self) -> Input:
         """The checkpoint that has the same shape, before anything was trained."""
         return next((stage.as_input() for stage in reversed(self.chain) if stage.kind in CUTTING), self.dense)
-
-
-# The most that a dense model's hidden states may take on disk; it runs beside the model that is trained otherwise.
-STORED_BYTES = 64 * GIB
 
 
 class _Planner:
@@ -220,13 +219,14 @@ class _Planner:
         return cells
 
     def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
-        """One pass for all methods that need scores and for further criteria; None if there are neither."""
+        """One pass for all methods that need scores, further criteria, and trainings on its windows; None without."""
         scoring = [method for method in methods.values() if method.prunes_in == "calibration"]
         needed = {criterion for method in scoring for criterion in _first_criteria(method)}
         pruned = {structure for method in scoring for structure in method.structures} or {NEURONS}
         refuse_criteria(self._config.importance.criteria, model.checkpoint, pruned)
         criteria = needed.union(self._config.importance.criteria)
-        if not scoring and not criteria:
+        reads_windows = any(training and training.text == "calibration" for training in self._trainings.values())
+        if not scoring and not criteria and not reads_windows:
             return None
         kinds = kinds_among(pruned)
         importance = self._importance(model.name, {"model": dense}, criteria=sorted(criteria), structures=kinds)
@@ -305,10 +305,7 @@ class _Planner:
             settings = AnswersParameters.of_training(training, self._config.seed)
             answers = self._stage("answers", variant.model, settings, {"model": variant.dense} | text)
             return inputs | {"answers": answers.as_input()}, [answers]
-        if importance is None:
-            raise UserError(
-                "recovery.text is calibration, and no method is scored on calibration windows; choose another text"
-            )
+        assert importance is not None
         inputs["windows"] = _scores(importance, [])
         if not training.teacher_share:
             return inputs, [importance]
@@ -342,7 +339,7 @@ class _Planner:
             ratio=variant.ratio,
             method=variant.method,
             criterion=None if variant.method is None else self._methods[variant.method].criterion,
-            recovery=in_rounds(variant.recovery, variant.rounds),
+            recovery=recovery_name(variant.recovery, variant.rounds),
             producers=tuple(stage.id for stage in variant.chain),
             evaluate=evaluate.id,
             efficiency=measured,

@@ -24,7 +24,7 @@ class Cell:
     ``label`` is its name within the sweep. ``ratio`` and ``method`` are None for the dense model; ``producers`` are the
     stages that make the checkpoint, in order; ``efficiency`` and ``check`` are None if not asked for.
     ``recovery`` is the name of the recipe, ``none``, or ``own`` if the row's method prunes while it trains; with
-    ``rounds``, the ratios at which the model was pruned and trained before, they follow the name (``in_rounds``).
+    ``rounds``, the ratios at which the model was pruned and trained before, they follow the name (``recovery_name``).
     """
 
     label: str
@@ -99,7 +99,7 @@ def label_of(model: str, ratio: float | None, method: str | None, recovery: str)
     return pruned if recovery in (NONE, OWN) else f"{pruned} + {recovery}"
 
 
-def in_rounds(recovery: str, rounds: Iterable[float]) -> str:
+def recovery_name(recovery: str, rounds: Iterable[float]) -> str:
     """The recovery of a row whose model was pruned and trained at other ratios before."""
     before = ", ".join(f"{ratio:g}" for ratio in rounds)
     return f"{recovery} {VIA} {before}" if before else recovery

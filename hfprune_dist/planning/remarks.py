@@ -8,7 +8,7 @@ from pathlib import Path
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.config.schema import SweepConfig
-from hfprune_dist.config.section import TextSource
+from hfprune_dist.config.section import DATA_SET_KEYS, TextSource
 from hfprune_dist.config.texts import FIRST
 from hfprune_dist.planning.methods import can_do, suited, why_groups_stay, why_not
 from hfprune_dist.planning.ratios import with_numbers
@@ -39,8 +39,7 @@ def remarks_on_texts(config: SweepConfig, methods: Mapping[str, Method]) -> list
 def _overlap(one: TextSource, other: TextSource) -> bool:
     """Whether two sources are the same, or one is a file in the other's folder."""
     if one.path is None or other.path is None:
-        parts = ("path", "dataset", "name", "split", "revision")
-        return all(getattr(one, part) == getattr(other, part) for part in parts)
+        return all(getattr(one, key) == getattr(other, key) for key in ("path", "dataset", *DATA_SET_KEYS))
     first, second = Path(one.path).resolve(), Path(other.path).resolve()
     return first == second or first.parent == second or second.parent == first
 

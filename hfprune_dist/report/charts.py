@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, recovery_name
 from hfprune_dist.results.formats import count
 from hfprune_dist.results.metrics import METRICS, Score, headline
 from hfprune_dist.results.outlook import loss_lines
@@ -111,7 +111,7 @@ def _at_its_round(cell: Cell, stage_id: str) -> Cell:
     if not 0 < cuts <= len(cell.rounds):
         return cell
     *rounds, ratio = cell.rounds[:cuts]
-    recovery = in_rounds(cell.recovery.split()[0], rounds)
+    recovery = recovery_name(cell.recovery.split()[0], rounds)
     return replace(cell, ratio=ratio, recovery=recovery, rounds=tuple(rounds), producers=before)
 
 

@@ -19,7 +19,7 @@ from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.engines.check import Check
-from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, in_rounds
+from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, recovery_name
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
 from hfprune_dist.results.markdown import code, code_block, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
@@ -126,8 +126,12 @@ class Card:
             "rounds": [*cell.rounds, cell.ratio] if cell.rounds else [],
             "methods": [named.get(str(cell.method), self.config["methods"][0])],
         }
-        if recipes := config["recovery"].get("recipes"):
-            own = {name: each for name, each in recipes.items() if in_rounds(name, cell.rounds) == cell.recovery}
+        recipes = config["recovery"].get("recipes") or {}
+        own = {name: each for name, each in recipes.items() if recovery_name(name, cell.rounds) == cell.recovery}
+        has_recipe = own or not recipes or cell.recovery in (NONE, OWN)
+        if cell.method not in (None, *named) or not has_recipe:  # another name then
+            return "", {}
+        if recipes:
             without = {"method": NONE} if cell.recovery == NONE else {}
             config["recovery"] = {**config["recovery"], "recipes": own or None, **without}
         names: dict[str, str] = {}
@@ -174,7 +178,7 @@ class Card:
         ratio = self.row["ratio_reached"] or cell.ratio
         if cell.rounds:
             before = " and ".join(f"{100 * ratio:g}%" for ratio in cell.rounds)
-            after = f", in rounds: it was pruned to {before} first, and fine-tuned {way}to recover after each round"
+            after = f", in rounds: {before} went first, and it was fine-tuned {way}to recover after each round"
         return (
             f"{model} with {100 * ratio:.3g}% of its parameters pruned by the method {code(str(cell.method))}{after}."
         )
@@ -185,6 +189,7 @@ class Card:
         texts = [code(name) for name in sorted(self.manifest["files"]) if is_licence(name)]
         unknown = f"see {', '.join(texts)}" if texts else "not known: see the base model before you share this one"
         licence = base.carried.get("license_name") or base.carried.get("license")
+        licence = ", ".join(licence) if isinstance(licence, list) else licence
         read: dict[str, dict[str, None]] = {"calibration": {}, "recovery": {}}
         names = self.recipe()[1]
         for section, settings, source in self._texts():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hfprune_dist.config.training import LENGTHS
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL, has_converged
 from hfprune_dist.results.formats import count, number
@@ -34,7 +35,7 @@ EXPONENTS = np.geomspace(0.02, 3.0, 5000)
 AHEAD = 10
 SHARES = {"half": 0.5, "90 %": 0.1}  # of what pruning lost: regained -> left
 # Settings of a recipe that say how long it goes on, or what is measured meanwhile.
-LENGTH = ("tokens", "epochs", "max_steps", "evaluate_every", "patience")
+LENGTH = (*LENGTHS, "evaluate_every", "patience")
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ def read_runs(store: Store) -> Runs:
     runs: dict[str, list[Run]] = {}
     for folder in listed(store.root / "recover", "[!.]*"):
         handle = store.handle(f"recover/{folder.name}")
+        made, lines = handle.manifest(), loss_lines(handle.artifact / LOSSES)
+        if not (made and lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf):
+            continue
         with suppress(UserError):  # of another version
-            made, lines = handle.manifest(), loss_lines(handle.artifact / LOSSES)
-            measured = lines and UNTRAINED_KL in lines[0] and 0 < lines[-1].get(HELD_OUT_KL, 0) < math.inf
-            if made and measured:
-                stage, tokens = Stage.from_json(made["stage"]), lines[-1]["tokens"]
-                if not has_converged(lines, stage.params.to_json()["recovery"].get("patience")):
-                    hours = made["world_size"] * made["wall_time_s"] / 3600 / made["metrics"]["training_tokens"]
-                    run = Run(tokens, lines[-1][HELD_OUT_KL], lines[0][UNTRAINED_KL], hours)
-                    runs.setdefault(_recipe_of(stage), []).append(run)
+            stage, last = Stage.from_json(made["stage"]), lines[-1]
+            if not has_converged(lines, stage.params.to_json()["recovery"].get("patience")):
+                hours = made["world_size"] * made["wall_time_s"] / 3600 / made["metrics"]["training_tokens"]
+                run = Run(last["tokens"], last[HELD_OUT_KL], lines[0][UNTRAINED_KL], hours)
+                runs.setdefault(_recipe_of(stage), []).append(run)
     return {recipe: sorted(found, key=lambda run: run.tokens) for recipe, found in runs.items()}
 
 

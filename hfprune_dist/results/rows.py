@@ -153,7 +153,7 @@ class _Rows:
 
     def _costs(self, cell: Cell, manifests: Mapping[str, Manifest | None]) -> Row:
         """Seconds of each stage behind a row, and in total; the highest peak of a rank; and what making the row's
-        checkpoint took, those stages included that it shares: tokens and operations of LoRA's training, device-hours.
+        checkpoint took, those stages included that it shares: tokens and operations of training, device-hours.
         """
         seconds = {stage_id: found.get("wall_time_s") if found else None for stage_id, found in manifests.items()}
         peaks = [found.get("peak_memory_bytes") if found else None for found in manifests.values()]

@@ -20,15 +20,16 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts
+from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts, reference_role
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, standard_errors
 from hfprune_dist.core.head import next_ids
 from hfprune_dist.data.tokenizer import load_tokenizer
+from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding
 from hfprune_dist.errors import UserError
 from hfprune_dist.evaluation.lm_eval_tasks import TaskLoader, explain, plain, scores_of
-from hfprune_dist.kinds.evaluate import REQUEST_TOKENS, EvaluateParameters
+from hfprune_dist.kinds.evaluate import EvaluateParameters
 from hfprune_dist.models.single_layer import Head, LayerReader
 from hfprune_dist.stages.context import Context as AnyContext
 from hfprune_dist.store.atomic_files import read_json, read_object, write_json
@@ -54,7 +55,8 @@ def run(context: Context) -> None:
     transformers_logging.disable_progress_bar()
     params, world = context.params, context.world
     checkpoint = open_checkpoint(context.input_path("model"))
-    sharding = choose_sharding(context.runtime.sharding, params.forwards(checkpoint, REQUEST_TOKENS), world)
+    window_tokens = load_windows(context.input_path(reference_role(FIRST))).shape[1]
+    sharding = choose_sharding(context.runtime.sharding, params.forwards(checkpoint, window_tokens), world)
     fidelity = context.work / FIDELITY
     tasks = {task: _task_file(context.work, task) for task in params.tasks}
 

@@ -141,10 +141,9 @@ def write_trained(
 def _write_weight_file(checkpoint: Checkpoint, file: str, trained: Snapshot, draft: Path) -> None:
     """Write one safetensors file of the checkpoint with the weights that were trained themselves."""
     family, names = checkpoint.family, {name: name for name in trained.shapes}
-    # Files may have a copy of a head that is tied to the embedding.
-    tied = {family.head_tensor, family.embedding_tensor}
-    if checkpoint.config.get("tie_word_embeddings") and (one := tied & names.keys()):
-        names |= dict.fromkeys(tied & checkpoint.tensors.keys(), next(iter(one)))
+    is_tied = checkpoint.config["tie_word_embeddings"] and family.embedding_tensor in names
+    if is_tied and family.head_tensor in checkpoint.tensors:  # a copy
+        names[family.head_tensor] = family.embedding_tensor
     learnt = {
         name: partial(lambda name, source: rounded(checkpoint, name, trained.weight(source)), name, source)
         for name, source in names.items()

@@ -202,16 +202,17 @@ class Trainer:
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
-        self._teacher, self._is_whole = None, placement.whole
-        if task.teacher is not None:  # whose memory is needed for the optimizer where that is shared
+        self._teacher, self._is_unsharded = None, placement.whole
+        if task.teacher is not None:  # where ranks share the optimizer, it needs what a whole teacher would take
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
-            self._is_whole = beside == "replicate"
+            self._is_unsharded = beside == "replicate"
         fused = [use_fused_kernels(each.module, world.device) for each in (self._frozen, self._teacher) if each]
         self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}
         trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
-        if task.head_of or task.checkpoint.family.head_of(model).weight.requires_grad:
+        compares = share > 0 or task.held_out is not None
+        if compares and (task.head_of or task.checkpoint.family.head_of(model).weight.requires_grad):
             head = LayerReader(task.head_of or task.checkpoint, self._dtype, world.device).head()
             self._dense_head = head.weight_VC, head.bias_V
         self._optimizer = Optimizer(trained, task.settings, start, world)
@@ -227,7 +228,7 @@ class Trainer:
 
     def step(self, step: int) -> LossLine | None:
         """Do one optimizer step, counted from 0, and return its mean loss per token and what else is told of it; None
-        on all ranks if one lacks memory, as far as they don't wait for each other within micro-batches.
+        on all ranks if one ran out of memory. Where ranks share weights, that one raises, since the others wait for it.
         """
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
         batches = list(self._micro_batches(step))
@@ -239,12 +240,13 @@ class Trainer:
                 torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
                 term = self._loss(batch, int(labels))
                 loss += term.detach()
-                term.backward()
+                if term.requires_grad:  # not where the head alone is trained, and no token has a label
+                    term.backward()
         except torch.OutOfMemoryError:
-            if not self._is_whole:
+            if not self._is_unsharded:
                 raise
             lacks_memory = True
-        if self._is_whole and any(world.all_gather(lacks_memory)):
+        if self._is_unsharded and any(world.all_gather(lacks_memory)):
             return None
         self._optimizer.sum_over_ranks()
         if self._masks is not None:
@@ -399,7 +401,7 @@ def parts_to_train(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter
     modules: list[nn.Module] = [body, head] if settings.method == "full" else []
     for part in settings.parts if settings.method == "parts" else ():
         if part == "norms":
-            modules += [module for module in body.modules() if type(module).__name__.endswith("Norm")]
+            modules += [module for module in body.modules() if "Norm" in type(module).__name__]
         elif count := layers_of(part):
             modules += family.layers_of(model)[-count:]
         else:

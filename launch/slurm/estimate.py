@@ -14,7 +14,7 @@ from rich.table import Table
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.errors import UserError
-from hfprune_dist.kinds.memory import GIB, Gpus, Need, Planned, StageParameters, parameters_of, place
+from hfprune_dist.kinds.memory import GIB, Gpus, Need, Planned, StageParameters, place, settings_of
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.stage import Stage
@@ -69,7 +69,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
 
 def _estimate(planned: Planned, resources: Resources, sharding: Sharding) -> Estimate | None:
     stage, gib = planned.stage, resources.gpu_memory_gib
-    params = parameters_of(stage)
+    params = settings_of(stage)
     if (need := params.need(planned)) is None:
         return None
     gpus = Gpus(resources.ranks, (gib or 0.0) * GIB)

@@ -66,6 +66,13 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
     assert (found["a"].patience, found["b"].patience) == (2, None)
 
 
+def test_a_recipes_own_length_takes_the_place_of_the_sections():
+    lengths = {"epochs": {"epochs": 3.0}, "tokens": {"tokens": "1k"}, "steps": {"max_steps": 7}}
+    found = trainings_of(max_steps=4, tokens="2k", recipes=lengths | {"same": {}})
+    steps = {name: training.steps(rows=12_800, sequence_length=10) for name, training in found.items()}
+    assert steps == {"epochs": 300, "tokens": 1, "steps": 7, "same": 4}
+
+
 def test_fields_that_are_not_read_may_have_any_names():
     asked = {"instruction_field": "response", "answers": "dense", "samples": 9}
     assert trainings_of(**asked)["lora-answers"].instruction_field == "response"

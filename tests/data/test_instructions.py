@@ -54,6 +54,12 @@ def test_long_pairs_are_cut_and_pairs_without_response_dropped():
 
 
 @pytest.mark.parametrize("bos", [None, BOS])
+def test_an_empty_document_is_dropped(bos):
+    """It would teach a model to end at once."""
+    assert [piece is None for piece in encode_pairs([("", ""), ("", " \n"), ("", "x")], bos=bos)] == [True, True, False]
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
 def test_long_documents_are_divided_into_pieces_with_loss_on_all_of_them(bos):
     pieces = encode_pairs([("", "x" * 40)], 16, bos)
     start, ids = [] if bos is None else [bos], [*tokenize(["x" * 40])[0], EOS]

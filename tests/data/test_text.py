@@ -144,6 +144,7 @@ UNREADABLE = [
     ("pointer.jsonl", LFS_POINTER, ["pointer.jsonl", "Git LFS pointer", "git lfs pull"]),
     ("cut.jsonl.gz", gzip.compress(LINE.encode())[:-12], ["cut.jsonl.gz", "cut short"]),
     ("cut.json", f"[{LINE}, {LINE}", ["cut.json", "cut short"]),
+    ("texts.json", '["a text", "{}"]', ["texts.json, record 1", "expected a JSON object"]),
     ("ragged.csv", "text,instruction,response\na,b\n", ["ragged.csv:2", "2 fields", "3"]),
     ("other.parquet", parquet_of(["a"], "body"), ["other.parquet", "no text in field 'text'", "body"]),
     ("picture.png", b"\x89PNG\r\n\x1a\n", ["picture.png", "utf-8", "supported"]),

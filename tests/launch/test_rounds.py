@@ -50,8 +50,8 @@ def test_what_was_trained_is_scored_pruned_and_trained_again(config, tmp_path):
         )
         assert int(last["training_tokens"]) == 2 * int(first["training_tokens"]) and left < int(first["parameters"])
         card = (out / last["checkpoint"] / "README.md").read_text()
-        told = "pruned to 10% first, and fine-tuned with LoRA towards `alpha`'s own predictions to recover after each"
-        assert f"in rounds: it was {told} round" in card
+        told = "it was fine-tuned with LoRA towards `alpha`'s own predictions to recover after each round"
+        assert f"in rounds: 10% went first, and {told}" in card
         cut = stage_of["prune", LAST.format(method)]["fingerprint"]
         assert re.search(f"the pruned model before it, which .* leaves in its sweep's `store/prune/{cut}`", card)
     assert "- via: pruned to these ratios, and trained there, before" in (out / "results.md").read_text()

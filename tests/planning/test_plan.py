@@ -267,6 +267,13 @@ def test_a_method_that_scores_while_it_prunes_needs_the_windows_alone(config):
     assert alone.params.dtype and alone.params.micro_batch_size
 
 
+def test_a_dense_model_alone_may_learn_from_the_windows_of_a_pass(config):
+    settings = {"models": ["alpha"], "recovery__text": "calibration", "recovery__method": "full"}
+    alone, beside = (plan_of(config, ratios=ratios, **settings) for ratios in ([], [0.2]))
+    (importance,), (trained,) = (stages_of(alone, kind) for kind in ("importance", "recover"))
+    assert importance.params.criteria == [] and trained.id in beside.stages
+
+
 def test_recipes_stand_side_by_side_and_share_what_was_pruned(config):
     """The dense model is the control of what learns from labels; from itself it would learn nothing."""
     recipes = {
@@ -377,7 +384,8 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
     [
         {"recovery__revision": "abc"},
         {"recovery__text_field": "response"},
-        {"recovery__epochs": 7.0, "recovery__tokens": "300k"},
+        {"recovery__tokens": "300k", "recovery__epochs": 7.0},
+        {"recovery__max_steps": 5, "recovery__tokens": "300k"},
         {"recovery__rank": 5, "recovery__method": "full"},
         {"recovery__answer_temperature": 0.7},
         {"recovery__answers": "dense", "recovery__method": "none"},
@@ -388,7 +396,7 @@ def test_a_dense_model_too_large_for_the_disk_runs_beside_the_one_that_learns_fr
     ],
 )
 def test_a_setting_that_changes_nothing_makes_no_stage_run_again(config, idle):
-    name = [key for key in idle if key not in ("methods", "recovery__method", "recovery__tokens")][-1]
+    name = [key for key in idle if key not in ("methods", "recovery__method")][-1]
     without = {key: value for key, value in idle.items() if key != name}
     plans = [plan_of(config, models=["alpha"], **settings) for settings in (without, idle)]
     assert plans[0].stages.keys() == plans[1].stages.keys()

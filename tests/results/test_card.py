@@ -54,10 +54,11 @@ def card_of(config, tmp_path_factory):
     fill(store, plan)
     rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
 
-    def card_of(label="alpha 0.2 surgeon-uniform-block + lora", files=(), dense=DENSE["alpha"]):
+    def card_of(label="alpha 0.2 surgeon-uniform-block + lora", files=(), dense=DENSE["alpha"], **carried):
         cell = next(cell for cell in plan.cells if cell.label == label)
         card = Card("name", cell, rows, plan, store, dense)
         card.manifest["files"] |= dict.fromkeys(files)
+        card.base = replace(card.base, carried=carried)
         return card.text()
 
     return card_of
@@ -111,6 +112,12 @@ def test_it_says_how_the_model_is_loaded_and_what_its_adapter_is_of(card_of):
     assert "AutoModelForImageTextToText" in card and ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
+def test_several_licences_are_told(card_of):
+    card = card_of(license=["mit", "apache-2.0"])
+    assert "| licence of the base model | mit, apache-2.0 |" in card
+    assert ModelCard(card).data.license == ["mit", "apache-2.0"]
+
+
 def test_it_says_how_the_model_was_trained(config, tmp_path):
     recipes = {"lora": {}, "distilled": {"objective": "distill"}}
     cards = cards_of(config, tmp_path, methods=["hfprune", "loraprune"], ratios=[0.1], recovery__recipes=recipes)
@@ -150,6 +157,24 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
         (row,) = [row for row in again.cells if row.label == cell.label]
         assert (row.producers[-1], row.evaluate) == (cell.producers[-1], cell.evaluate)
         assert {row.model for row in again.cells} == {cell.model}
+
+
+@pytest.mark.parametrize("renamed", ["recipe", "method"])
+def test_what_has_another_name_now_has_no_recipe(config, tmp_path, renamed):
+    """Nothing runs again, and the one that was recorded speaks of the former name."""
+    methods = {name: str(tmp_path / f"{name}.yaml") for name in ("before", "now")}
+    for method in methods.values():
+        Path(method).write_text("{criterion: entropy, refit: layerwise}")
+    store, plans = Store(tmp_path / "out" / "store"), []
+    for name in ("before", "now"):
+        recipe, method = (name, methods["now"]) if renamed == "recipe" else ("lora", methods[name])
+        settings, plan = planned(config, methods=[method], recovery__recipes={recipe: {"rank": 8}})
+        plans.append(plan)
+        if name == "before":
+            fill(store, plan, config=settings.model_dump(mode="json"))
+    made = contents_of_checkpoints(plans[1], store, DENSE)
+    assert plans[0].stages.keys() == plans[1].stages.keys() and made
+    assert not [name for name, contents in made.items() if "recipe.yaml" in contents.texts and "dense" not in name]
 
 
 def test_a_base_of_the_hub_is_named_with_its_licence(tmp_path):

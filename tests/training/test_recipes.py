@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import Placement
@@ -106,6 +107,17 @@ def test_the_first_steps_are_those_of_a_plain_loop(tmp_path, checkpoints, name):
     trained = fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
     losses = [line["loss"] for line in trained.losses]
     assert losses == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5) and losses[-1] < losses[0]
+
+
+def test_a_head_alone_learns_from_steps_that_differ_by_a_row(tmp_path):
+    """Of the shorter ones, one micro-batch has no tokens to learn from."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
+    task = make_task(checkpoint, **USUAL, method="parts", parts=["lm_head"], objective=0.5, micro_batch_size=1)
+    task = replace(task, teacher=checkpoint, schedule=Schedule(5, 2, 0))
+    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
+    losses = [line["loss"] for line in fine_tune(task, SoloWorld(), RuntimeConfig(), *noting).losses]
+    assert len({len(task.schedule.rows_of(step)) for step in range(task.total_steps)}) == 2
+    assert losses == pytest.approx(plain_losses(task, checkpoint), rel=1e-5)
 
 
 def test_a_head_that_an_earlier_round_has_trained_is_not_the_dense_models(tmp_path, checkpoints):
