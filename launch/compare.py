@@ -87,9 +87,9 @@ def _refuse_other_settings(sweeps: Sequence[Path]) -> None:
         if (other := known.setdefault(settings.pop("seed"), out)) != out:
             raise UserError(f"{out}: its seed is that of {other}; compare sweeps that differ in it (--set seed=1)")
         first = first or settings
-        for key in settings:
-            if not re.match(MAY_DIFFER, key) and settings[key] != first.get(key):
-                values = f"{key} is {as_written(settings[key])}, not {as_written(first.get(key))}"
+        for key in first | settings:
+            if not re.match(MAY_DIFFER, key) and settings.get(key) != first.get(key):
+                values = f"{key} is {as_written(settings.get(key))}, not {as_written(first.get(key))}"
                 more = f"{out} differs from {sweeps[0]} in more than the seed: {values}"
                 raise UserError(f"{more}; run both with one configuration")
 

@@ -59,7 +59,8 @@ def build(root: Path) -> None:
     made_from = {"assets": VERSION, "python": platform.python_version(), **packages}
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".lock"):
-        if read_object(root / MANIFEST) == made_from and all((root / name).is_dir() for name in FOLDERS):
+        are_there = all((root / name).exists() for name in (*FOLDERS, "instructions.jsonl"))
+        if are_there and read_object(root / MANIFEST) == made_from:
             say(console, f"{root}: in place")
             return
         (root / MANIFEST).unlink(missing_ok=True)

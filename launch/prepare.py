@@ -39,6 +39,7 @@ from hfprune_dist.planning.remarks import remarks_on_texts
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.machine import count_gpus
+from hfprune_dist.store.provenance import package_versions
 
 NO_MODELS = (
     "no models are named: give --models, or models in a --config file; for example --models Qwen/Qwen2.5-0.5B --ratios "
@@ -164,6 +165,12 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
     refuse_what_cannot_fit(prepared.estimates)
     if stages and profile is not None and not looks_only:
         SlurmCommands().require()
+        torch = str(package_versions(["torch"])["torch"])
+        if torch.endswith("+cpu") and any(profile.resources[kind].gpus for kind in kinds):
+            raise UserError(
+                f"torch {torch} was installed without CUDA, as where there is no GPU, and the profile asks for GPUs; "
+                "remove .venv, set UV_TORCH_BACKEND=cu128, or what their driver takes, and run launch/quickstart.sh"
+            )
     if stages and profile is None and count_gpus():
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import
 

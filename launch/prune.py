@@ -31,7 +31,7 @@ from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
 from hfprune_launch.run import StageFailedError, make, only
 from hfprune_launch.screen import make_console
-from hfprune_launch.sweep_folder import Sweep, read_sweep, require_apart, require_folder
+from hfprune_launch.sweep_folder import Sweep, read_sweep, record_run, require_apart, require_folder
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.engines import ENGINES
@@ -142,6 +142,7 @@ def prune(
         request.tell(f"{out} is there already, made with these settings")
     else:
         make(prepared)
+        record_run(prepared.sweep, prepared.config, prepared.models)  # another command may have replaced its row
         request.tell(_write(read_sweep(request.out), cell, out))
     code = ", trust_remote_code=True" if (out / NEEDS_CODE).exists() else ""
     has_vision = open_checkpoint(out).family.has_vision

@@ -44,7 +44,7 @@ make_venv() {
 # packages, uv finds torch for this machine's GPU, or without CUDA where there is none.
 configure_uv() {
     local line value
-    export UV_TORCH_BACKEND=auto
+    export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}"
     while IFS= read -r line; do
         value=${line#*=\'} value=${value%\'}
         case "$line" in

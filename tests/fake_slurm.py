@@ -169,7 +169,7 @@ class FakeLauncher(Launcher):
 
     def __init__(self, store: Store, plan: Plan, max_running=None, resources=RESOURCES, clock=None, delays=(1.0, 2.0)):
         self.clock, self.told = clock or Clock(), []
-        cancellation, profile = Cancellation(store.root), Profile("test", resources, max_running)
+        cancellation, profile = Cancellation(store.root), Profile(resources, max_running)
         new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, cancellation, Path("/code"))
         slurm = commands.SlurmCommands(self.clock.sleep, delays)
         super().__init__(store, plan, new_jobs, slurm, self.told.append, self.clock)

@@ -44,7 +44,7 @@ def from_command_line(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides as sections and keys, in which paths are absolute, as seen from the current folder."""
     content: dict[str, Any] = {}
     for key, value in overrides.items():
-        _set_dotted(content, key, value)
+        content = _merge(content, _nested(key, value))
     return with_absolute_paths(content, Path.cwd()) if content else {}
 
 
@@ -118,7 +118,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if not separator or not key:
             raise UserError(f"--set {assignment!r}: write it as key=value, e.g. --set calibration.samples=64")
         try:
-            _set_dotted(merged, key.strip(), yaml_value(text))
+            merged = _merge(merged, _nested(key.strip(), yaml_value(text)))
         except NotYamlError as error:
             raise UserError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
     return merged
@@ -140,13 +140,11 @@ def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _set_dotted(target: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {key}: {parent!r} is already set to a value, it can't hold keys")
-    target |= _merge(target, {leaf: value})
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """A value in the sections that its dotted key names."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def with_absolute_paths(value: Any, base: Path, key: str = "") -> Any:

@@ -88,9 +88,9 @@ def _color(rows: Sequence[Row], method: str | None) -> str:
     return PALETTE[methods.index(method) % len(PALETTE)] if method else GREY
 
 
-def _of_cell(rows: Sequence[Row], cell: Cell, points: Sequence[Point]) -> Line:
+def _of_cell(rows: Sequence[Row], plan: Plan, cell: Cell, points: Sequence[Point]) -> Line:
     """A line in its method's colour and with its ratio's dashes, which repeat."""
-    ratios = sorted({row["ratio"] for row in rows} | {cell.ratio or 0.0})
+    ratios = sorted({0.0, *(ratio for each in plan.cells for ratio in (each.ratio or 0.0, *each.rounds))})
     dash = DASHES[ratios.index(cell.ratio or 0.0) % len(DASHES)]
     return Line(f"{cell.method or 'dense'} {cell.ratio or 0:g}", _color(rows, cell.method), dash, points)
 
@@ -174,7 +174,7 @@ def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
             counts = {layer: len(numbers) for layer, numbers in zip(layers, kept, strict=True)}
             sides = [(layer, side) for layer in range(1 + max(layers)) for side in (-0.5, 0.5)]
             steps = [(layer + side, counts.get(layer, 0), None) for layer, side in sides]
-            lines.setdefault(f"{cell.model}: {kind.replace('_', ' ')}", []).append(_of_cell(rows, cell, steps))
+            lines.setdefault(f"{cell.model}: {kind.replace('_', ' ')}", []).append(_of_cell(rows, plan, cell, steps))
     panels = [Panel(title, "layer", drawn) for title, drawn in lines.items()]
     return Chart("layers", "Widths and heads by layer", "How many units of each layer are kept.", panels)
 
@@ -190,7 +190,7 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
             (divergences, f"{cell.model}: {METRICS['kl'].header} on the way", "tokens", HELD_OUT_KL),
         ):
             if points := training_losses(artifact / LOSSES, x, y):
-                line = _of_cell(rows, cell, [(at, value, None) for at, value in points.items()])
+                line = _of_cell(rows, plan, cell, [(at, value, None) for at, value in points.items()])
                 name = line.name if cell.recovery == OWN else f"{line.name} + {cell.recovery}"
                 line = replace(line, name=name, are_marked=x == "tokens" or len(points) == 1)
                 found.setdefault(title, []).append(replace(line, color=PALETTE[place % len(PALETTE)]))

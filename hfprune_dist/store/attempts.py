@@ -10,7 +10,7 @@
     exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
     failure.<rank>.json  why a rank failed, as it says itself
     end.json           how the attempt ended, and why
-    *_log.out, *.err   output of a job's ranks
+    *_log.out, *_log.err  output of the batch script, of srun and of the ranks
 
 Files are made by mkdir and rename, which are atomic on local disks, NFS and Lustre alike. A damaged one counts as
 absent.

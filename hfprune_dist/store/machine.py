@@ -1,4 +1,4 @@
-"""What this process may use of its machine, where its affinity or the control group of its job allows it less."""
+"""What this process may use of its machine: the GPUs that it sees; cores and memory by affinity and control groups."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from hfprune_dist.store.machine import count_gpus, cpu_model, threads_allowed, u
 from hfprune_dist.store.stage import Stage
 
 RUN = "hfprune_launch.stage.run:main"
-POLL_S = 0.1
+POLL_S = 0.5  # heartbeats come no faster
 CANCELLATION_POLL_S = 1.0
 # Time that a cancelled launcher may take to end; it waits up to 10 s for killed ranks.
 CANCELLING_S = 40.0

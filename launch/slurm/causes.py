@@ -24,7 +24,7 @@ class Cause(StrEnum):
     """The artifact is there and verified."""
     INTERRUPTED = "interrupted"
     """Nothing is wrong with the stage: its job was preempted once all was saved, met the time limit while it got
-    further, or never began the stage (its launcher died while it submitted, a job that it needs did not succeed, or
+    further, or never began the stage (it did not reach Slurm, a job that it needs did not succeed, or
     another process had the stage)."""
     KILLED = "killed"
     """From outside: a node died, or could not run the stage; a rank died without a message, or waited in vain for
@@ -98,7 +98,7 @@ def explain_end(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | N
 def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) -> tuple[str, str]:
     """Return cause and message; what explains most comes first."""
     if attempt.job_id is None:
-        return Cause.INTERRUPTED, "the launcher died while it submitted"
+        return Cause.INTERRUPTED, "it did not reach Slurm: sbatch gave no answer, or its launcher died"
     name, runs, tail = f"job {attempt.job_id}", attempt.runs(), log_tail(attempt.logs())
     state, reason = (job.state, job.reason) if job is not None else (FORGOTTEN, "")
     nodes = f" on {job.nodes}" if job is not None and job.nodes else ""

@@ -40,7 +40,7 @@ STATUS_INTERVAL_S, SLURM_INTERVAL_S = 5.0, 60.0
 LOOK_AGAIN_S, PATIENCE_S = 2.0, 60.0
 # Between two stages, a sweep on this machine holds no claim for some seconds, while the ranks of the first one end.
 LOOKS_AT_REST = 3
-# States of stages on which nothing is at work.
+# States of stages on which nothing is known to be at work.
 AT_REST = ("done", "failed", "died", "waiting", "missing", "not needed", "submitted")
 
 

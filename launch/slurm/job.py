@@ -32,8 +32,8 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.atomic_files import listed
-from hfprune_dist.store.attempts import FAILURES, End, Ledger, Run, report_failure
+from hfprune_dist.store.atomic_files import listed, read_record
+from hfprune_dist.store.attempts import FAILURES, INTENT, Attempt, End, Intent, Run, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 
 if TYPE_CHECKING:
@@ -160,10 +160,11 @@ class Start:
     """On rank 0: decides whether the stage has to run here, which it claims then, and records this start of the job."""
 
     def __init__(self, handle: StageHandle, number: int) -> None:
-        attempts = {attempt.intent.number: attempt for attempt in Ledger(handle.store).attempts_at(handle.id)}
-        if number not in attempts:
+        folder = handle.attempts / str(number)
+        intent = read_record(Intent, folder / INTENT)  # by its name: NFS may list what was there a minute ago
+        if intent is None:
             raise UserError(f"{handle.id}: no record of attempt {number}; jobs are submitted by a sweep")
-        self.attempt = attempts[number]
+        self.attempt = Attempt(folder, intent)
         self.claim: Claim | None = None
         self._handle = handle
         self._run = Run(

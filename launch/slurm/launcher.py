@@ -92,9 +92,10 @@ class Launcher:
             job = self.observer.jobs.get(attempt.intent.job_name)
             if job is not None and attempt.job_id is None:
                 self._adopt(attempt, job.job_id)
-        for stage_id, state in self.observer.states(self.plan).items():
-            if (found := about_job(state)) is not None:
-                self._act(stage_id, *found)
+        states = self.observer.states(self.plan)
+        for attempt in attempts:
+            if (found := about_job(states[attempt.intent.stage_id])) is not None:
+                self._act(attempt, *found)
         if self.observer.before is None:
             ended = [each for stage_id in self.plan.stages for each in self.ledger.jobs_of(stage_id) if each.end]
             self.observer.before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
@@ -158,11 +159,10 @@ class Launcher:
         attempt.record_job(job_id)
         self.tell(Event("adopted", self.plan.stages[attempt.intent.stage_id], job_id))
 
-    def _act(self, stage_id: str, do: Do, message: str) -> None:
-        stage, attempt = self.plan.stages[stage_id], self.ledger.open_job(stage_id)
-        if attempt is None:
+    def _act(self, attempt: Attempt, do: Do, message: str) -> None:
+        if attempt.end is not None:
             return  # another launcher was faster
-        job = self.observer.jobs.get(attempt.intent.job_name)
+        stage, job = self.plan.stages[attempt.intent.stage_id], self.observer.jobs.get(attempt.intent.job_name)
         match do:
             case Do.CANCEL if job is not None:
                 self.slurm.cancel([job.job_id])

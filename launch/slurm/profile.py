@@ -141,7 +141,6 @@ class ProfileFile(Resources):
 class Profile:
     """A checked profile, with the resources of each kind of stage."""
 
-    name: str
     resources: Mapping[str, Resources]
     max_running: int | None
 
@@ -168,7 +167,7 @@ def load_profile(name: str, shipped: Path) -> Profile:
     told = [key for key in ("gpu_type", "gpu_memory_gib") if any(getattr(asked, key) for asked in resources.values())]
     if told and not any(asked.gpus for asked in resources.values()):
         raise UserError(f"{file}: {told[0]} tells of GPUs, but no kind of stage asks for any; set gpus_per_node")
-    return Profile(file.stem, resources, whole.max_running)
+    return Profile(resources, whole.max_running)
 
 
 def _settings(common: Mapping[str, Any], stages: Mapping[Any, Mapping[str, Any]], kind: str) -> dict[str, Any]:

@@ -72,9 +72,9 @@ def batch_script(request: Request) -> str:
         time=resources.time_minutes,
         mem=resources.memory,
         dependency=",".join(request.dependencies) or None,
-        signal_delay_s=resources.signal_seconds,
         wckey=None,
         additional_parameters={
+            "signal": f"USR2@{resources.signal_seconds}",
             "requeue": True,  # by Slurm, if it is preempted or its node dies
             "kill-on-invalid-dep": "yes",  # without it, a job whose dependency failed waits for ever
             "chdir": str(request.snapshot),
@@ -122,7 +122,7 @@ def _setup(request: Request) -> list[str]:
         "export PYTHONDONTWRITEBYTECODE=1",
         f". {folders[0]}/{ENVIRONMENT}",
         "[ $? = 0 ] || hfprune_end 1 setup in the profile can not be read",
-        "set +eu",  # which a line of setup may have set
+        "set +eu +o pipefail",  # which a line of setup may have set
         f"[ -d {snapshot} ] || hfprune_end 1 the copy of the code in {snapshot} is gone",
         f"export PYTHONPATH={snapshot}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]

@@ -85,6 +85,13 @@ def test_later_assignments_win_key_by_key_in_whichever_way_they_are_written(draw
     assert {"samples": calibration.samples, "shard_size": calibration.shard_size} == expected
 
 
+def test_a_later_assignment_of_another_source_replaces_the_former():
+    data_set = {"dataset": "org/b", "name": None, "path": None}
+    for first in ("calibration.path=a.jsonl", "calibration={dataset: org/a, name: x}"):
+        calibration = load_config([], parse_assignments([first, "calibration.dataset=org/b"])).calibration
+        assert {key: getattr(calibration, key) for key in data_set} == data_set
+
+
 # Paths.
 
 

@@ -246,6 +246,10 @@ def test_rows_of_other_settings_do_not_pass_for_other_seeds(config, tmp_path):
         other = seed_of(config, tmp_path / "other", seed, **changes)
         code, shown, said = run(one, other, "--out", tmp_path / "both", command=compare)
         assert code == 2 and not shown and f"{other}" in said and told in said
+    recipes = seed_of(config, tmp_path / "recipes", 2, recovery__recipes={"lora": {"rank": 4}})
+    for sweeps in ((one, recipes), (recipes, one)):
+        code, _, said = run(*sweeps, "--out", tmp_path / "both", command=compare)
+        assert code == 2 and "more than the seed: recovery.recipes" in said
     assert not (tmp_path / "both").exists()
 
 

@@ -92,6 +92,24 @@ def test_a_job_whose_id_was_never_written_is_adopted(fake, store, ledger):
     assert ledger.open_job(SCORES.id).job_id == "101"
 
 
+def test_what_another_launcher_has_begun_meanwhile_is_left_alone(fake, store, ledger):
+    """Between a look at all stages and what is done about one of them."""
+    first, other = started(store), FakeLauncher(store, PLAN)
+    fake.end("101", "PREEMPTED")
+    states, others_step = first.observer.states, [other.step]
+
+    def looks(plan):
+        found = states(plan)
+        if others_step:
+            others_step.pop()()
+        return found
+
+    first.observer.states = looks
+    first.step_after(60)
+    assert causes(store, SCORES) == ["interrupted", None] and len(fake.calls("sbatch")) == 4
+    assert first.said("waiting") == []
+
+
 @pytest.mark.parametrize("has_script", [False, True])
 def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger, has_script):
     attempt = ledger.begin(SCORES, **JOB)
