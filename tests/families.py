@@ -320,7 +320,7 @@ def make_model(model_type: str, seed: int = 0, **changes: object) -> torch.nn.Mo
     torch.manual_seed(seed)
     if model_type in ALL_SEEING:
         settings = own(ALL_SEEING[model_type])
-        config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"]})
+        config = CONFIG_MAPPING[model_type](**settings | {"text_config": SHAPE | settings["text_config"] | changes})
         model = AutoModelForImageTextToText.from_config(config).eval()
     else:
         of_family = FAMILIES.get(model_type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,14 +36,13 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def lora_targets(family: Family, low_rank: Iterable[str] = ()) -> list[str] | str:
+def lora_targets(family: Family, low_rank: Container[str] = ()) -> list[str] | str:
     """Names within a layer of the linear layers that get an adapter: all of attention and of MLPs, and both factors of
     those of low rank; or, where other parts of the model may use the same names, a pattern that matches only the
     decoder's. In mixtures of experts, only attention gets adapters: peft would take the names of MLP projections for
     the experts', whose adapters can't be merged matrix by matrix.
     """
-    factored = dict.fromkeys(low_rank)
-    names = [linear for name in family.adapted_attention for linear in linear_modules(name, factored)]
+    names = [linear for name in family.adapted_attention for linear in linear_modules(name, low_rank)]
     rows, down, _ = family.projections
     names += [] if family.experts else [".".join(filter(None, (family.mlp, name))) for name in (*rows, down)]
     return rf"{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, names))})" if family.has_vision else names

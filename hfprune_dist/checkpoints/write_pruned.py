@@ -133,11 +133,11 @@ def write_weight_file(
                     made = given[f"{module}.{factor}.weight"]
                     written.append(Written(f"{new}.{factor}.weight", info, size, made))
                 continue
-            new += f".{FACTORS[-1]}" if module in ranks else ""
+            named = f"{new}.{FACTORS[-1]}.{part}" if module in ranks else named
             made, shape = partial(read, name), info.shape
             if cut is not None:
                 made, shape = partial(lambda cut, whole: cut.apply(whole()), cut, made), cut.shape(shape)
-            written.append(Written(f"{new}.{part}" if module else named, info, shape, given.get(name, made)))
+            written.append(Written(named, info, shape, given.get(name, made)))
             bias = f"{module}.bias"
             if part == "weight" and bias in given and bias not in checkpoint.tensors:
                 written.append(Written(f"{new}.bias", info, shape[:1], given[bias]))

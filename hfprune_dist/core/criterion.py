@@ -84,7 +84,9 @@ class ScoredLayer:
     """One layer's units of one kind and their weights, which are read on demand.
 
     Attributes:
+        number: the layer's number.
         units: number of its units.
+        seed: the sweep's.
         read_rows: returns the weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: returns the weight of the output projection [hidden_size, units * channels of a unit].
         tokens: number of tokens that the sums are over.

@@ -27,7 +27,7 @@ class FidelitySums:
     """
 
     kl: float = 0.0
-    agree: float = 0.0
+    agree: int = 0
     nll: float = 0.0
     tokens: int = 0
     predicted: int = 0

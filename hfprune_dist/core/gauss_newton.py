@@ -2,9 +2,9 @@
 
 With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x) or, without a gate, act(U x),
 over gate G, up U and down D of the kept neurons. In each step, h is taken as linear in G and U around their current
-values, and the damped normal equations (J^T J + damping diag(J^T J)) delta = J^T r are solved by conjugate gradients,
-which need only products with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC,
-arXiv 1503.05671). No parameters are added, and biases stay as they are.
+values, and the damped normal equations (J^T J + damping (diag(J^T J) + its mean)) delta = J^T r are solved by conjugate
+gradients, which need only products with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as
+in K-FAC, arXiv 1503.05671). No parameters are added, and biases stay as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gram matrices of many vectors, computed by halves since they are symmetric; and their damped inverses."""
+"""Gram matrices of many vectors, on CPUs computed by halves since they are symmetric; and their damped inverses."""
 
 from __future__ import annotations
 

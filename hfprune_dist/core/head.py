@@ -140,7 +140,7 @@ def _fill_gradient(
             slice(first_row + block.start, first_row + block.stop),
             None if teacher_NV is None else teacher_NV[block].to(wide, copy=True),
         )
-        slope = 1.0 if after == NOTHING else after.slope(rows.logits_NV)  # before they are overwritten
+        slope = after.slope(rows.logits_NV)  # before they are overwritten
         loss_N, wide_gradient_NV = logit_gradient(rows)
         gradient_NV[block] = wide_gradient_NV if after == NOTHING else wide_gradient_NV * slope
         yield loss_N

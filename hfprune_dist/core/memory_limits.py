@@ -10,5 +10,7 @@ CHUNK_BYTES = 32 * 2**20
 KEPT_BYTES = 4 * 2**30
 # Size of all layers' matrices up to which every rank adds up its own terms of them until they are saved or scored.
 OWN_TERMS_BYTES = 8 * 2**30
+# Most tokens that refits of norms see, or one window: factors are few, and more would only take time.
+NORM_TOKENS = 2**15
 # Size of the logits of all requests that are answered at a time, with their log-softmax.
 LOGITS_BYTES = 4 * 2**30

@@ -73,7 +73,7 @@ class UnitSums:
 
     Args:
         units: those of all kinds in all layers that have some, layer by layer.
-        see_vectors: None if no criterion needs moments.
+        see_vectors: is shown what output projections read, and the gradients that moments need.
         linears: linear layers whose weights' gradients are observed, if a criterion needs them.
 
     Attributes:
@@ -85,7 +85,7 @@ class UnitSums:
         self,
         units: Sequence[SeenUnits],
         criteria: Sequence[Criterion],
-        see_vectors: SeeVectors | None = None,
+        see_vectors: SeeVectors = lambda *_: None,
         linears: Sequence[SeenLinear] = (),
     ) -> None:
         self.criteria = criteria
@@ -148,8 +148,7 @@ class UnitSums:
         if is_first_run and self.phase.student is None:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
             self._add(units, _ACTIVATIONS, hidden_ND.sum()[None])
-            if self._see_vectors is not None:
-                self._see_vectors(inputs_of(units.kind), units.layer, hidden_ND)
+            self._see_vectors(inputs_of(units.kind), units.layer, hidden_ND)
             for criterion in self._observing(units, "inputs"):
                 for rows in row_blocks(hidden_ND, scratch_bytes=16):
                     self._reduce(units, criterion, of_experts, rows, widened(hidden_ND[rows]))
@@ -166,13 +165,13 @@ class UnitSums:
                 _, *of_experts = inputs
                 outputs_NC, weights_N = widened(output_BTC.detach()), of_experts[1].detach()
                 self._reduce(units, criterion, of_experts, slice(None), outputs_NC, weights_N)
-        if self._see_vectors is not None and output_BTC.requires_grad:
+        if output_BTC.requires_grad:
             for criterion in self.criteria:
                 if criterion.needs_moments and criterion.has_sums_of(units.kind):
                     output_BTC.register_hook(partial(self._show_output_gradients, units, criterion.loss))
 
     def _show_output_gradients(self, units: SeenUnits, loss: Loss | None, gradient_BTC: Tensor) -> None:
-        if self.phase.backward_of is loss and self._see_vectors is not None:
+        if self.phase.backward_of is loss:
             self._see_vectors(units.kind, units.layer, gradient_BTC.flatten(0, -2))
 
     def _in_graph(self, units: SeenUnits, hidden_BTD: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class LayerStream:
     ) -> Iterator[tuple[int, nn.Module, bool]]:
         """Yield layers from the first one to the last of those ``layers`` that earlier attempts have left to do:
         (number, layer, whether it is one of those; otherwise it is only run). The caller takes the windows past each.
-        Collective; only rank 0 asks which are ``done``, since that may set damaged files aside.
+        Collective; only rank 0 asks which are ``done``, since that reads files, and tells of damaged ones.
         """
         finished = self.world.on_rank0(done)
         left = [number for number in layers if number not in finished]

@@ -23,11 +23,11 @@ def require_family(checkpoint: Checkpoint, families: Iterable[str], written: str
     """Refuse a checkpoint of another family than these, for which ``others`` says what to do, and what none of them can
     have in the format ``written``.
     """
-    own, config = checkpoint.family.model_type, checkpoint.config
-    if own not in families or checkpoint.family.has_vision:
+    own, config = str(checkpoint.whole["model_type"]), checkpoint.config
+    if own not in families:
         raise UserError(f"{checkpoint.path}: {written} is written of {', '.join(families)}, not of a {own}; {others}")
     if checkpoint.ranks:
         raise UserError(f"{checkpoint.path}: {written} can't hold attention of low rank; transformers loads it")
-    window = config.get("sliding_window") if config.get("use_sliding_window", own == "mistral") else None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", own == "mistral") else None
     if window is not None and window < (checkpoint.max_positions or 0):
         raise UserError(f"{checkpoint.path}: {written} has no sliding_window, here {window}; {AS_IT_IS}")

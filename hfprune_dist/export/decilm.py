@@ -32,6 +32,10 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
         raise UserError(f"{checkpoint.path}: DeciLM has no place for {OUTPUT_BIASES}; {AS_IT_IS}")
     if not groups.is_uniform:
         raise UserError(f"{checkpoint.path}: layers that differ in heads need --to gguf; {AS_IT_IS}")
+    heads = {field: row[0] for field, row in groups.values(groups.counts).items()}
+    sizes = checkpoint.family.completed(checkpoint.config) | heads
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise UserError(f"{checkpoint.path}: the number of a DeciLM's heads must divide its hidden_size; {AS_IT_IS}")
     target.mkdir()
     shutil.copyfile(CONFIGURATION_FILE, target / CONFIGURATION_FILE.name)
     for name in {*checkpoint.travelling_files, *checkpoint.weight_files, INDEX_FILE} - {MODELING_FILE.name}:
@@ -39,8 +43,6 @@ def write_decilm(checkpoint: Checkpoint, target: Path) -> str:
             (target / name).parent.mkdir(exist_ok=True)
             with naming(target / name):
                 shutil.copyfile(checkpoint.path / name, target / name)
-    heads = {field: row[0] for field, row in groups.values(groups.counts).items()}
-    sizes = checkpoint.family.completed(checkpoint.config) | heads
     write_config(plain_config(checkpoint) | heads | {"head_dim": sizes["head_dim"]}, target)
     attention = {"no_op": False, "n_heads_in_group": sizes["num_attention_heads"] // sizes["num_key_value_heads"]}
     widths = checkpoint.units.counts

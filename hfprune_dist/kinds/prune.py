@@ -14,7 +14,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Structures
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, PositiveOrAuto
-from hfprune_dist.core.memory_limits import KEPT_BYTES
+from hfprune_dist.core.memory_limits import KEPT_BYTES, NORM_TOKENS
 from hfprune_dist.kinds.memory import (
     FLOAT32,
     FLOAT64,
@@ -28,9 +28,6 @@ from hfprune_dist.kinds.memory import (
 )
 from hfprune_dist.methods import MethodCriterion
 from hfprune_dist.structures import KV_GROUPS, NEURONS
-
-# About the most tokens that refits of norms see.
-NORM_TOKENS = 2**15
 
 
 class PruneParameters(StageParameters):

@@ -1,4 +1,4 @@
-"""LoRAPrune: units are scored by LoRA's own gradients while it trains, and masked little by little (Zhang et al. 2024,
+"""LoRAPrune: units are scored by LoRA's own gradients while it trains, and masked little by little (Zhang et al. 2023,
 arXiv 2305.18403).
 
 Here are the scores and the schedule; ``training.loraprune`` applies them. Where the paper and the authors' code differ,

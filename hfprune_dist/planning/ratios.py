@@ -77,7 +77,7 @@ def _refuse_engines(target: Target, method: Method, shapes: Sequence[Shape]) -> 
         shape = Shape(layers, {kind: (max(row[0] - 1, min(row[0], 1)), *row[1:]) for kind, row in counts.items()})
     biased = [units.output for units in dense.pruned_kinds(method.structures)] if method.refit == "bias" else []
     for engine in method.for_engines:
-        if not (found := fit(engine, pruned_config(dense, shape, biased))).loads:
+        if not (found := fit(engine, dense.config_file(pruned_config(dense, shape, biased)))).loads:
             raise UserError(f"{target.where}: {engine} (prune.for_engines) won't load it: {found.told}")
 
 

@@ -239,6 +239,8 @@ def _line_of_expert_neurons(target: Target) -> Line:
             units[KV_GROUPS] = (groups,) * len(layers)
         return Shape(tuple(layers), units)
 
+    if KV_GROUPS in target.structures and not plain:
+        return Line((), shape, 0.0)
     step = math.lcm(multiple_of, ALIGNED)
     sizes = list(range(step, experts.width, step)) or [experts.width]
     return Line(sizes, shape, target.counts.total, at_least=True)

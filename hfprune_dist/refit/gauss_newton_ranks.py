@@ -15,8 +15,8 @@ from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.output_refit import Problems, Solution
 
-# The length of a step, one number, is that on these of every eight micro-batches. It is right to a few percent, and an
-# error costs only its square of what the step gains. Two ranks have one each.
+# Of every eight micro-batches, those on which a step's length is computed. It is then right to a few percent, which
+# costs only the square of that of what the step gains. Of two ranks, each has one of them.
 MEASURED = 0, 5
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
@@ -29,8 +29,8 @@ class Reconstruction:
         number: the layer's, for messages.
         dtype: in which products are computed.
         biases: of gate and up, or of up only, in that dtype.
-        inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], in main
-            memory.
+        inputs: micro-batch of this rank -> what the MLP reads in it, in that dtype [tokens, hidden_size], where
+            ``LayerStream.keep`` leaves it.
         targets: micro-batch -> what the MLP should put out, without the down projection's bias, float32.
         micro_batches: their number on all ranks together.
     """

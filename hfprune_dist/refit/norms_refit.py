@@ -6,7 +6,7 @@ every block. The divergence is lowered by L-BFGS (``core.quasi_newton``) on some
 
 A pass goes through the layers forwards, keeping what each of them reads, and then backwards: each layer runs once more,
 with a graph, which carries the gradient from what the layer puts out to what it reads. So a rank holds one layer at a
-time, and the hidden states of its windows before each layer, in main memory.
+time, and the hidden states of its windows before each layer, in main memory or, if there is room, on the GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.losses import divergence_of_rows
+from hfprune_dist.core.memory_limits import NORM_TOKENS
 from hfprune_dist.core.quasi_newton import QuasiNewton
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
 from hfprune_dist.errors import UserError
@@ -30,15 +31,13 @@ from hfprune_dist.models.norm_factors import multiplying, norms_of_layers
 from hfprune_dist.models.single_layer import part_of, run, run_with_graph
 from hfprune_dist.refit.measurement import PrunedLayers
 
-# Factors are few: more tokens than these would only take time.
-TOKENS = 2**15
 # A channel that hardly any token uses has hardly any curvature; each gets this share of its norm's mean.
 RIDGE = 0.1
 
 
 def windows_of_norms(windows_ST: Tensor) -> Tensor:
-    """Windows at even distances, of up to ``TOKENS`` tokens in all."""
-    return windows_ST[:: -(-len(windows_ST) // max(1, TOKENS // windows_ST.shape[1]))]
+    """Windows at even distances, of up to ``NORM_TOKENS`` tokens in all."""
+    return windows_ST[:: -(-len(windows_ST) // max(1, NORM_TOKENS // windows_ST.shape[1]))]
 
 
 class Derivatives(NamedTuple):

@@ -44,8 +44,8 @@ class Accumulation:
 
     Args:
         shards: number of shards in the whole pass.
-        file: file in which rank 0 saves after a round; if it exists, the pass resumes from it. A damaged file is set
-            aside, and the pass starts over. The layers' matrices are saved next to it.
+        file: file in which rank 0 saves after a round; if it exists, the pass resumes from it, or starts over if
+            it is damaged. The layers' matrices are saved next to it.
         matrices: name -> size in each layer, of the matrices that are summed.
 
     Attributes:

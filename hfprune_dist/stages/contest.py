@@ -1,4 +1,4 @@
-"""The contest of units, of one or more kinds in all layers, over which of them a model loses; scores decide it."""
+"""Which units a model loses where those of all layers, of one or more kinds, compete by their scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hfprune_dist.structures.kept import Shape
 
 @dataclass(frozen=True)
 class Contest:
-    """Units, of one or more kinds in the layers that stay, compete over which of them a model loses.
+    """Units of the layers that stay, of one or more kinds, which compete to stay.
 
     Attributes:
         kinds: their kinds, neurons first.

@@ -33,7 +33,7 @@ from hfprune_dist.structures.kept import Kept
 Context = AnyContext[PruneParameters]
 
 # Iterations of Gauss-Newton steps on the windows that aren't held out, and then on all (``Reconstruction.improve``).
-# If quick, as many on the former as take no longer than one of the dense model's MLPs.
+# If quick, only the former: at most these, and as many as together take as long as one on the dense model's MLPs.
 ITERATIONS = 4, 6
 
 # Name of a tensor of the checkpoint -> function that reads what is written in its place.

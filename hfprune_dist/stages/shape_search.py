@@ -3,10 +3,10 @@
 ``plain`` shapes are the same in all layers; in others, kinds of units and all layers compete for one budget. A search
 first orders the layers that may go by how little the model misses them. Candidates that drop none or some of them are
 measured with a cheap refit; unless the effort is quick, the best of them are then fitted layer by layer. No shape is
-measured on windows that its refit was fitted to, and those finalists are compared on windows that nothing else in the
-stage sees. Fitting layer by layer makes up for more where layers are gone, which cheap refits can't show. So the best
-finalist is tried with fewer layers as well, as long as that helps. Where layers compete, the search for widths
-continues with as many layers as it has.
+measured on windows that its refit was fitted to, and those finalists are compared on windows that nothing before has
+seen; the last refit then sees all. Fitting layer by layer makes up for more where layers are gone, which cheap refits
+can't show. So the best finalist is tried with fewer layers as well, as long as that helps. Where layers compete, the
+search for widths continues with as many layers as it has.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WINDOWS, WINDOWS_OF_ORDER, QUICK_TOKENS = 8, 2, 64
 # these five.
 CONTENDERS = 5
 EVERY = 2  # candidates are compared on every second token
-# One micro-batch of windows in this many is kept apart from everything else in the stage, to compare finalists.
+# One micro-batch of windows in this many is kept apart from the rest of the search, to compare finalists.
 JUDGED_EVERY = 16
 # How many of the shapes that cheap refits leave closest to the dense model are finalists.
 FINALISTS = 2

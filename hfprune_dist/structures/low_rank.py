@@ -6,7 +6,7 @@ For ``q_proj`` with rank r, these are ``q_proj.0.weight`` [r, in], which reads W
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from hfprune_dist.structures.units import LAYER_SIZES
@@ -26,7 +26,7 @@ def read_ranks(config: Mapping[str, Any], block: str, projections: Sequence[str]
     return {f"{block}.{name}": tuple(sizes[field]) for name in projections if (field := rank_field(name)) in sizes}
 
 
-def linear_modules(projection: str, low_rank: Mapping[str, Any]) -> tuple[str, ...]:
+def linear_modules(projection: str, low_rank: Container[str]) -> tuple[str, ...]:
     """Return the modules that compute a projection, the one with its bias last: itself, or its two factors."""
     return tuple(f"{projection}.{factor}" for factor in FACTORS) if projection in low_rank else (projection,)
 

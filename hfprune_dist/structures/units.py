@@ -139,7 +139,7 @@ class Units:
 
     @property
     def weights(self) -> list[str]:
-        """Names within a layer of the weights that the units own parts of: rows of all but the last, then columns."""
+        """Names within a layer of the weights that the units own parts of: columns of the last, rows of the others."""
         return [owned.tensor for owned in self.owned if owned.tensor.endswith(".weight")]
 
     @property

@@ -89,6 +89,12 @@ def test_a_decilm_computes_what_the_checkpoint_does(tmp_path, variant, units, op
         ),
         ("qwen3", WIDTHS, {}, "written of llama, mistral, qwen2, not of a qwen3"),
         ("mistral", WIDTHS, {"sliding_window": 64}, "no sliding_window, here 64"),
+        (
+            "llama",
+            {"kv_groups": [torch.arange(3)] * 2},
+            {"num_attention_heads": 8, "num_key_value_heads": 4},
+            "heads must divide its hidden_size",
+        ),
     ],
 )
 def test_what_a_decilm_can_not_hold_is_refused(tmp_path, variant, units, options, why):

@@ -1,5 +1,7 @@
 """GGUF files as gguf's own reader sees them: every number of the checkpoint is there, in llama.cpp's order."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -220,6 +222,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
         checkpoint = pruned(tmp_path / name, variant, units, **options)
         with pytest.raises(UserError, match=why):
             write_gguf(checkpoint, tmp_path / "model.gguf")
+    file = pruned(tmp_path / "default", "mistral", WIDTHS, max_position_embeddings=8192).path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "sliding_window"}))
+    with pytest.raises(UserError, match="here 4096"):
+        write_gguf(open_checkpoint(file.parent), tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import pytest
 from blank import blank
+from families import save_model
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.method import Method
 from hfprune_dist.errors import UserError
+from hfprune_dist.export import require_family
 from hfprune_dist.planning.ratios import check_ratios, with_numbers
 from hfprune_dist.planning.remarks import remarks_on_method
 from hfprune_dist.planning.shapes import shapes_for
@@ -44,6 +47,14 @@ def test_what_an_engine_lacks_is_refused(settings, engine, told):
     with pytest.raises(UserError, match=told):
         check_ratios(model, [0.3], Method(**{**PLAIN, **settings, "for_engines": [engine]}), "m")
     check_ratios(model, [0.3], Method(**PLAIN, for_engines=[engine]), "m")
+
+
+def test_a_model_of_images_is_not_of_its_decoders_family(tmp_path):
+    model = open_checkpoint(save_model(tmp_path / "model", "smolvlm", intermediate_size=512))
+    with pytest.raises(UserError, match=r"llama.cpp .* won't load it"):
+        check_ratios(model, [0.3], Method(criterion="entropy", for_engines=["llama.cpp"]), "m")
+    with pytest.raises(UserError, match="not of a smolvlm"):
+        require_family(model, ["llama"], "GGUF", "")
 
 
 def test_that_kv_groups_stay_is_told():

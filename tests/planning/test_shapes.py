@@ -274,6 +274,15 @@ def test_experts_are_as_wide_as_the_ratio_lets_them_be(config, ratio, multiple_o
     assert left.parameters == checkpoint.parameter_counts.after(shape)
 
 
+@settings(max_examples=10)
+@given(mixtures())
+def test_devices_that_no_number_of_groups_suits_narrow_no_experts(config):
+    checkpoint = checkpoint_of(config)
+    devices = 2 * config["num_key_value_heads"]
+    with pytest.raises(UserError, match=f"tensor_parallel {devices} doesn't divide"):
+        shapes_for(Target(checkpoint, 0.2, "m", BOTH, "local", 8, tensor_parallel=devices))
+
+
 def suffices(config, number):
     """Check whether a router can choose among so many experts."""
     groups = config.get("n_group", 1)
