@@ -15,10 +15,10 @@ TEXT = {"windows": 5, "sequence_length": 48, "text_field": "text"}
 ALL_TASKS = ["tiny_choice", "tiny_rolling", "tiny_generate", "tiny_lonely"]
 
 
-def write_inputs(folder):
+def write_inputs(folder, **sizes):
     """Write a dense model, another model of the same shape, held-out texts and tasks."""
-    save_tiny(folder / "dense", seed=0)
-    save_tiny(folder / "model", seed=1)
+    save_tiny(folder / "dense", seed=0, **sizes)
+    save_tiny(folder / "model", seed=1, **sizes)
     write_documents(folder / "held-out.jsonl", count=3)
     write_documents(folder / "news.jsonl", count=3, seed=5)
     write_tasks(folder / "tasks")

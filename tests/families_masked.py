@@ -15,6 +15,13 @@ from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
 
+WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=WINDOWS, use_cache=False).logits
+
 
 def load(folder, **options):
     sees = AutoConfig.from_pretrained(folder, **options).model_type in ALL_SEEING

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from families import MIXTURES, SEEING_EXPERTS, save_model, with_experts
-from families_masked import assert_same, dense_of, load, masked, through_layers
+from families_masked import WINDOWS, assert_same, dense_of, load, logits_of, masked, through_layers
 from masking import write
 from mixtures import KIND, definition, experts_of, some_kept
 from ranks import SoloWorld
@@ -24,7 +24,6 @@ from hfprune_dist.structures import EXPERTS as WHOLE
 from hfprune_dist.structures import NEURONS
 from hfprune_dist.structures.score_names import score_name
 
-WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 # Shares that are kept: of the dense model, and then of the result.
 SHARES = {NEURONS: (2 / 3, 1 / 2), WHOLE: (3 / 4, 2 / 3)}
 every_mixture = pytest.mark.parametrize("model_type", MIXTURES)
@@ -44,11 +43,6 @@ def checkpoint_of(tmp_path_factory):
         return checkpoint
 
     return made
-
-
-@torch.no_grad()
-def logits_of(model):
-    return model(input_ids=WINDOWS, use_cache=False).logits
 
 
 def routing_of(model):

@@ -9,7 +9,18 @@ import torch
 from core_definition import definition
 from families import EVERY, FAMILIES, SEEING, save_model
 from families_lora import trained_and_merged
-from families_masked import assert_same, dense_of, kinds_of, load, masked, some_kept, through_layers, two_layers
+from families_masked import (
+    WINDOWS,
+    assert_same,
+    dense_of,
+    kinds_of,
+    load,
+    logits_of,
+    masked,
+    some_kept,
+    through_layers,
+    two_layers,
+)
 from masking import write
 from ranks import SoloWorld, on_ranks
 from refitting import refit
@@ -24,7 +35,6 @@ from hfprune_dist.scoring.shard_scorer import ShardScorer
 from hfprune_dist.structures.kept import Kept
 from hfprune_dist.structures.score_names import score_name
 
-WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 every_decoder = pytest.mark.parametrize("model_type", FAMILIES | SEEING)
 every_model = pytest.mark.parametrize("model_type", EVERY)
@@ -34,11 +44,6 @@ every_model = pytest.mark.parametrize("model_type", EVERY)
 def checkpoint_of(tmp_path_factory):
     """A family's checkpoint, shared by all tests."""
     return functools.cache(lambda name: open_checkpoint(save_model(tmp_path_factory.mktemp(name) / "model", name)))
-
-
-@torch.no_grad()
-def logits_of(model):
-    return model(input_ids=WINDOWS, use_cache=False).logits
 
 
 def scorer_of(checkpoint, world):
@@ -207,9 +212,11 @@ def test_a_hybrid_of_attention_alone_is_pruned_like_decoders_that_are_none(tmp_p
     assert_prunable(checkpoint, tmp_path / "pruned", (0, 2))
 
 
-def test_two_ranks_have_the_bits_of_one(checkpoint_of, tmp_path):
-    """Each scores its own window; one rank scores both in turn."""
-    checkpoints = {name: checkpoint_of(name) for name in ("gemma2", "bamba", "opt")}
+def test_two_ranks_have_the_bits_of_one(tmp_path):
+    """Each scores its own window, with MLPs large enough to be sharded; one rank scores both in turn."""
+    sizes = {"hidden_size": 256, "intermediate_size": 416, "ffn_dim": 416, "mamba_d_head": 64}
+    names = "gemma2", "bamba", "opt"
+    checkpoints = {name: open_checkpoint(save_model(tmp_path / name, name, **sizes)) for name in names}
 
     def sums_of(name, world, *windows):
         scorer = scorer_of(checkpoints[name], world)

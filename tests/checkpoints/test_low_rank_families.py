@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import save_model
 from families_lora import trained_and_merged
-from families_masked import assert_same, dense_of, load, through_layers
+from families_masked import WINDOWS, assert_same, dense_of, load, logits_of, through_layers
 from masking import write
 from ranks import SoloWorld
 
@@ -25,7 +25,6 @@ from hfprune_dist.planning.target import Target
 from hfprune_dist.refit.low_rank import compress_layers
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 
-WINDOWS = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
 RATIO = 0.45  # low enough that no matrix of attention stays whole
 METHOD = Method(criterion="lorap", allocation="low_rank")
 # Architecture -> reason why it is refused.
@@ -61,11 +60,6 @@ def cut_of(tmp_path_factory):
         return SimpleNamespace(dense=dense, kept=kept, ranks=ranks, low=open_checkpoint(folder / "low"))
 
     return cut
-
-
-@torch.no_grad()
-def logits_of(model):
-    return model(input_ids=WINDOWS, use_cache=False).logits
 
 
 def read_by(model, names):

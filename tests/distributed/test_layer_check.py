@@ -16,8 +16,8 @@ LAYERS = 3
 WINDOW_T = torch.randint(3, 264, (40,), generator=torch.Generator().manual_seed(0))
 
 
-def checkpoint_in(folder, variant="llama"):
-    return open_checkpoint(tiny.save_tiny(folder, variant, num_hidden_layers=LAYERS))
+def checkpoint_in(folder, variant="llama", **sizes):
+    return open_checkpoint(tiny.save_tiny(folder, variant, num_hidden_layers=LAYERS, **sizes))
 
 
 def check(checkpoint, dtype=torch.float32, sharding="auto", world=None):
@@ -59,7 +59,7 @@ def _scale(output):
 
 
 def test_sharded_models_are_compared_as_well(tmp_path):
-    checkpoint = checkpoint_in(tmp_path / "model")
+    checkpoint = checkpoint_in(tmp_path / "model", hidden_size=256, intermediate_size=416)
 
     def compare(world):
         check(checkpoint, torch.bfloat16, "zero3", world)

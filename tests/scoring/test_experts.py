@@ -131,9 +131,11 @@ def test_kv_groups_are_scored_beside_experts(tmp_path, model_type, threads):
     [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
-    stage = stage_of(tmp_path, model_type, ["activation_l1", "entropy", "fisher_signs", "reap"], dtype)
+    criteria, sizes = ["activation_l1", "entropy", "fisher_signs", "reap"], {"hidden_size": 128}
+    stage = stage_of(tmp_path, model_type, criteria, dtype, moe_intermediate_size=128, **sizes)
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
-        result = run_stage(store, stage, ranks, activation_checkpointing=checkpointing and ranks == 2)
+        sharded = {"sharding": "zero3", "activation_checkpointing": checkpointing} if ranks == 2 else {}
+        result = run_stage(store, stage, ranks, **sharded)
         assert result.returncode == 0, result.output[-3000:]
     assert files_of(stores[1], stage) == files_of(stores[2], stage)

@@ -19,7 +19,8 @@ from hfprune_dist.structures.score_names import SCORES, scores_of_layers
 
 SEED, LAYERS, QUERIES, HEAD_DIM, NEURONS = 3, 3, 2, 4, 40
 HEADS = {"num_key_value_heads": 4, "num_attention_heads": 4 * QUERIES}
-CRITERIA = ["activation_l1", "entropy", "magnitude", "random", "surgeon", "weight_taylor"]
+DEFINED = ["activation_l1", "cross_entropy", "entropy", "fisher_signs"]
+CRITERIA = [*DEFINED, "magnitude", "random", "surgeon", "weight_taylor"]
 # Kind -> its output projection, and channels of a unit.
 OUTPUTS = {"neurons": ("mlp.down_proj", 1), "kv_groups": ("self_attn.o_proj", QUERIES * HEAD_DIM)}
 
@@ -61,7 +62,7 @@ def test_what_layers_lack_is_as_if_it_were_masked_on_any_number_of_ranks(tmp_pat
     scores, windows = load_file(folders[0] / SCORES), load_file(folders[0] / "windows.safetensors")["input_ids"]
     dense = masked(checkpoint, KEPT)
     for kind, (output, channels) in OUTPUTS.items():
-        for name in ("activation_l1", "entropy"):
+        for name in DEFINED:
             expected = definition(dense, windows, name, SEED, channels, output)
             for layer, found_K in enumerate(scores_of_layers(scores, name, kind)):
                 kept_K = KEPT.of_layer(layer, kind)

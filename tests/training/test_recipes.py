@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fine_tunings import ROWS, TOKENS, make_task, train
+from fine_tunings import ROWS, STEPS, TOKENS, make_task, train
 from peft.tuners.lora import Linear
 from pretended_gpu import GPU, pretended_gpu
 from ranks import SoloWorld
+from shapes import divergence
 from tiny import save_tiny
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -43,11 +44,9 @@ RECIPES = {
 USUAL = {"dtype": "float32", "dropout": 0.0, "warmup_steps": 1}
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def make_checkpoints(folder, **sizes):
     """A model, and another one as its teacher, with the same head."""
-    folder = tmp_path_factory.mktemp("models")
-    teacher = open_checkpoint(save_tiny(folder / "teacher", "llama-tied-biases"))
+    teacher = open_checkpoint(save_tiny(folder / "teacher", "llama-tied-biases", **sizes))
     model = load_causal_lm(teacher.path, torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -57,6 +56,11 @@ def checkpoints(tmp_path_factory):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "model" / file).write_bytes((teacher.path / file).read_bytes())
     return open_checkpoint(folder / "model"), teacher
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return make_checkpoints(tmp_path_factory.mktemp("models"))
 
 
 def task_of(checkpoints, name, *, online=True, **settings):
@@ -156,7 +160,8 @@ def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpo
     with pytest.raises(AssertionError):
         train(tmp_path / "resumed", 2, task)
     monkeypatch.undo()
-    resumed, _ = train(tmp_path / "resumed", 1, task)
+    resumed, counts = train(tmp_path / "resumed", 1, task)
+    assert len(counts) == STEPS - 2, "a count for each step"
     for other in (together, resumed):
         for key in ("loss", "grad_norm"):
             values, expected = ([line[key] for line in each.losses] for each in (other, alone))
@@ -166,12 +171,14 @@ def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpo
 
 
 @pytest.mark.slow
-def test_both_models_sharded_learn_what_whole_ones_do(tmp_path, checkpoints, monkeypatch):
-    """Evaluations on the way come between forwards whose order DeepSpeed has learnt."""
+def test_both_models_sharded_learn_what_whole_ones_do(tmp_path, monkeypatch):
+    """Evaluations on the way come between forwards whose order DeepSpeed has learnt. MLPs are large enough to shard."""
+    checkpoints = make_checkpoints(tmp_path, hidden_size=256, intermediate_size=416)
     task = replace(task_of(checkpoints, "lora, distill", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
     alone, _ = train(tmp_path / "one", 1, task)
     monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole=False, checkpointing=False, fits=True))
-    sharded, _ = train(tmp_path / "two", 2, task)
+    sharded, counts = train(tmp_path / "two", 2, task)
+    assert 0 < counts[0] < counts[1] < counts[2], "weights are gathered in each step"
     for key in ("loss", "grad_norm", "held_out_kl", "held_out_perplexity"):
         values, expected = ([line[key] for line in each.losses] for each in (sharded, alone))
         assert values == pytest.approx(expected, rel=1e-4), key
@@ -197,11 +204,8 @@ class HeldOut:
     def hidden(self, index):
         return self.model.model(input_ids=self.windows_ST[index][None]).last_hidden_state[0]
 
-    @torch.no_grad()
     def divergence(self, model):
-        logits = (each(input_ids=self.windows_ST).logits for each in (self.model, model))
-        log_p, log_q = (each.double().log_softmax(-1) for each in logits)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        return divergence(self.model, model, self.windows_ST)
 
 
 @pytest.mark.parametrize("patience", [None, 1])
