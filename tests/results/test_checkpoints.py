@@ -63,7 +63,9 @@ def sweep(tmp_path, monkeypatch, request):
             raise OSError(errno.EXDEV, "Invalid cross-device link")
 
         monkeypatch.setattr(os, "link", refuse)
-    return Sweep(tmp_path)
+    sweep = Sweep(tmp_path)
+    sweep.links = request.param == "linked"
+    return sweep
 
 
 def whole(contents):
@@ -75,6 +77,8 @@ def test_folders_follow_their_rows_and_a_second_update_writes_nothing(sweep):
     changed = {"one": sweep.contents(card="another"), "two": sweep.contents("c")}
     assert sweep.update(**changed) == []
     assert sweep.shown() == {name: whole(contents) for name, contents in changed.items()}
+    weights = "model.safetensors"
+    assert (sweep.root / "two" / weights).samefile(changed["two"].artifact / weights) == sweep.links
     before = {path: path.stat().st_ino for path in sweep.root.rglob("*")}
     sweep.update(**changed)
     assert {path: path.stat().st_ino for path in sweep.root.rglob("*")} == before

@@ -1,3 +1,4 @@
+import math
 import shutil
 
 import pytest
@@ -6,6 +7,9 @@ from damage import damage
 from evaluations import ALL_TASKS, DOCUMENTS, evaluate_stage, write_inputs
 from ranks import killing, metrics_of, run_stage
 from safetensors.torch import load_file, save_file
+from tiny import tiny_text, tiny_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 from worlds import Ranks, run_in_threads
 
 from hfprune_dist.data.windows import load_windows
@@ -17,8 +21,8 @@ from hfprune_dist.store.atomic_files import read_json, write_json
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A dense model, another model of the same shape, held-out text and tasks."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
+    """A dense model, another one of the same shape, large enough to be sharded, held-out text and tasks."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"), hidden_size=256, intermediate_size=416)
 
 
 def finish(store, stage, ranks, **options):
@@ -42,12 +46,16 @@ def uninterrupted(inputs, tmp_path_factory):
     return run_alone(store, stage), store.handle(stage.id).artifact
 
 
-def test_results(uninterrupted):
+def test_results(inputs, uninterrupted):
     metrics, artifact = uninterrupted
     assert set(metrics["tasks"]) == set(ALL_TASKS)
     assert set(metrics["tasks"]["tiny_choice"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     assert set(metrics["tasks"]["tiny_generate"]) == {"exact_match[first-word]", "exact_match[first-word]_stderr"}
-    assert metrics["tasks"]["tiny_rolling"]["word_perplexity"] > 1
+    model, texts = AutoModelForCausalLM.from_pretrained(inputs / "model"), [tiny_text(30 + 40 * n, n) for n in range(3)]
+    ids = [torch.tensor([1, *tiny_tokenizer()(text)["input_ids"]]) for text in texts]  # one BOS in front
+    nll = sum(cross_entropy(model(it[None]).logits[0, :-1], it[1:], reduction="sum").item() for it in ids)
+    perplexity = math.exp(nll / sum(len(text.split()) for text in texts))
+    assert metrics["tasks"]["tiny_rolling"]["word_perplexity"] == pytest.approx(perplexity, rel=1e-3)
     assert metrics["tasks"]["tiny_rolling"]["word_perplexity_stderr"] is None
     assert metrics["fidelity"]["tokens"] == 5 * 48 and metrics["fidelity"]["kl"] > 0.1
     results = read_json(artifact / "results.json")
@@ -118,8 +126,6 @@ def test_every_text_is_compared_as_if_alone_by_a_model_that_is_loaded_once(input
 
 
 def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     store = Store(tmp_path)
     stage = evaluate_stage(store, inputs, [])
     metrics = run_alone(store, stage)["fidelity"]
@@ -139,23 +145,29 @@ def test_fidelity_is_what_full_logits_say(inputs, tmp_path):
     assert metrics["kl_stderr"] == pytest.approx(kl_S.std().item() / 5**0.5, rel=1e-3)
 
 
-def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("template", ["", "{% for turn in messages %}{{ turn.role }}: {{ turn.content }} {% endfor %}"])
+def test_stock_lm_eval_gives_the_same_scores(inputs, tmp_path, monkeypatch, template):
+    """With a template, examples are turns of a conversation."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     tasks = ["tiny_choice", "tiny_generate"]
-    store = Store(tmp_path / "store")
-    metrics = run_alone(store, evaluate_stage(store, inputs, tasks, fewshot=2, limit=6))["tasks"]
-    monkeypatch.chdir(inputs / "tasks")
+    store, there = Store(tmp_path / "store"), shutil.copytree(inputs, tmp_path / "inputs")
+    (there / "model" / "chat_template.jinja").write_text(template)
+    stage = evaluate_stage(store, there, tasks, fewshot=2, limit=6, apply_chat_template=bool(template))
+    metrics = run_alone(store, stage)["tasks"]
+    monkeypatch.chdir(there / "tasks")
     stock = simple_evaluate(
         "hf",
-        model_args={"pretrained": str(inputs / "model"), "dtype": "float32", "add_bos_token": True},
+        model_args={"pretrained": str(there / "model"), "dtype": "float32", "add_bos_token": True},
         tasks=tasks,
         num_fewshot=2,
         limit=6,
         batch_size=2,
         device="cpu",
-        task_manager=TaskManager(include_path=str(inputs / "tasks"), include_defaults=False),
+        task_manager=TaskManager(include_path=str(there / "tasks"), include_defaults=False),
+        apply_chat_template=bool(template),
+        fewshot_as_multiturn=bool(template),
     )["results"]
     for key in ("acc", "acc_stderr", "acc_norm"):
         assert metrics["tiny_choice"][key] == pytest.approx(stock["tiny_choice"][f"{key},none"])
