@@ -31,7 +31,11 @@ def test_layers_defaults_file_command_line(tmp_path):
 
 
 def test_the_papers_recipe_is_the_default():
-    recovery = load_config([], {}).recovery.trainings()["lora"]
+    config = load_config([], {})
+    tasks, datasets = config.evaluation, (config.calibration.dataset, config.recovery.dataset)
+    assert (len(tasks.tasks), tasks.num_fewshot, tasks.add_bos_token) == (10, 0, True)
+    assert datasets == ("allenai/c4", "MBZUAI/LaMini-instruction")
+    recovery = config.recovery.trainings()["lora"]
     assert (recovery.rank, recovery.alpha, recovery.dropout, recovery.learning_rate) == (32, 64, 0.05, 4e-4)
     assert (recovery.epochs, recovery.batch_size, recovery.weight_decay, recovery.warmup_steps) == (2.0, 128, 0.0, 0)
 
@@ -158,7 +162,7 @@ def test_a_value_of_another_kind_is_refused_with_its_key(value):
         with pytest.raises(UserError) as caught:
             load_config([], {key: value})
         lines = str(caught.value).splitlines()[1:]
-        assert all(re.match(rf"  (unknown key ')?{re.escape(key)}\b", line) for line in lines)
+        assert lines and all(re.match(rf"  (unknown key ')?{re.escape(key)}\b", line) for line in lines)
 
 
 def test_an_unknown_key_is_refused_with_those_that_are_valid():

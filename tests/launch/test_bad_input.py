@@ -91,7 +91,7 @@ def test_an_engine_that_its_python_lacks_is_refused_where_it_measures_speed_or_a
     measured = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--set", "efficiency.engine=vllm"]
     measured += ["--set", f"runtime.engine_pythons.vllm={sys.executable}"]
     assert in_process(sweep.main, *measured)[0] == 0, "off unless it is enabled"
-    for needed in ("efficiency.enabled=true", "recovery.answers=dense"):
+    for needed in ("efficiency.enabled=true", "recovery.answers=dense", "engines=[vllm]"):
         told = refused(sweep.main, *measured, "--set", needed, folders=(tmp_path,))
         assert f"{sys.executable}: it lacks vllm; name the Python" in told
     unknown = refused(sweep.main, *measured, "--set", "efficiency.engine=mlx", folders=(tmp_path,))

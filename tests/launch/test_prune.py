@@ -1,5 +1,6 @@
 """One model in, one model out: whole and at home anywhere, made once, and never over anything else."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from fork_server import forked
 from hfprune_launch import api, prune
 from ranks import ROOT, surroundings
 from sweeps import in_process, loaded_by_its_card
-from tiny import save_tiny, tiny_text, write_documents
+from tiny import save_tiny, tiny_text, write_documents, write_pairs
 from transformers import AutoModelForCausalLM
 
 SMALL = {
@@ -49,6 +50,10 @@ def pruned(place, out, ratio):
     return subprocess.run(forked(command), env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
+def read_text(file):
+    return "".join(json.loads(line)["text"] for line in file.read_text().splitlines())
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     out = place / "made" / "smaller"
@@ -57,7 +62,9 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     *_, told, loads, recipe = first.stdout.splitlines()
     assert told.startswith(f"{out}: ") and " % of the dense model's; KL " in told and " on 4 held-out" in told
     assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2 hfprune" in first.stdout
-    assert {file.name for file in Path(recipe.split()[-1]).iterdir()} == {"notes.jsonl", "notes-end.jsonl"}
+    parts = {file.name: read_text(file) for file in Path(recipe.split()[-1]).iterdir()}
+    notes, end = (place / "notes.txt").read_text(), parts["notes-end.jsonl"]
+    assert len(parts) == 2 and parts["notes.jsonl"] + end == notes and len(end) == pytest.approx(len(notes) / 10, abs=1)
     other = pruned(place, place / "half", 0.25)
     assert other.returncode == 0 and "[2/2] done evaluate alpha 0.25 hfprune" in other.stdout, (
         "scores are there already"
@@ -89,6 +96,7 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
         (["--ratio=0.9"], "ratio 0.9 can't be reached by pruning neurons; the nearest possible is"),
         (["--text=nowhere.txt"], "nowhere.txt: No such file"),
         (["--recover=nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--for=vllm,nothing"], "prune.for_engines.1: must be"),
     ],
 )
 def test_bad_input_is_one_message_and_writes_no_checkpoint(place, cache, tmp_path, others, expected):
@@ -107,5 +115,6 @@ def test_what_is_in_the_way_stays(place, tmp_path):
 
 
 def test_a_dry_run_shows_the_plan_and_runs_nothing(place, cache, tmp_path):
-    code, shown, _ = in_process(prune.main, *arguments(place, tmp_path / "out", 0.15, "--dry-run"))
-    assert code == 0 and "alpha 0.15 hfprune" in shown and not (tmp_path / "out").exists()
+    trained = ["--recover", write_pairs(tmp_path / "pairs.jsonl"), "--set", "recovery.sequence_length=320"]
+    code, shown, _ = in_process(prune.main, *arguments(place, tmp_path / "out", 0.15, "--dry-run", *trained))
+    assert code == 0 and "alpha 0.15 hfprune + lora" in shown and not (tmp_path / "out").exists()

@@ -166,7 +166,8 @@ def test_a_row_is_removed_on_purpose(config, tmp_path):
     assert code == 2 and "no row 'alpha 0.3 hfprune + lora'" in said and "did you mean" in said
     assert (out / "sweep.json").read_bytes() == before
     assert run("--out", tmp_path / "never", "--forget", "x")[0] == 2 and not (tmp_path / "never").exists()
-    assert list((out / "store" / "prune").iterdir()), "artifacts stay"
+    code, shown, _ = run("--config", config, "--out", out)
+    assert code == 0 and "stages to run" not in shown and len(labels(out)) == 8, "artifacts stay"
 
 
 def test_a_row_that_was_forgotten_while_the_sweep_ran_does_not_come_back_at_its_end(config, tmp_path, monkeypatch):
@@ -224,7 +225,8 @@ def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
     fill(out, planned(config, ratios=[0.25])[1])
     code, shown, _ = run("--out", out, "--ratios", "0.25")
     assert code == 0 and "with this command's settings over it" in shown and len(labels(out)) == 10
-    assert yaml.safe_load((out / "config.yaml").read_text())["ratios"] == [0.25]
+    for written in ((out / "config.yaml").read_text(), run("--out", out, "--show-config")[1]):
+        assert yaml.safe_load(written)["ratios"] == [0.25]
     for instead in (["--status"], ["--logs", "alpha 0.25 surgeon-uniform-block + lora"], ["--dry-run"]):
         code, shown, _ = run("--out", out, *instead)
         assert code == 0 and "alpha" in shown and "llama" not in shown, instead

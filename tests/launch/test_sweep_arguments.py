@@ -20,5 +20,7 @@ def test_a_flag_of_its_own_wins_over_assignments_in_whichever_way_they_are_writt
 
 
 def test_lists_that_are_given_in_parts_add_up():
-    config = configured("--ratios", "0.1", "--ratios", "0.2,0.3", "--models", "a/b", "--models", "c/d")
+    engines = ["--for", "vllm,llama.cpp", "--for", "mlx"]
+    config = configured("--ratios", "0.1", "--ratios", "0.2,0.3", "--models", "a/b", "--models", "c/d", *engines)
     assert (config.ratios, config.models) == ([0.1, 0.2, 0.3], ["a/b", "c/d"])
+    assert config.prune.for_engines == ["vllm", "llama.cpp", "mlx"]

@@ -341,10 +341,19 @@ def test_layers_that_a_model_lacks_are_not_for_training(config):
         plan_of(config, models=["alpha"], recovery__method="parts")
 
 
-def test_norms_without_weights_are_not_for_training(config, tmp_path):
-    folder = save_model(tmp_path / "olmo", "olmo")
-    with pytest.raises(UserError, match="parts: norms have no weights here; choose among lm_head"):
-        plan_of(config, models=[str(folder)], methods=["hfprune"], recovery__method="parts", recovery__parts=["norms"])
+@pytest.mark.parametrize(
+    ("model_type", "method", "told"),
+    [
+        ("olmo", "parts", "parts: norms have no weights here; choose among lm_head"),
+        ("mixtral", "full", "mixtures of experts are trained by LoRA alone; set method: lora"),
+    ],
+)
+def test_norms_without_weights_are_not_for_training_nor_are_mixtures_but_by_lora(
+    config, tmp_path, model_type, method, told
+):
+    settings = {"methods": ["hfprune"], "recovery__method": method, "recovery__parts": ["norms"]}
+    with pytest.raises(UserError, match=told):
+        plan_of(config, models=[str(save_model(tmp_path / model_type, model_type))], **settings)
 
 
 def test_rounds_go_on_from_the_row_at_the_first_ratio_by_each_recipe(config):

@@ -54,8 +54,10 @@ def test_a_holder_that_can_not_be_seen_lives_as_long_as_it_renews(tmp_path, monk
     file, now = write(tmp_path, holder), time.time()
     monkeypatch.setattr(time, "time", lambda: now + ahead)
     assert isinstance(try_claim(tmp_path), Holder)
+    os.utime(file, (now - 250,) * 2)
+    assert isinstance(try_claim(tmp_path), Holder)
     assert [path.name for path in tmp_path.iterdir()] == ["claim.1"]
-    os.utime(file, (now - 400, now - 400))
+    os.utime(file, (now - 350,) * 2)
     assert isinstance(try_claim(tmp_path), Claim)
 
 

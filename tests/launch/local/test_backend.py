@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 from hfprune_launch.local import backend as local
-from hfprune_launch.local.backend import LocalBackend, explain_death
+from hfprune_launch.local.backend import LocalBackend, explain_death, wait_until_cancelled
 from hfprune_launch.stage.run import Provenance
 from made_stages import stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
+from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle
 from hfprune_dist.store.attempts import End, Ledger
@@ -103,6 +104,14 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
     backend._cancellation = Cancellation(store.root)
     ranks.meanwhile = lambda claim: commit(store, claim)
     assert run(backend) is None
+
+
+def test_a_launcher_that_goes_on_after_a_cancellation_is_named_with_what_ends_it(store, monkeypatch):
+    monkeypatch.setattr(local, "CANCELLING_S", 0.0)
+    claim = store.handle(STAGE.id).claim()
+    (told,) = wait_until_cancelled(Plan({STAGE.id: STAGE}, (), ()), store)
+    assert told.startswith("not cancelled yet: prune a 0.2: ") and f"kill {os.getpid()} ends it" in told
+    claim.release()
 
 
 def take_over(store):

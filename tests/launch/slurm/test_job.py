@@ -37,6 +37,7 @@ def test_ranks_meet_at_an_address_not_a_name():
         "MASTER_PORT": "20345",
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    assert rank_environment({**TASK, "GLOO_SOCKET_IFNAME": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 def test_a_node_without_a_route_to_the_first_rank_is_named():

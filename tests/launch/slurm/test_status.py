@@ -5,10 +5,12 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 from fake_slurm import Job
 from hfprune_launch.slurm import cli
 from hfprune_launch.slurm.commands import JobInfo
+from hfprune_launch.slurm.launcher import Event
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import failed, stage_of
@@ -137,6 +139,15 @@ def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted
     monkeypatch.setattr(cli, "sleep", pause)
     cli.show_status(Console(file=io.StringIO()), Sweep(PLAN, store, tmp_path), keep_on=True)
     assert asked == [1, 2, *[3] * (1 + 2 * cli.LOOKS_AT_REST)]
+
+
+def test_what_keeps_a_sweep_waiting_is_told_again_once_an_hour(store, tmp_path, monkeypatch):
+    console = Console(file=io.StringIO())
+    screen = cli._Screen(console, Sweep(PLAN, store, tmp_path))
+    for now in (0.0, 5.0, 3601.0):
+        monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        screen.tell(Event("waiting", message="for Slurm"))
+    assert console.file.getvalue().count("for Slurm") == 2
 
 
 def test_who_follows_does_not_leave_between_two_stages(store, tmp_path, monkeypatch):
