@@ -2,7 +2,7 @@
 
 They don't mix with tensors that aren't on this GPU, and operations that a GPU refuses, or refuses under deterministic
 algorithms, are refused here too. Streams and events only keep order: what a stream, or the host, uses without having
-waited for whatever else works on it is a fault. Where the host would wait for the GPU is noted; kernels are counted.
+waited for whatever else works on it is a fault. Where the host would wait for the GPU is noted.
 
 What torch's C++ does by itself, NCCL's own streams, the choice of kernels and the size of memory can't be seen here.
 """
@@ -78,14 +78,12 @@ class Gpu:
     Attributes:
         faults: uses of memory that nothing keeps apart.
         waits: why the host waited for the GPU and for which line -> how often.
-        kernels: how many have run.
         moved: bytes that were copied, by where to.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.waits: Counter[str] = Counter()
-        self.kernels = 0
         self.moved: Counter[str] = Counter()
         self._there: set[int] = set()  # storages
         self._pinned: set[int] = set()
@@ -123,7 +121,6 @@ class Gpu:
         """Note a kernel or a copy on the current stream."""
         with self._lock:
             self._operations += 1
-            self.kernels += 1
             stream = self.stream
             self._order.update_seq_num(stream, self._operations)
             for tensor in reads:

@@ -22,11 +22,11 @@ MICRO_BATCH = 2
 O_PROJ, DOWN = "self_attn.o_proj", "mlp.down_proj"
 
 
-def checkpoint_in(folder, variant="llama", layers=3, dtype=torch.float32):
+def checkpoint_in(folder, variant="llama", layers=3):
     heads = {"num_key_value_heads": GROUPS, "num_attention_heads": GROUPS * QUERIES}
     biases = {"attention_bias": True} if variant == "qwen3" else {}
     sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
-    return open_checkpoint(save_tiny(folder, variant, dtype=dtype, **heads, **sizes, **biases))
+    return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
 
 
 def to_prune(folder, variant, layers):
@@ -41,9 +41,9 @@ def windows_of(count, seed=0, tokens=20):
     return torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def some_kept(layers, seed=0, kinds=KINDS):
+def some_kept(layers):
     """Keep some units of every kind in these layers, but all groups of the last layer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def drawn(count, size):
         return torch.randperm(count, generator=generator)[:size].sort().values
@@ -52,7 +52,11 @@ def some_kept(layers, seed=0, kinds=KINDS):
         "neurons": [drawn(NEURONS, 11 + layer) for layer in layers],
         "kv_groups": [drawn(GROUPS, GROUPS if layer == layers[-1] else 1 + layer % 3) for layer in layers],
     }
-    return Kept(tuple(layers), {kind: units[kind] for kind in kinds})
+    return Kept(tuple(layers), units)
+
+
+def nothing(_done):
+    pass
 
 
 def refit(method, checkpoint, kept, folder, **options):
@@ -65,11 +69,11 @@ def refit(method, checkpoint, kept, folder, **options):
     fitted, kinds = RefittedLayers(checkpoint, folder), [checkpoint.structures[kind] for kind in kept.units]
     how = {name: options[name] for name in ("merged", "stay") if name in options}
     streams = [LayerStream(checkpoint, *where, options["world"], **how) for _ in range(1 + (method != "dense"))]
-    after_each = options.get("after_each", lambda _done: None)
+    after_each = options.get("after_each", nothing)
     if method == "dense":
         refit_on_dense(kept, kinds, *streams, fitted, after_each)
     else:
-        iterations = options.get("iterations", (2, 2)) if method == "block" else None
+        iterations = (2, 2) if method == "block" else None
         SequentialRefit(kept, kinds, *streams, fitted, iterations=iterations).run(after_each)
     return fitted
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import ROOT
 from sweeps import finish, results
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]  # tiny models go the same way in test_sweep.py
 
@@ -49,13 +49,4 @@ def test_the_table_tells_a_pretrained_model_from_a_pruned_one(finished):
     assert float(dense["demo_continuation/acc"]) > 0.5
     assert int(dense["parameters"]) == 134_515_008
     assert pruned["intermediate_size"] == "1017" and float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=1e-4)
-
-
-def test_the_pruned_checkpoint_still_speaks(finished):
-    checkpoint = finished / results(finished)[1]["checkpoint"]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert model.dtype == torch.bfloat16
-    prompt = tokenizer("In Python, a list is", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-    assert len(text.split()) > 5
+    assert AutoModelForCausalLM.from_pretrained(finished / pruned["checkpoint"]).dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import SoloWorld
-from refitting import KINDS, MICRO_BATCH, NEURONS, checkpoint_in, windows_of
+from refitting import KINDS, MICRO_BATCH, NEURONS, checkpoint_in, nothing, windows_of
 from transformers import AutoModelForCausalLM
 from worlds import Ranks
 
@@ -21,10 +21,6 @@ SHAPES = [
     Shape((0, 1), {"neurons": (24, 9), "kv_groups": (4, 3)}),
     Shape((0, 1, 2), {"neurons": (24, 9, 7), "kv_groups": (4, 3, 2)}),
 ]
-
-
-def nothing(_done):
-    pass
 
 
 def scored(checkpoint):

@@ -6,7 +6,7 @@ from families import save_model
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import SoloWorld
-from refitting import checkpoint_in, some_kept, windows_of
+from refitting import checkpoint_in, nothing, some_kept, windows_of
 from transformers import AutoModelForCausalLM
 from worlds import Ranks
 
@@ -28,10 +28,6 @@ from hfprune_dist.structures.kept import Kept
 
 WORLD = SoloWorld()
 F64 = torch.float64
-
-
-def nothing(_done):
-    pass
 
 
 def factors_of(shape, seed=0):
