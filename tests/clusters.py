@@ -193,11 +193,11 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any], interval_s: float = 0.25) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.25)
+        time.sleep(interval_s)
     return found
 
 

@@ -167,9 +167,9 @@ class Controller:
 class FakeLauncher(Launcher):
     """A launcher whose clock is its own, and what it has told."""
 
-    def __init__(self, store: Store, plan: Plan, max_running=None, resources=RESOURCES, clock=None, delays=(1.0, 2.0)):
+    def __init__(self, store: Store, plan: Plan, max_running=None, clock=None, delays=(1.0, 2.0)):
         self.clock, self.told = clock or Clock(), []
-        cancellation, profile = Cancellation(store.root), Profile(resources, max_running)
+        cancellation, profile = Cancellation(store.root), Profile(RESOURCES, max_running)
         new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, cancellation, Path("/code"))
         slurm = commands.SlurmCommands(self.clock.sleep, delays)
         super().__init__(store, plan, new_jobs, slurm, self.told.append, self.clock)

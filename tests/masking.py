@@ -9,6 +9,10 @@ from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight
 from hfprune_dist.structures.kept import Kept
 
 HIDDEN = SHAPE["hidden_size"]
+# What stays of two layers: other neurons in each, other numbers of KV groups, and one group of each.
+WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
+HEADS = {"kv_groups": [torch.tensor([1]), torch.tensor([0, 1])]}
+FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
 
 
 @st.composite

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hfprune_launch.local import backend, warm
 from hfprune_launch.local.warm import WarmProcess
-from hfprune_launch.stage.run import leave_process
+from hfprune_launch.stage.run import Provenance, leave_process, write_stage_file
 from safetensors.torch import load
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -27,13 +27,11 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.distributed.world import World
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import write_json
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
-RUN = ROOT / "launch" / "stage" / "run.py"
 CPU = torch.device("cpu")
 INTERRUPTED = 75
 Environment = Mapping[str, str]
@@ -54,8 +52,8 @@ def surroundings() -> dict[str, str]:
 class SoloWorld(World):
     """A world of one rank without a process group, or one of several ranks of which the others contribute nothing."""
 
-    def __init__(self, rank=0, size=1, device=CPU):
-        super().__init__(rank=rank, size=size, local_size=1, device=device)
+    def __init__(self, size=1, device=CPU):
+        super().__init__(rank=0, size=size, local_size=1, device=device)
 
     def on_rank0(self, work):
         return work()
@@ -76,51 +74,15 @@ class SoloWorld(World):
         pass
 
 
-def write_stage_file(store: Store, stage: Stage, **runtime: object) -> None:
-    work = store.handle(stage.id).work
-    work.mkdir(parents=True, exist_ok=True)
-    record = {
-        "stage": stage.to_json(),
-        "runtime": RuntimeConfig(**runtime).model_dump(),
-        "config": {},
-        "code": {},
-        "attempt": 1,
-    }
-    write_json(work / "stage.json", record)
-
-
 def run_stage(
-    store: Store,
-    stage: Stage,
-    ranks: int = 1,
-    *,
-    fresh: bool = False,
-    environment: Environment | None = None,
-    **runtime: object,
+    store: Store, stage: Stage, ranks: int = 1, *, environment: Environment | None = None, **runtime: object
 ) -> Ended:
-    """Lay a stage out and run it to its end, as ``run_ranks`` does."""
-    write_stage_file(store, stage, **runtime)
-    return run_ranks(store, stage, ranks, fresh=fresh, environment=environment)
-
-
-def run_ranks(
-    store: Store, stage: Stage, ranks: int = 1, *, fresh: bool = False, environment: Environment | None = None
-) -> Ended:
-    """Run a stage that is laid out, with a thread per rank, so that bits compare; ``fresh``: as new interpreters."""
+    """Lay a stage out and run it to its end, with a thread per rank, so that bits compare."""
+    write_stage_file(store.handle(stage.id), stage, Provenance(RuntimeConfig(**runtime), {}, {}), attempt=1)
     environment = {**surroundings(), "OMP_NUM_THREADS": "1", **(environment or {})}
-    arguments = [str(store.root), stage.id]
-    with tempfile.NamedTemporaryFile() as log:
-        if fresh:
-
-            def be_rank() -> None:
-                os.dup2(log.fileno(), 2)
-                os.execv(sys.executable, [sys.executable, RUN, *arguments])
-
-            codes = warm.run_ranks(be_rank, ranks, environment)
-        else:
-            with closing(WarmProcess()) as process:
-                process.start(backend.RUN, arguments, ranks, environment, Path(log.name))
-                codes = process.ended(600) or {}
+    with tempfile.NamedTemporaryFile() as log, closing(WarmProcess()) as process:
+        process.start(backend.RUN, [str(store.root), stage.id], ranks, environment, Path(log.name))
+        codes = process.ended(600) or {}
         code = next(filter(None, codes.values()), 0 if codes else -signal.SIGKILL)
         return Ended(code, Path(log.name).read_text())
 

@@ -89,16 +89,13 @@ def planned(
     return config, build_plan(config, models, methods, hashes, device)
 
 
-def command(config: Path | None, out: Path, *arguments: str) -> list[str]:
-    configuration = ["--config", str(config)] if config else []
-    return [sys.executable, str(ROOT / "launch" / "sweep.py"), *configuration, "--out", str(out), *arguments]
+def command(config: Path, out: Path, *arguments: str) -> list[str]:
+    script = [sys.executable, str(ROOT / "launch" / "sweep.py")]
+    return [*script, "--config", str(config), "--out", str(out), *arguments]
 
 
 def sweep(
-    config: Path | None,
-    out: Path,
-    *arguments: str,
-    environment: dict[str, str] | None = None,
+    config: Path, out: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a sweep to its end in forks (fork_server.py), one thread per rank so that its bits can be compared."""
     return subprocess.run(

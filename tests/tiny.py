@@ -118,16 +118,13 @@ def write_documents(file: Path, count: int = 12, words: int = 40, seed: int = 0)
     return file
 
 
-def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
-    """Write a jsonl file of random instruction pairs."""
-    generator = random.Random(seed)
-    lines = []
-    for number in range(count):
-        pair = {
-            "instruction": tiny_text(6, seed + number),
-            "response": tiny_text(generator.randint(3, 12), seed - number),
-        }
-        lines.append(json.dumps(pair))
+def write_pairs(file: Path) -> Path:
+    """Write a jsonl file of 40 random instruction pairs."""
+    generator = random.Random(0)
+    lines = [
+        json.dumps({"instruction": tiny_text(6, number), "response": tiny_text(generator.randint(3, 12), -number)})
+        for number in range(40)
+    ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 

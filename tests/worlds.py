@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from ranks import run_here, write_stage_file
+from ranks import run_here
 
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.loading import load_causal_lm
@@ -210,5 +210,4 @@ def without_deepspeed(monkeypatch: Any) -> None:
 
 def run_in_threads(store: Store, stage: Stage, ranks: Ranks, **runtime: Any) -> None:
     """Run a stage to its end on these ranks, as the launcher's processes would."""
-    write_stage_file(store, stage)
     ranks.run(lambda world: run_here(store, stage, world, **runtime))

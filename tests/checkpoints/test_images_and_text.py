@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -78,9 +79,7 @@ def test_with_an_image_it_is_the_masked_model_and_nothing_but_the_decoder_change
 
 def renamed(source, folder, names, config):
     """Write the same checkpoint with other names in its file, and another config.json."""
-    folder.mkdir()
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
     for ours, theirs in names.items():
         tensors = {

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from hfprune_launch.export import main
-from masking import write
+from masking import FEWER, WIDTHS, write
 from safetensors.torch import load_file
 from sweeps import in_process
 from tiny import save_tiny
@@ -17,8 +17,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.structures.kept import Kept
 
-FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
-WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
 IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hfprune_launch.export import main
-from masking import write
+from masking import FEWER, HEADS, WIDTHS, write
 from sweeps import in_process
 from tiny import VOCABULARY, save_tiny, tiny_tokenizer
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
@@ -33,9 +33,6 @@ PARTS = {
     "mlp.down_proj": "ffn_down",
 }
 OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
-HEADS = {"kv_groups": [torch.tensor([1]), torch.tensor([0, 1])]}
-FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
 
 
 def pruned(folder, variant="llama", units=None, **options):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_marks import python_of
-from masking import write
+from masking import FEWER, HEADS, WIDTHS, write
 from merging import tokenizer_that_merges
 from tiny import save_tiny, tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,9 +23,6 @@ from hfprune_dist.structures.kept import Kept
 
 pytestmark = pytest.mark.engine("llama.cpp")
 
-WIDTHS = {"neurons": [torch.arange(32), torch.arange(3, 41)]}
-HEADS = {"kv_groups": [torch.tensor([1]), torch.tensor([0, 1])]}
-FEWER = {"kv_groups": [torch.tensor([1]), torch.tensor([0])]}
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG["original_max_position_embeddings"] = 64
 IDS = torch.randint(3, 259, (100,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -95,7 +95,7 @@ def die_in_fork(action, kill_at, store, operations=OPERATIONS):
     return os.WIFSIGNALED(status)
 
 
-def deaths_during(action, folder, copies, operations=OPERATIONS):
+def deaths_during(action, folder, copies):
     """Run ``action`` here, and copy ``folder`` as a death before each of its operations would leave it.
 
     A killed process loses nothing but its memory, so a copy is what its death leaves. Operations that find the same
@@ -105,14 +105,14 @@ def deaths_during(action, folder, copies, operations=OPERATIONS):
     Returns:
         The copies, in ``copies``, in order; the last one is what the complete run leaves.
     """
-    states, originals = [], {name: getattr(os, name) for name in operations}
+    states, originals = [], {name: getattr(os, name) for name in OPERATIONS}
 
     def copy():
         if not states or _files_in(folder) != _files_in(states[-1]):
             states.append(shutil.copytree(folder, copies / str(len(states)), symlinks=True))
 
     try:
-        before(str(folder), copy, operations)
+        before(str(folder), copy, OPERATIONS)
         action()
     finally:
         for name, original in originals.items():

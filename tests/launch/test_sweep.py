@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from contextlib import contextmanager
 
 import psutil
 import pytest
 import torch
 import yaml
+from clusters import wait_for
 from fork_server import forked
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
@@ -262,14 +262,6 @@ def start(config, out, *arguments, environment=None):
     )
 
 
-def wait_for(condition, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 def at_work(out, stage_id):
     """Check whether ranks have begun or ended a stage; an asterisk stands for any fingerprint."""
     store = out / "store"
@@ -283,7 +275,7 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
     moments = [lambda: True, *(lambda stage_id=stage_id: at_work(out, stage_id) for stage_id in ids)]
     for moment in moments:
         launcher = start(config, out, *ONE_CELL)
-        wait_for(moment)
+        wait_for(moment, 0.02)
         launcher.kill()
         launcher.communicate()
     result = sweep(config, out, *ONE_CELL)
@@ -323,7 +315,7 @@ def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, shor
     """That nothing is left running is tested in local/test_warm.py."""
     out = short_of(SCORES, PRUNE, RECOVER)  # without a checkpoint, so that all of it is needed
     launcher = start(config, out, *ONE_CELL, environment=SLEEPING)
-    wait_for(lambda: at_work(out, id_of(finished[0], SCORES)))
+    wait_for(lambda: at_work(out, id_of(finished[0], SCORES)), 0.02)
     shown = sweep(config, out, *ONE_CELL, "--status").stdout
     assert re.search(r"running .*process \d+", shown) and "job" not in shown
     assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", f"{CELL} + lora").stdout, "said at once"

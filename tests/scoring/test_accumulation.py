@@ -8,7 +8,7 @@ from damage import DAMAGES, damage, nothing_reaches_the_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SoloWorld
-from worlds import Ranks
+from worlds import Death, Ranks
 
 from hfprune_dist.checkpoints import tensor_files
 from hfprune_dist.errors import UserError
@@ -85,10 +85,6 @@ def test_after_a_damaged_or_missing_file_the_pass_begins_anew(tmp_path_factory, 
     elif not damage(victim, *how):
         return
     assert_same(add_rounds(file)[0], expected)
-
-
-class Death(BaseException):
-    """The end of a process at a write."""
 
 
 @pytest.mark.parametrize("moment", ["before it has its name", "once it has its name"])

@@ -3,7 +3,6 @@
 import json
 import shutil
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -11,17 +10,16 @@ import torch
 import transformers
 from made_stages import stage_of
 from pyarrow import parquet
-from ranks import SoloWorld, metrics_of, run_here, run_stage
+from ranks import metrics_of, run_here, run_stage
 from tiny import save_tiny, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from worlds import Death, Ranks, run_in_threads
 
-from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.data.instructions import PackedRows
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import identity_of
 from hfprune_dist.distributed import frozen_model
+from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import GIB, Gpus, Passes
 from hfprune_dist.planning.user_files import ChangedInputError
@@ -41,9 +39,9 @@ def _small_batches(monkeypatch):
     monkeypatch.setattr(answers, "BATCH", 4)
 
 
-def write_model(folder, ends=(2,), template=TEMPLATE):
+def write_model(folder, ends=(2,), template=TEMPLATE, **options):
     """Write a model whose own settings of generation would change its answers but for the tokens that end them."""
-    save_tiny(folder, hidden_size=256, intermediate_size=416)  # DeepSpeed shards no smaller ones
+    save_tiny(folder, hidden_size=256, intermediate_size=416, **options)  # DeepSpeed shards no smaller ones
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -254,21 +252,25 @@ BIASED = {"variant": "llama-tied-biases", "output_biases": ["mlp.down_proj"]}
     ],
 )
 def test_vllm_answers_if_it_is_there_and_holds_the_model(
-    tmp_path, source, monkeypatch, capsys, model, gpus, settings, told
+    tmp_path, source, monkeypatch, capsys, vllm, model, gpus, settings, told
 ):
     for module in (answers, frozen_model):
         monkeypatch.setattr(module, "gpus_here", lambda _: gpus)
-    monkeypatch.setattr(answers, "FrozenModel", lambda *options: options)
-    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **model))
-    context = SimpleNamespace(params=stage_in(source).params, runtime=RuntimeConfig(**settings), world=SoloWorld())
-    at_once, answer = answers._answerer(context, checkpoint, tiny_tokenizer(), [2])
+    loaded = []
+
+    def load(*options):
+        loaded.append(options[3])
+        return FrozenModel(*options[:3], "replicate", options[4])
+
+    monkeypatch.setattr(answers, "FrozenModel", load)
+    write_model(tmp_path / "model", **model)
+    shutil.copy(source / "text.jsonl", tmp_path)
+    engine = run_here(Store(tmp_path / "store"), stage_in(tmp_path), **settings)["engine"]
     printed = capsys.readouterr().out
-    if not told:
-        assert (answer.func, at_once, printed) == (answers._in_vllm, 8, "")
-        assert answer.args[-1]["max_num_seqs"] == 256 and answer.args[-1]["kv_cache_memory_bytes"] < GIB
-        return
-    assert (answer.func, at_once) == (answers._in_transformers, 1) and told in printed
-    assert answer.args[1][3] == ("zero3" if "sharding" in settings else "replicate")
+    assert engine.startswith("transformers " if told else "vllm ") and (told in printed if told else not printed)
+    assert loaded == (["zero3" if "sharding" in settings else "replicate"] if told else [])
+    for options in (request["options"] for request in vllm):
+        assert options["max_num_seqs"] == 256 and options["kv_cache_memory_bytes"] < GIB
 
 
 SAID = "<assistant>{{ m.content }}</s>"

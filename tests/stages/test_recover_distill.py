@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 from made_stages import being_made, stage_of
+from masking import write
 from ranks import SoloWorld, killing, metrics_of, run_stage
+from shapes import divergence
 from tiny import save_tiny
 from trained import assert_same_weights, losses_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.pruned_config import pruned_config
-from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.training import Training
 from hfprune_dist.data.windows import save_windows
 from hfprune_dist.distributed.layer_stream import LayerStream
@@ -42,9 +42,7 @@ def source(tmp_path_factory):
         save_windows(windows(), draft)
     kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
     with being_made(store, PRUNE) as draft:
-        for file in dense.weight_files:
-            write_weight_file(dense, file, kept, draft)
-        write_companions(dense, draft, pruned_config(dense, kept.shape))
+        write(dense, kept, draft)
     return folder
 
 
@@ -83,13 +81,6 @@ def finish(store, stage, ranks):
     return result.output
 
 
-def divergence(dense, model):
-    """Return the mean KL(dense || model) over all tokens of the windows, in nats."""
-    with torch.no_grad():
-        log_p, log_q = (model(input_ids=windows()).logits.double().log_softmax(-1) for model in (dense, model))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(source, tmp_path_factory):
     store, stage = lay_out(source, tmp_path_factory.mktemp("two"))
@@ -106,7 +97,7 @@ def test_plain_transformers_loads_a_closer_model(source, uninterrupted):
         for made in (PRUNE, stage)
     )
     assert [layer.mlp.gate_proj.out_features for layer in distilled.model.layers] == [24, 30]
-    before, after = divergence(dense, pruned), divergence(dense, distilled)
+    before, after = (divergence(dense, model, windows()) for model in (pruned, distilled))
     assert after < 0.7 * before
     # The logged values are the divergence itself: a step's mean over its windows, the first before anything was learnt.
     losses = losses_of(store, stage)
@@ -155,7 +146,7 @@ def test_all_weights_are_trained_beside_the_dense_model_and_a_kill_changes_nothi
     dense = AutoModelForCausalLM.from_pretrained(source / "dense")
     folders = [each.handle(stage.id).artifact for each in (store, again)]
     models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]
-    assert divergence(dense, models[0]) < 0.8 * losses_of(store, stage)[0]
+    assert divergence(dense, models[0], windows()) < 0.8 * losses_of(store, stage)[0]
     assert_same_weights(*folders)
     assert not (folders[0] / "adapter").exists()
     changed = weights_of(store.handle(PRUNE.id).artifact)

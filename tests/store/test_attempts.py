@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from damage import damage
 from made_stages import being_made, stage_of
 
 from hfprune_dist.errors import UserError
@@ -32,23 +33,18 @@ def reread(ledger):
     return ledger.attempts_at(STAGE.id)[-1]
 
 
-def damage(file):
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
 def test_a_damaged_record_is_absent(ledger, attempt):
     attempt.record_job("7")
     attempt.record_run(Run("8", 0, "n1", 1.0, progress={"done": 3}))
     attempt.record_run(Run("8", 1, "n1", 2.0))
     attempt.close(End("killed", "", 1.0))
-    damage(attempt.folder / "job.json")
+    damage(attempt.folder / "job.json", 0.5, "nothing")
     assert reread(ledger).job_id == "8", "as the job says"
-    damage(attempt.folder / "run.8.0.json")
+    damage(attempt.folder / "run.8.0.json", 0.5, "nothing")
     assert [run.restart for run in reread(ledger).runs()] == [1]
-    damage(attempt.folder / "end.json")
+    damage(attempt.folder / "end.json", 0.5, "nothing")
     assert reread(ledger).end is None and ledger.open_job(STAGE.id) is not None
-    damage(attempt.folder / "intent.json")
+    damage(attempt.folder / "intent.json", 0.5, "nothing")
     assert ledger.attempts_at(STAGE.id) == []
     assert ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
 
