@@ -131,8 +131,9 @@ def test_kv_groups_are_scored_beside_experts(tmp_path, model_type, threads):
     [("qwen2_moe", "float32", False), ("deepseek_v3", "bfloat16", True)],
 )
 def test_two_sharded_ranks_have_the_bits_of_one(tmp_path, model_type, dtype, checkpointing):
-    criteria, sizes = ["activation_l1", "entropy", "fisher_signs", "reap"], {"hidden_size": 128}
-    stage = stage_of(tmp_path, model_type, criteria, dtype, moe_intermediate_size=128, **sizes)
+    """The experts are large enough for DeepSpeed to shard them, and windows enough for it to learn their order."""
+    criteria, sizes = ["activation_l1", "entropy", "fisher_signs", "reap"], {"moe_intermediate_size": 256}
+    stage = stage_of(tmp_path, model_type, criteria, dtype, {"samples": 8}, hidden_size=128, **sizes)
     stores = {ranks: Store(tmp_path / f"on {ranks}") for ranks in (1, 2)}
     for ranks, store in stores.items():
         sharded = {"sharding": "zero3", "activation_checkpointing": checkpointing} if ranks == 2 else {}
