@@ -2,8 +2,8 @@
 
     KL(D) = E + A D^-b    D: tokens trained on
 
-The form that losses of language models follow (arXiv 2203.15556), for a model of one size. Only ends count: on the way
-KL is higher than at the end of a training of that length, whose learning rate has decayed.
+The form that losses of language models follow (arXiv 2203.15556), for a model of one size. Only ends count: on the way,
+KL depends on how far the learning rate has decayed.
 """
 
 from __future__ import annotations
