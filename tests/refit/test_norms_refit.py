@@ -12,18 +12,12 @@ from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core import quasi_newton
+from hfprune_dist.core.memory_limits import NORM_TOKENS
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import norms_of_layers
 from hfprune_dist.refit.measurement import PrunedLayers, run_layers
-from hfprune_dist.refit.norms_refit import (
-    RIDGE,
-    TOKENS,
-    NormGradients,
-    curvature_of,
-    fit_norms,
-    windows_of_norms,
-)
+from hfprune_dist.refit.norms_refit import RIDGE, NormGradients, curvature_of, fit_norms, windows_of_norms
 from hfprune_dist.structures.kept import Kept
 
 WORLD = SoloWorld()
@@ -125,5 +119,5 @@ def test_curvature_is_held_up_by_its_norms_mean_and_infinite_where_nothing_matte
 @given(samples=st.integers(1, 300), tokens=st.sampled_from((8, 500, 1024, 3000)))
 def test_windows_are_at_even_distances_and_few(samples, tokens):
     numbers = windows_of_norms(torch.arange(samples)[:, None].expand(-1, tokens))[:, 0]
-    assert len(numbers) * tokens <= max(TOKENS, tokens) and len(set(numbers.diff().tolist())) <= 1
-    assert len(numbers) == samples or 2 * len(numbers) * tokens > TOKENS - 2 * tokens
+    assert len(numbers) * tokens <= max(NORM_TOKENS, tokens) and len(set(numbers.diff().tolist())) <= 1
+    assert len(numbers) == samples or 2 * len(numbers) * tokens > NORM_TOKENS - 2 * tokens
