@@ -1,7 +1,7 @@
 """Start a command from its file, as in ``python launch/sweep.py``. Scripts of this folder import this by its bare name.
 
-It needs nothing but Python 3.8 to tell a Python without the project's packages, or with those of another
-copy, what to do.
+It needs nothing but Python 3.8 to tell a Python without the project's packages, or with those of another copy, what to
+do.
 """
 
 from __future__ import annotations

@@ -76,7 +76,6 @@ def _recorded(value: object, file: str = "(file)") -> Any:
     if isinstance(value, CalibrationConfig) and value.mixture is not None:  # whose texts have these settings
         return {name: value for name, value in record.items() if name not in TextSource.model_fields}
     if isinstance(value, TextSource) and value.path is not None:
-        return {name: value for name, value in record.items() if name not in ("dataset", *DATA_SET_KEYS)} | {
-            "path": file
-        }
+        of_hub = ("dataset", *DATA_SET_KEYS)
+        return {name: value for name, value in record.items() if name not in of_hub} | {"path": file}
     return record

@@ -22,7 +22,7 @@ Name = Annotated[str, Field(min_length=1)]
 LocalPath = Name | None
 # What ends a line or controls a terminal, and what isn't UTF-8: Unicode's categories Cc, Zl, Zp and Cs.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-# Keys that say which data set of a name is meant.
+# Keys of a text that belong to its data set on the hub.
 DATA_SET_KEYS = ("name", "split", "revision")
 # Tokens of a window, or of a row to train on.
 Length = Annotated[int, Field(ge=8, lt=2**31)]

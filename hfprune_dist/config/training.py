@@ -235,8 +235,8 @@ class RecoveryConfig(Recipe):
             # A recipe with a text of its own takes none of the section's; one without evaluations no patience that is
             # for others.
             others = {"recipes", *(TextSource.model_fields if {"path", "dataset"} & own.keys() else ())}
-            longer = next((place for place, name in enumerate(LENGTHS) if name in own), 0)
-            others |= set(LENGTHS[:longer])  # which would override the recipe's own
+            first_own = next((place for place, name in enumerate(LENGTHS) if name in own), 0)
+            others |= set(LENGTHS[:first_own])  # which would override the recipe's own
             others |= {"patience"} if evaluates and not own.get("evaluate_every", self.evaluate_every) else set()
             try:
                 whole = Recipe(**self.model_dump(exclude=others) | own)

@@ -129,7 +129,7 @@ class Card:
         recipes = config["recovery"].get("recipes") or {}
         own = {name: each for name, each in recipes.items() if recovery_name(name, cell.rounds) == cell.recovery}
         has_recipe = own or not recipes or cell.recovery in (NONE, OWN)
-        if cell.method not in (None, *named) or not has_recipe:  # another name then
+        if cell.method not in (None, *named) or not has_recipe:  # renamed since it was made
             return "", {}
         if recipes:
             without = {"method": NONE} if cell.recovery == NONE else {}

@@ -203,7 +203,7 @@ class Trainer:
         if not placement.whole:
             keep_no_gathered_weights(model)
         self._teacher, self._is_unsharded = None, placement.whole
-        if task.teacher is not None:  # where ranks share the optimizer, it needs what a whole teacher would take
+        if task.teacher is not None:  # where ranks share the optimizer, that needs a whole teacher's memory
             beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
             self._is_unsharded = beside == "replicate"
