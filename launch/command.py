@@ -67,9 +67,9 @@ def _require_current_folder() -> None:
 
 
 def folder(argument: str) -> Path:
-    """Argument type for folders. An empty one, as of an unset variable, would mean the current one: it is refused."""
+    """Argument type of what isn't the current folder if empty, as of an unset variable: that is refused."""
     if not argument:
-        raise UserError("an argument that names a folder is empty; give a folder (. for the current one)")
+        raise UserError("an argument that names a file or folder is empty; give one (. for the current folder)")
     return place(argument)
 
 

@@ -93,8 +93,8 @@ def prepare(request: Request, *, download: bool) -> Prepared:
     runtime = config.runtime
     if not config.models:
         raise UserError(NO_MODELS)
-    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     methods = resolve_methods(config, PROJECT.configs / "methods")
+    models = resolve_models(config, PROJECT.configs / "models", store.hashes, download)
     if profile is None:
         device, ranks = device_here(runtime), ranks_here(runtime)
         if ranks < (runtime.ranks or 1):

@@ -38,6 +38,7 @@ from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import load_config, parse_assignments
 from hfprune_dist.data.text import read_beginning, read_texts
 from hfprune_dist.errors import UserError
+from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.card import CARD, NEEDS_CODE, RECIPE, Card
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty, or not there")
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
     text = "text to prune on; its end is held out to compare; default: --config's, else C4"
-    parser.add_argument("--text", metavar="FILE", help=text)
+    parser.add_argument("--text", metavar="FILE", type=folder, help=text)
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
     engines = f"keep to shapes that these load, if they have the model's family: {', '.join(ENGINES)}"
     parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
-    parser.add_argument("--recover", metavar="FILE", nargs="?", const=True, default=False, help=told)
+    parser.add_argument("--recover", metavar="FILE", type=folder, nargs="?", const=True, default=False, help=told)
     parser.add_argument("--config", metavar="FILE", type=place, action="append", default=[], help="YAML settings")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any key of a sweep")
     parser.add_argument("--dry-run", action="store_true", help="show the stages, and the model's shape; runs nothing")
@@ -86,7 +87,7 @@ def prune(
     method: str = METHOD,
     recover: bool | str | Path = False,
     engines: Sequence[str] | None = None,
-    config: Sequence[str | Path] = (),
+    config: str | Path | Sequence[str | Path] = (),
     settings: dict[str, Any] | None = None,
     dry_run: bool = False,
 ) -> Path:
@@ -112,6 +113,7 @@ def prune(
         raise UserError(f"{out}: a file system is mounted there, which no folder can replace; choose a folder in it")
     if held is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not written by this command; choose another folder")
+    config = [config] if isinstance(config, (str, Path)) else config
     files = [PROJECT.configs / "prune.yaml", *(place(str(file)) for file in config)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "hfprune"
     overrides = {**(settings or {}), "models": [str(model)], "ratios": [ratio], "methods": [method]}
@@ -125,7 +127,9 @@ def prune(
             place(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
         )
     configured = load_config(files, overrides, PROJECT.configs)
-    (source,) = resolve_models(configured, PROJECT.configs / "models", FileHashes(None), download=not dry_run)
+    resolve_methods(configured, PROJECT.configs / "methods")  # which takes no download
+    hashes = FileHashes(cache / "hashes")
+    (source,) = resolve_models(configured, PROJECT.configs / "models", hashes, download=not dry_run)
     request = Request(cache / f"{source.name}-{source.identity[:10]}", make_console(), files, overrides)
     prepared = prepare(request, download=not dry_run)
     cell, *others = [cell for cell in prepared.sweep.plan.cells if cell.ratio is not None]
@@ -141,6 +145,7 @@ def prune(
     if held is not None:
         request.tell(f"{out} is there already, made with these settings")
     else:
+        hashes.save()
         make(prepared)
         record_run(prepared.sweep, prepared.config, prepared.models)  # another command may have replaced its row
         request.tell(_write(read_sweep(request.out), cell, out))
@@ -166,7 +171,7 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
     at = cache / "texts" / digest_of(documents)[:10]
     overrides: dict[str, str | None] = {"calibration.mixture": None, "evaluation.fidelity.texts": None}
     for section, part, end in (("calibration", kept, ""), ("evaluation.fidelity", held_out, "-end")):
-        file = at / f"{text.stem}{end}.jsonl"  # which cards name
+        file = at / f"{text.absolute().stem}{end}.jsonl"  # which cards name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(json.dumps({"text": piece}) + "\n" for piece in part if piece))
         overrides |= {f"{section}.path": str(file), f"{section}.text_field": "text"}

@@ -7,8 +7,9 @@ from families_masked import dense_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, write_adapter
-from hfprune_dist.checkpoints.write_pruned import write_companions
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merged, read_adapter, write_adapter
+from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
+from hfprune_dist.structures.kept import Kept
 
 # Blocks of a layer that attend to other tokens; convolutions and state-space blocks don't.
 ATTENTION = {"self_attn", "attention", "linear_attn"}
@@ -60,7 +61,9 @@ def trained_and_merged(checkpoint, folder, windows):
     assert len(weights) == 2 * len(expected)
     write_adapter(folder / "adapter", weights, targets, 4, 6)
     (folder / "merged").mkdir()
+    stays = Kept(tuple(range(checkpoint.num_layers)))
+    learnt = merged(checkpoint, read_adapter(folder / "adapter"), stays)
     for file in checkpoint.weight_files:
-        merge_weight_file(checkpoint, file, read_adapter(folder / "adapter"), folder / "merged")
+        write_weight_file(checkpoint, file, stays, folder / "merged", learnt)
     write_companions(checkpoint, folder / "merged", checkpoint.config)
     return model.eval()

@@ -58,7 +58,8 @@ class Fit(NamedTuple):
 def fit(name: EngineName, config: Mapping[str, Any]) -> Fit:
     """What an engine makes of a checkpoint with this config.json."""
     engine, own, sizes = ENGINES[name], str(config.get("model_type")), {**config, **config.get("text_config", {})}
-    differing, how = {*(sizes.get(LAYER_SIZES) or {})}, "`hfprune export --to gguf`" if engine.exported else ""
+    differing = {*(sizes.get(LAYER_SIZES) or {})}
+    how = "`hfprune export --to gguf`, if its tokenizer is byte-level BPE" if engine.exported else ""
     if engine.exported and own not in engine.exported.split():
         return Fit(False, f"`hfprune export` writes no {own} for it; its own converter may, where layers are alike", {})
     if sizes.get(OUTPUT_BIASES) and not engine.exported:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.checkpoints.read_tensors import as_stored, read_tensor
-from hfprune_dist.checkpoints.write_pruned import Cut, staying, write_weight_file
+from hfprune_dist.checkpoints.write_pruned import Cut, staying
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept
@@ -80,15 +80,11 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(config["lora_alpha"] / config["r"], factors)
 
 
-def merge_weight_file(
-    checkpoint: Checkpoint, file: str, adapter: Adapter, target: Path, kept: Kept | None = None
-) -> None:
-    """Write one weight file with the adapter merged in, then cut to the units ``kept``, if given; dtypes stay."""
+def merged(checkpoint: Checkpoint, adapter: Adapter, kept: Kept) -> dict[str, Callable[[], Tensor]]:
+    """Name of each adapted weight -> what merges the adapter into it and cuts it to the units ``kept``; dtypes stay."""
     assert adapter.factors.keys() <= checkpoint.tensors.keys(), "the adapter has weights that the checkpoint lacks"
-    kept = kept or Kept(tuple(range(checkpoint.num_layers)))
     cuts = {name: cut for name, (_, cut) in staying(checkpoint, kept).items() if name in adapter.factors}
-    learnt = {name: partial(_merged_and_cut, checkpoint, name, adapter, cut) for name, cut in cuts.items()}
-    write_weight_file(checkpoint, file, kept, target, learnt)
+    return {name: partial(_merged_and_cut, checkpoint, name, adapter, cut) for name, cut in cuts.items()}
 
 
 def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | None) -> Tensor:

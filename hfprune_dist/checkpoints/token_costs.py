@@ -50,10 +50,10 @@ def token_costs(checkpoint: Checkpoint) -> TokenCosts:
     return TokenCosts(parameters, parameters - idle, in_layers - idle + table, *map(sum, channels))
 
 
-def training_cost(
-    checkpoint: Checkpoint, rows: int, tokens: int, *, in_place: bool = False, teacher: Checkpoint | None = None
-) -> dict[str, int]:
-    """For a manifest, the cost of training on ``rows`` of ``tokens`` tokens, each counted as often as it is trained on.
+def training_flops(
+    checkpoint: Checkpoint, tokens: int, *, in_place: bool = False, teacher: Checkpoint | None = None
+) -> int:
+    """Operations that training takes for each token of rows of ``tokens`` tokens.
 
     A backward to activations takes as many operations as a forward, and one to weights that are trained ``in_place`` as
     many again; LoRA's own products, about a hundredth, are left out, and so is what parts of a model save; causal
@@ -61,7 +61,7 @@ def training_cost(
     """
     flops = (3 if in_place else 2) * token_costs(checkpoint).flops(tokens // 2)
     flops += 0 if teacher is None else token_costs(teacher).flops(tokens // 2)
-    return {"training_tokens": rows * tokens, "flops_per_token": flops}
+    return flops
 
 
 def _idle(checkpoint: Checkpoint) -> int:

@@ -52,11 +52,12 @@ class Method(Section):
     numbers of KV groups and neurons in all layers, perhaps fewer layers; such shapes are measured on calibration
     windows, and the one closest to the dense model is taken. local: every layer that isn't protected loses the same
     share of its neurons and of its KV groups; nothing is measured. global: units of all layers compete by score per
-    parameter; scores that aren't in nats are first divided by their layer's mean. standardized: they compete by score
-    minus the layer's mean, in its standard deviations, whatever their size. searched: shapes around that of global are
-    measured, and plain ones and some without whole layers; the closest is taken. low_rank: one pass, layer by layer,
-    scores and prunes: attention's matrices become products of two low-rank ones, and all layers get the same width.
-    If layers differ, or with low_rank, loading the checkpoint needs trust_remote_code or this package."""
+    parameter, those of KV groups doubled; scores that aren't in nats are first divided by their layer's mean.
+    standardized: they compete by score minus the layer's mean, in its standard deviations, whatever their size.
+    searched: shapes around that of global are measured, and plain ones and some without whole layers; the closest is
+    taken. low_rank: one pass, layer by layer, scores and prunes: attention's matrices become products of two low-rank
+    ones, and all layers get the same width. If layers differ, or with low_rank, loading the checkpoint needs
+    trust_remote_code or this package."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.2
     """global, standardized, searched: the smallest share of its neurons that a layer may keep; 0 means one neuron."""
     protect_first: NumberOrShare = 0

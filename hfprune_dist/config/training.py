@@ -261,8 +261,3 @@ def layers_of(part: str) -> int:
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Number of optimizer steps that an epoch is cut into."""
     return -(-rows // batch_size)
-
-
-def rows_trained(rows: int, batch_size: int, steps: int) -> int:
-    """Number of rows that ``steps`` optimizer steps see, with epochs cut into steps as by ``data.schedule``."""
-    return rows * steps // steps_per_epoch(rows, batch_size)

@@ -58,18 +58,15 @@ def elimination_scores(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor,
     return torch.empty_like(rising_U).scatter_(0, order_U, rising_U)
 
 
-def eliminate(
-    gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor, block: int | None = None
-) -> tuple[Tensor, Tensor]:
+def eliminate(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor) -> tuple[Tensor, Tensor]:
     """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens.
 
     All is computed in the weight's ``wide_dtype``. What a removal subtracts from a diagonal entry of G^-1 is never more
-    than that entry, so float32 keeps its digits. ``block`` units go between two updates of the costs, by default those
-    that make up ``BLOCK`` channels.
+    than that entry, so float32 keeps its digits.
     """
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
-    block = block or max(1, BLOCK // channels)
+    block = max(1, BLOCK // channels)
     if not gram_DD.diagonal().any():  # a silent layer, in which no removal costs anything
         return torch.arange(units, device=device), torch.zeros(units, dtype=gram_DD.dtype, device=device)
     weight_CD = weight_CD.to(device, wide_dtype(weight_CD.dtype), copy=True)

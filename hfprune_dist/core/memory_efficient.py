@@ -114,26 +114,22 @@ class GatedProduct(Function):
 
 
 class Observed(Function):
-    """h unchanged; or, of a layer that lacks some units, with zeros in their place.
-
-    In backward, observers (``observe_gradient``) see the whole h times the gradient at the result: for every channel
-    the derivative by its mask, taken at 0 for a missing channel, which is the effect of putting it back.
-    """
+    """h unchanged. In backward, observers (``observe_gradient``) see h times the gradient at the result."""
 
     @staticmethod
-    def forward(ctx: Any, h_BTD: Tensor, keeps_D: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(h_BTD, keeps_D)
+    def forward(ctx: Any, h_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BTD)
         ctx.observer = None
-        return h_BTD.view_as(h_BTD) if keeps_D is None else h_BTD * keeps_D
+        return h_BTD.view_as(h_BTD)
 
     @staticmethod
-    def backward(ctx: Any, gradient_BTD: Tensor) -> tuple[Tensor, None]:
-        h_BTD, keeps_D = ctx.saved_tensors
+    def backward(ctx: Any, gradient_BTD: Tensor) -> Tensor:
+        (h_BTD,) = ctx.saved_tensors
         if ctx.observer is not None:
             hidden_ND, gradient_ND = h_BTD.flatten(0, -2), gradient_BTD.flatten(0, -2)
             for rows in row_blocks(hidden_ND):
                 ctx.observer(widened(hidden_ND[rows]) * widened(gradient_ND[rows]), rows)
-        return gradient_BTD if keeps_D is None else gradient_BTD * keeps_D, None
+        return gradient_BTD
 
 
 # The same as functions.
@@ -141,7 +137,7 @@ rms_norm: Callable[[Tensor, Tensor, float], Tensor] = RmsNorm.apply
 frozen_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = FrozenLinear.apply
 routed: Callable[[Tensor, Tensor], Tensor] = Routed.apply
 gated_product: Callable[[Tensor, Tensor], Tensor] = GatedProduct.apply
-observed: Callable[..., Tensor] = Observed.apply
+observed: Callable[[Tensor], Tensor] = Observed.apply
 
 
 def summed_per_token(routed_SC: Tensor, order_S: Tensor, tokens: int) -> Tensor:

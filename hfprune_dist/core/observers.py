@@ -144,8 +144,9 @@ class UnitSums:
     def _before(self, units: SeenUnits, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hook that runs before an output projection."""
         hidden_BTD, *of_experts = inputs
-        is_first_run = self.phase.backward_of is None  # otherwise a checkpointed layer runs again
-        if is_first_run and self.phase.student is None:
+        # A checkpointed layer runs again in a backward; of students, only weights are observed.
+        is_observed = self.phase.backward_of is None and self.phase.student is None
+        if is_observed:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
             self._add(units, _ACTIVATIONS, hidden_ND.sum()[None])
             self._see_vectors(inputs_of(units.kind), units.layer, hidden_ND)
@@ -154,7 +155,7 @@ class UnitSums:
                     self._reduce(units, criterion, of_experts, rows, widened(hidden_ND[rows]))
         if torch.is_grad_enabled():
             hidden_BTD = self._in_graph(units, hidden_BTD)
-            if is_first_run:
+            if is_observed:
                 observe_gradient(hidden_BTD, partial(self._see_effects, units, of_experts))
         return (hidden_BTD, *of_experts)
 
@@ -184,7 +185,7 @@ class UnitSums:
             hidden_BTD = hidden_BTD.detach().requires_grad_()
         if self.phase.student is not None and units.kind in self.phase.student:
             keeps_U = self.phase.student[units.kind][units.layer]
-            return observed(hidden_BTD, keeps_U.repeat_interleave(units.channels_per_unit))
+            return hidden_BTD * keeps_U.repeat_interleave(units.channels_per_unit)
         is_first = units.layer == self._first[units.kind]
         return hidden_BTD if not is_first and can_be_observed(hidden_BTD) else observed(hidden_BTD)
 

@@ -50,7 +50,6 @@ def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, f
         if of_dense:
             values |= _differentiate(model, batch, sums, of_dense, hidden_BTC)
         if of_student:
-            # All units are observed at the activations that they would have, also those that the student lacks.
             sums.phase.student = model.student
             student_BTC = model.body(batch.input_ids_BT)
             values |= _differentiate(model, batch, sums, of_student, student_BTC, hidden_BTC.detach().flatten(0, 1))

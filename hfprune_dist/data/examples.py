@@ -49,8 +49,8 @@ def read_examples(source: Mapping[str, Any], path: Path | None, seed: int) -> It
     """
     if source["text"] == "documents":
         field = source["text_field"]
-        records = read_records(source, path, [field], seed, "recovery")
-        yield from (Example(where, response=text_in(record, field, where)) for where, record in records)
+        for where, record in read_records(source, path, [field], seed, "recovery"):
+            yield Example(where, response=text_in(record, field, f"{where} (see text_field)"))
         return
     asks = source["answers"] == "dense"
     fields = {f"recovery.{name}": source[name] for name in ("instruction_field", "response_field")[: 1 if asks else 2]}

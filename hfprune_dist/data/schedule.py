@@ -34,10 +34,14 @@ class Schedule:
     def largest_step(self) -> int:
         return -(-self.rows // self.steps_per_epoch)
 
+    def rows_before(self, step: int) -> int:
+        """Number of rows that the steps before ``step`` see, over all epochs."""
+        return self.rows * step // self.steps_per_epoch
+
     def rows_of(self, step: int) -> list[int]:
         """Rows of optimizer step ``step``, counted from 0 over all epochs."""
         epoch, part = divmod(step, self.steps_per_epoch)
-        first, last = (self.rows * edge // self.steps_per_epoch for edge in (part, part + 1))
+        first, last = map(self.rows_before, (part, part + 1))
         return _shuffled(self.rows, self.seed, epoch)[first:last].tolist()
 
 

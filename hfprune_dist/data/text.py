@@ -112,7 +112,8 @@ def read_records(
 
 def read_texts(source: Mapping[str, Any], path: Path | None, field: str, seed: int, where: str) -> Iterator[str]:
     """Yield the text in a field of each record, or raise UserError if it has none; arguments as of ``read_records``."""
-    return (text_in(record, field, place) for place, record in read_records(source, path, [field], seed, where))
+    records = read_records(source, path, [field], seed, where)
+    return (text_in(record, field, f"{place} (see text_field)") for place, record in records)
 
 
 def read_beginning(items: Iterable[T], records: int | None = None) -> Beginning[T]:
@@ -218,13 +219,16 @@ def require_data_set(source: Mapping[str, Any]) -> None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    is_offline = constants.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(source["dataset"], revision=source["revision"], timeout=10.0)
+        if source["split"] is None:
+            return  # a task's, which opens it in its own way
     except hub_errors() as error:  # it may be in the cache; otherwise the message is the one that a stage would have
         # Where the hub does not answer at all, its client would ask again for half a minute.
-        is_offline = constants.HF_HUB_OFFLINE or not isinstance(error, HfHubHTTPError)
-        with mock.patch.object(constants, "HF_HUB_OFFLINE", is_offline), _explaining_hub(source):
-            _open(source)
+        is_offline = is_offline or not isinstance(error, HfHubHTTPError)
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", is_offline), _explaining_hub(source):
+        _open(source)
 
 
 def _stream(source: Mapping[str, Any], seed: int) -> Iterator[Placed]:
@@ -246,6 +250,5 @@ def _explaining_hub(source: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except refusals as error:
-        raise UserError(
-            f"data set {source['dataset']!r} (split {source['split']!r}): {error}; give a local file with path instead"
-        ) from None
+        told = f"{error}; check its name and split, or give a local file with path"
+        raise UserError(f"data set {source['dataset']!r} (split {source['split']!r}): {told}") from None

@@ -102,10 +102,10 @@ class FrozenModel:
                 self._begin_forward_of_body = begin_step
             self.module.register_forward_pre_hook(self._announce, prepend=True)
             return
-        model: Any = load_causal_lm(checkpoint.path, dtype)
+        model: Any = load_causal_lm(checkpoint.path, dtype, world.device)
         if self._family.experts:
             _align(model)
-        self.module = model.to(world.device).requires_grad_(False).eval()
+        self.module = model.requires_grad_(False).eval()
         if backward_of_body:
             branch_off(self.module, self._family)
 
@@ -175,7 +175,7 @@ class FrozenModel:
         """Yield the whole weight [vocabulary, hidden_size] and bias of the head, for use within the context."""
         head = self._family.head_of(self.module)
         with self.gathered([head]):
-            yield head.weight.data, None if head.bias is None else head.bias.data
+            yield head.weight, head.bias
 
     def gathered(self, linears: Sequence[Any]) -> AbstractContextManager[None]:
         """A context in which linear layers have their whole weights and biases; collective if sharded."""

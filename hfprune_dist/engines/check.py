@@ -88,7 +88,7 @@ def check(
                 try:
                     write_gguf(source, loaded, "f32")
                 except UserError as error:
-                    checks[engine] = Check(engine, failure=_without_folders(str(error), source.path))
+                    checks[engine] = Check("hfprune export", failure=_without_folders(str(error), source.path))
                     continue
             request = {"model": str(loaded), "sequences": [ids for ids, _ in reference], "new_tokens": NEW_TOKENS}
             options = {} if exported else fit(engine, source.config).options
@@ -111,8 +111,8 @@ def _reference(checkpoint: Path) -> Reference:
     from hfprune_dist.data.tokenizer import load_tokenizer
     from hfprune_dist.models.loading import load_causal_lm
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, model = load_tokenizer(checkpoint), load_causal_lm(checkpoint, torch.float32).to(device).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, model = load_tokenizer(checkpoint), load_causal_lm(checkpoint, torch.float32, device).eval()
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)  # beyond any end of text
     reference = []
     with torch.inference_mode():

@@ -43,7 +43,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     simple = before in ([], [tokenizer.bos_token_id]) and behind in ([], [tokenizer.eos_token_id])
     if (splits := _splits_as(backend)) is None or not simple:
         known = f"byte-level BPE that splits text as {', '.join(SPLITS)}, with bos or eos at most"
-        raise UserError(f"{folder}: its tokenizer can't be written to GGUF, only {known}")
+        way_round = "llama.cpp's converter reads plain checkpoints"
+        raise UserError(f"{folder}: its tokenizer can't be written to GGUF, only {known}; {way_round}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits)
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}

@@ -7,8 +7,7 @@ the sum over windows of the mean over j of that sum's absolute value.
 
 ``coupled_taylor``, the start, has the loss on the text's next tokens. A student lacks the few neurons of each layer
 that score lowest by it. ``coupled_taylor_distilled`` scores the student with L = (1 - a) CE + a KL(dense || student),
-in which the dense model's logits are divided by a temperature. The student is a mask: the scores of neurons that it
-lacks are the derivative at a mask of 0, the effect of putting them back.
+in which the dense model's logits are divided by a temperature. The student is a mask; what it lacks scores 0.
 """
 
 from __future__ import annotations

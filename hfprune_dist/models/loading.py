@@ -58,10 +58,12 @@ def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterato
         _TEXTS.reset(token)
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model of a checkpoint folder that lacks no tensor, sharded if an ``HfDeepSpeedConfig`` is alive."""
+def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """Load the model of a checkpoint folder that lacks no tensor, to a device or, if an ``HfDeepSpeedConfig`` is alive,
+    sharded. It doesn't pass through main memory: each rank would hold there what is converted, or stacked as experts.
+    """
     checkpoint = open_checkpoint(folder)
-    model, told = _loaded(checkpoint, dtype=dtype)
+    model, told = _loaded(checkpoint, dtype=dtype, device_map=device)
     _refuse_missing(checkpoint, told)
     for config in (model.config, model.config.get_text_config()):
         name_outputs(config)

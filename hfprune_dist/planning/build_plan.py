@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class _Planner:
     def __init__(self, config: SweepConfig, methods: Mapping[str, Method], hashes: FileHashes, device: str) -> None:
         self._config = config
         self._methods = methods
-        self._hashes = hashes
+        self._identity_of = cache(partial(identity_of, hashes=hashes))  # a text may be of many rows
         self._device = device
         self._own_tasks = own_tasks(config.evaluation.include_path, hashes)
         self._trainings = config.recovery.trainings()
@@ -374,4 +375,4 @@ class _Planner:
         file = Path(source.path)
         if not file.exists():
             raise UserError(f"{file}: No such file or folder; the settings name it as `path` of a text")
-        return {role: Input(identity_of(file, self._hashes), str(file), content="text")}
+        return {role: Input(self._identity_of(file), str(file), content="text")}

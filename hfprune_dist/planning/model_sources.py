@@ -143,24 +143,27 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
 
 def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool) -> ModelSource:
     """A model in the hub's cache, or a stand-in for it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
+    from huggingface_hub import errors, snapshot_download
 
-    refusals: tuple[type[Exception], ...] = (NotASafetensorsRepoError, *hub_errors())
+    refusals: tuple[type[Exception], ...] = (errors.NotASafetensorsRepoError, *hub_errors())
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": DOWNLOADED, "ignore_patterns": TWICE}
     is_here = is_known = True
     try:
         try:
-            folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
-        except LocalEntryNotFoundError:
+            try:
+                folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
+            except errors.IncompleteSnapshotError as error:  # offline; perhaps nothing lacks that is read here
+                folder = Path(error.snapshot_path)
+            if not download:
+                open_checkpoint(folder)  # of which an earlier dry run, too, leaves but a part
+        except (errors.LocalEntryNotFoundError, UserError):
             if download:
                 raise
             folder, is_here = _stand_in(hub_id, revision), False
     except refusals as error:
         # Otherwise the hub is out of reach, or keeps the model from whoever has no licence.
-        has_no_such = isinstance(error, (HfHubHTTPError, NotASafetensorsRepoError)) and not isinstance(
-            error, GatedRepoError
-        )
+        refuses = isinstance(error, (errors.HfHubHTTPError, errors.NotASafetensorsRepoError))
+        has_no_such = refuses and not isinstance(error, errors.GatedRepoError)
         if download or has_no_such:
             told = " ".join(str(error).split()).rstrip(".")
             raise UserError(

@@ -48,7 +48,7 @@ def with_numbers(method: Method, checkpoint: Checkpoint) -> Method:
 def _what_auto_is(method: Method, checkpoint: Checkpoint) -> int:
     if EXPERTS in method.structures:
         return 1
-    step = checkpoint.num_layers * checkpoint.parameters_per_unit / checkpoint.parameters
+    step = checkpoint.num_layers * checkpoint.units.copies * checkpoint.parameters_per_unit / checkpoint.parameters
     fallback = LEAST if checkpoint.units.width >= WIDE else 1
     return next((multiple for multiple in MULTIPLES if multiple * step <= LARGEST_STEP), fallback)
 

@@ -116,8 +116,8 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
     running = [
         f"begun, without an end: {stage.kind} {stage.label}, last sign of life: "
         f"{store.handle(stage.id).heartbeat() or 'none'}"
-        for stage, _, end in attempts
-        if end is None
+        for stage, attempt, end in attempts
+        if end is None and (attempt.runs() or not attempt.intent.job_name)  # but for jobs that wait
     ]
     lacking = [(row["status"] == MISSING, f"{row['label']}: {row['cause']}") for row in rows if row["cause"]]
     notes = {

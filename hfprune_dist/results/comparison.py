@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from hfprune_dist.planning.plan import NONE
+from hfprune_dist.planning.plan import NONE, OWN
 from hfprune_dist.results.markdown import Column
 from hfprune_dist.results.metrics import METRICS, Metric
 from hfprune_dist.results.rows import DONE, Row
@@ -22,13 +22,16 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row
 
     A row has the mean of each metric of ``QUALITY``, and under ``<key>_stderr`` its standard deviation, which is None
     for a single sweep; both are None if it isn't a number in some sweep. ``kl_share`` is KL divided by the reference
-    method's KL in the same sweep, which must not be 0; where pruning and recovery are one training, by that of the
-    recovered one. ``wall_time_s`` is a mean over rows for which it is known, ``peak_memory_bytes`` the highest peak.
+    method's KL after the same recovery in the same sweep, which must not be 0; where pruning and recovery are one
+    training, after the first recovery. ``wall_time_s`` is a mean over rows for which it is known, ``peak_memory_bytes``
+    the highest peak.
     """
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
         done = [row for row in rows if row["status"] == DONE]
-        references = {_place(row): row for row in done if row["method"] == reference}
+        others = [row for row in done if row["method"] == reference]
+        references = {_place(row, OWN): row for row in reversed(others) if row["recovery"] != NONE}
+        references |= {_place(row): row for row in others}
         for row in done:
             key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
             groups.setdefault(key, []).append((row, references.get(_place(row))))
@@ -38,9 +41,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row
     return [{**dict(zip(fields, key, strict=True)), **_compared(groups[key])} for key in in_order]
 
 
-def _place(row: Row) -> tuple[str, float, bool, str]:
+def _place(row: Row, recovery: str = "") -> tuple[str, float, str, str]:
     """Key shared by rows of a sweep that can be compared; rows of its earlier runs may be measured in another way."""
-    return row["model"], row["ratio"], row["recovery"] != NONE, row["measured_as"]
+    return row["model"], row["ratio"], recovery or row["recovery"], row["measured_as"]
 
 
 def _compared(members: Sequence[tuple[Row, Row | None]]) -> Row:

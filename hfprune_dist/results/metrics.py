@@ -93,7 +93,8 @@ OF_TEXT = ("kl", "top1_agreement", "perplexity")
 
 # A task's headline is the first of these that it reports; all are shares of right answers. Perplexities are not, and
 # can't be averaged with them: a task that reports nothing else has no headline.
-HEADLINES = ("acc_norm", "acc", "pct_stereotype", "exact_match", "em", "f1", "pass@1")
+_SHARES = "acc_norm acc accuracy prompt_level_strict_acc pct_stereotype exact_match em f1 pass@1 pass_at_1"
+HEADLINES = tuple(_SHARES.split())
 
 
 def headline_metric(scores: Mapping[str, Any]) -> str | None:

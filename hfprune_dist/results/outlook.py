@@ -40,36 +40,37 @@ LENGTH = (*LENGTHS, "evaluate_every", "patience")
 
 @dataclass(frozen=True)
 class Law:
-    """KL(D) = floor + factor (D / unit)^-exponent."""
+    """KL(D) = floor + factor D^-exponent."""
 
     floor: float
     factor: float
     exponent: float
-    unit: float
 
     @classmethod
     def fitted(cls, points: Mapping[int, float], *, has_floor: bool = True) -> Law:
         """The fit of least squares in relative errors: tokens, in ascending order -> KL, all above 0."""
         tokens, kls = (np.asarray([*values], dtype=np.float64) for values in (points.keys(), points.values()))
-        powers = (tokens / tokens[-1]) ** -EXPONENTS[:, None] / kls  # [exponents, points]
-        basis = np.stack([np.broadcast_to(1 / kls, powers.shape), powers], axis=2)
-        floors, factors = np.linalg.pinv(basis).sum(axis=2).T  # that make basis x (floor, factor) closest to 1
-        alone = (floors < 0) | (not has_floor)
-        floors, factors = np.where(alone, [0 * floors, powers.sum(axis=1) / (powers**2).sum(axis=1)], [floors, factors])
-        best = ((floors[:, None] / kls + factors[:, None] * powers - 1) ** 2).sum(axis=1).argmin()
-        floor, factor, exponent = (float(each[best]) for each in (floors, factors, EXPONENTS))
-        return cls(floor, factor, exponent, float(tokens[-1]))
+        weights = kls**-2 / (kls**-2).sum()
+        powers = tokens ** -EXPONENTS[:, None]  # [exponents, points]; for each exponent, KL is a line over them
+        mean_power, mean_kl = has_floor * (powers @ weights), has_floor * (kls @ weights)  # else a line through 0
+        apart = powers - mean_power[..., None]
+        factors = apart @ (weights * (kls - mean_kl)) / (apart**2 @ weights)
+        floors = mean_kl - factors * mean_power
+        best = ((floors[:, None] + factors[:, None] * powers - kls) ** 2 @ weights).argmin()
+        if floors[best] < 0:
+            return cls.fitted(points, has_floor=False)
+        return cls(float(floors[best]), float(factors[best]), float(EXPONENTS[best]))
 
     def at(self, tokens: float) -> float:
         """KL after so many tokens."""
-        return float(self.floor + self.factor * (tokens / self.unit) ** -self.exponent)
+        return float(self.floor + self.factor * tokens**-self.exponent)
 
     def tokens_to(self, kl: float) -> float:
         """Tokens after which KL is that low; infinite if it never is."""
         left = kl - self.floor
         if left <= 0 or self.factor <= 0:
             return math.inf
-        return float(self.unit * math.exp(min(700.0, math.log(self.factor / left) / self.exponent)))
+        return math.exp(min(700.0, math.log(self.factor / left) / self.exponent))
 
 
 def foretold(points: Mapping[int, float], tokens: float) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import read_object, write_json
+from hfprune_dist.store.attempts import DONE, INTERRUPTED, Ledger
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
@@ -162,7 +163,8 @@ class Context(Generic[P]):
         """
 
         def check() -> None:
-            self.require_artifacts(thorough=self.attempt > 1)
+            ends = [end.cause for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
+            self.require_artifacts(thorough=not {*ends} <= {DONE, INTERRUPTED})
             self._discard_progress_with_other_artifacts()
             self.require_untouched_inputs("since the sweep was planned")
 

@@ -73,8 +73,7 @@ def _in_transformers(
 
     def load() -> None:
         for role, checkpoint in checkpoints.items():
-            model = load_causal_lm(checkpoint.path, getattr(torch, params.dtype))
-            models[role] = model.to(world.device).eval()
+            models[role] = load_causal_lm(checkpoint.path, getattr(torch, params.dtype), world.device).eval()
 
     world.on_rank0(load)
     measured: list[Measured] = []

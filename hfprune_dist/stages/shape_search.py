@@ -3,10 +3,10 @@
 ``plain`` shapes are the same in all layers; in others, kinds of units and all layers compete for one budget. A search
 first orders the layers that may go by how little the model misses them. Candidates that drop none or some of them are
 measured with a cheap refit; unless the effort is quick, the best of them are then fitted layer by layer. No shape is
-measured on windows that its refit was fitted to, and those finalists are compared on windows that nothing before has
-seen; the last refit then sees all. Fitting layer by layer makes up for more where layers are gone, which cheap refits
-can't show. So the best finalist is tried with fewer layers as well, as long as that helps. Where layers compete, the
-search for widths continues with as many layers as it has.
+measured on windows that its refit was fitted to, and those finalists are compared on windows that no fit or measurement
+before has seen; the last refit then sees all. Fitting layer by layer makes up for more where layers are gone, which
+cheap refits can't show. So the best finalist is tried with fewer layers as well, as long as that helps. Where layers
+compete, the search for widths continues with as many layers as it has.
 """
 
 from __future__ import annotations
@@ -208,8 +208,9 @@ class _Search:
             return Shape(layers, {kind: tuple(row[layer] for layer in layers) for kind, row in counts.items()})
 
         def measure(sets: Sequence[tuple[int, ...]]) -> Sequence[float]:
+            phase = f"layers, {len(sets[0]) - 1} gone"
             given = [context.params.dtype, context.world.size, ordered_ST.tolist(), sets]  # whatever the ratio
-            return context.once("order", given, lambda: self._kl([*map(without, sets)], "layers", ordered_ST))
+            return context.once("order", given, lambda: self._kl([*map(without, sets)], phase, ordered_ST))
 
         return drop_order(self._target.droppable, count, measure, CONTENDERS if is_thorough else 0)
 
@@ -252,7 +253,7 @@ class _Search:
                 folder = f"final-{re.sub('[^a-zA-Z0-9]+', '-', name)}"
                 # By least squares only: further steps take several times as long, and don't change the order.
                 fitted = refit_layers(
-                    context, checkpoint, kept, self._seen_ST, folder, phase="finalists", whole_mlp=False
+                    context, checkpoint, kept, self._seen_ST, folder, phase=f"finalist {name}", whole_mlp=False
                 )
                 stream = stream_of(context, checkpoint, self._judged_ST, Passes(1))
                 pruned = PrunedLayers(checkpoint, kept, fitted.replacements(kept.layers), stream.reader)

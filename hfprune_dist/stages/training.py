@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.lora_adapter import lora_targets, merge_weight_file, read_adapter, rounded, write_adapter
+from hfprune_dist.checkpoints.lora_adapter import lora_targets, merged, read_adapter, rounded, write_adapter
 from hfprune_dist.checkpoints.pruned_config import pruned_config, write_kept
 from hfprune_dist.checkpoints.tensor_files import is_usable
-from hfprune_dist.checkpoints.token_costs import training_cost
+from hfprune_dist.checkpoints.token_costs import training_flops
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.config.parameters import KINDS
-from hfprune_dist.config.training import Training, rows_trained
+from hfprune_dist.config.training import Training
 from hfprune_dist.data.examples import read_examples
 from hfprune_dist.data.instructions import (
     EXAMPLES_AT_ONCE,
@@ -42,7 +45,7 @@ from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
 from hfprune_dist.training.snapshot import Snapshot, write_losses
 from hfprune_dist.training.teacher_states import DenseStates
-from hfprune_dist.training.trainer import FineTuning, fine_tune, in_adapters
+from hfprune_dist.training.trainer import FineTuning, fine_tune
 
 TRACKING = "tracking"  # next to the store: a folder of its own for what each training tells trackers
 LONGEST_TITLE = 96
@@ -81,8 +84,8 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
     trained = fine_tune(task, *surroundings, context.work / "snapshot.safetensors", run_folder)
     earlier = trained.notes.pop("seconds") - (time.monotonic() - began)
     losses = [line["loss"] for line in trained.losses]
-    seen = rows_trained(schedule.rows, settings.batch_size, trained.step)
-    cost = training_cost(checkpoint, seen, task.tokens, in_place=not in_adapters(task), teacher=teacher)
+    flops = training_flops(checkpoint, task.tokens, in_place=settings.method != "lora", teacher=teacher)
+    cost = {"training_tokens": task.tokens_at(trained.step), "flops_per_token": flops}
     summary = {"steps": len(losses), "first_loss": losses[0], "final_loss": losses[-1]}
     metrics = {**counts, **cost, **trained.notes, **summary}
     kept = None
@@ -112,43 +115,38 @@ def write_trained(
     Raises:
         UserError: if a weight is not finite, or too large for its dtype.
     """
-    lora = settings.method == "lora"
-
-    def write_adapter_and_losses() -> None:
-        if lora:
-            targets = lora_targets(checkpoint.family, checkpoint.ranks)
-            write_adapter(draft / ADAPTER_FOLDER, trained.weights, targets, settings.rank, settings.alpha)
-        write_losses(draft / LOSSES, trained.losses)
 
     def write_rest() -> None:
+        write_losses(draft / LOSSES, trained.losses)
         config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
         write_companions(checkpoint, draft, config)
         if kept is not None:
             write_kept(draft, kept)
 
-    world.on_rank0(write_adapter_and_losses)
-    files, adapter = checkpoint.weight_files, read_adapter(draft / ADAPTER_FOLDER) if lora else None
+    files, stays = checkpoint.weight_files, kept or Kept(tuple(range(checkpoint.num_layers)))
+    if settings.method == "lora":
+        folder, targets = draft / ADAPTER_FOLDER, lora_targets(checkpoint.family, checkpoint.ranks)
+        world.on_rank0(lambda: write_adapter(folder, trained.weights, targets, settings.rank, settings.alpha))
+        learnt = merged(checkpoint, read_adapter(folder), stays)
+    else:
+        learnt = _learnt_in_place(checkpoint, trained)
     for done, file in enumerate(files[world.rank :: world.size]):
         progress.update("merging", done * world.size, len(files))
-        if adapter is not None:
-            merge_weight_file(checkpoint, file, adapter, draft, kept)
-        else:
-            _write_weight_file(checkpoint, file, trained, draft)
+        write_weight_file(checkpoint, file, stays, draft, learnt)
     world.barrier()  # the rest describes all weight files
     world.on_rank0(write_rest)
 
 
-def _write_weight_file(checkpoint: Checkpoint, file: str, trained: Snapshot, draft: Path) -> None:
-    """Write one safetensors file of the checkpoint with the weights that were trained themselves."""
+def _learnt_in_place(checkpoint: Checkpoint, trained: Snapshot) -> dict[str, Callable[[], Tensor]]:
+    """Name of each weight that was trained itself, or is a copy of one -> what makes it."""
     family, names = checkpoint.family, {name: name for name in trained.shapes}
     is_tied = checkpoint.config["tie_word_embeddings"] and family.embedding_tensor in names
     if is_tied and family.head_tensor in checkpoint.tensors:  # a copy
         names[family.head_tensor] = family.embedding_tensor
-    learnt = {
+    return {
         name: partial(lambda name, source: rounded(checkpoint, name, trained.weight(source)), name, source)
         for name, source in names.items()
     }
-    write_weight_file(checkpoint, file, Kept(tuple(range(checkpoint.num_layers))), draft, learnt)
 
 
 # Rows.

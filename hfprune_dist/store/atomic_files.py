@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
 import tempfile
 import uuid
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from hfprune_dist.errors import UserError, naming
+from hfprune_dist.errors import UserError, from_os_error, naming
 
 T = TypeVar("T")
 
@@ -183,11 +182,13 @@ def require_usable(root: Path) -> None:
 
 
 def unwritable(root: Path) -> str:
-    """Say that the disk of a folder is full, or can only be read; empty if neither."""
-    if os.statvfs(root).f_flag & os.ST_RDONLY:
-        return f"{root}: Read-only file system; have it mounted for writing and run the sweep again"
-    if (free := shutil.disk_usage(root).free) <= FULL_DISK_BYTES:
-        return f"{root}: No space left on device ({free:,} bytes); make room and run the sweep again"
+    """Say that a folder's disk or quota is full, or that it can only be read; empty if neither."""
+    try:
+        with tempfile.TemporaryFile(dir=root) as trial:
+            trial.write(bytes(FULL_DISK_BYTES))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return str(from_os_error(OSError(error.errno, "", str(root))))
     return ""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Optimizer:
             moments = {moment: start.vector(moment, own).to(device) for moment in MOMENTS}
             self._adamw.state[self._weights] = {"step": torch.tensor(float(start.step)), **moments}
         for name, sum_of_gradients in self.gradients().items():
-            parameters[name].register_post_accumulate_grad_hook(_adding_to(sum_of_gradients))
+            parameters[name].register_post_accumulate_grad_hook(partial(_take_over, sum_of_gradients))
         self._show()
 
     def weights(self) -> dict[str, Tensor]:
@@ -122,12 +123,8 @@ class Optimizer:
             begin = end
 
 
-def _adding_to(sum_of_gradients: Tensor) -> Callable[[Tensor], None]:
-    """A hook that takes over what a backward left in a parameter."""
-
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        sum_of_gradients.add_(parameter.grad)
-        parameter.grad = None
-
-    return add
+def _take_over(sum_of_gradients: Tensor, parameter: Tensor) -> None:
+    """Hook that adds what a backward left in a parameter to a sum."""
+    assert parameter.grad is not None
+    sum_of_gradients.add_(parameter.grad)
+    parameter.grad = None

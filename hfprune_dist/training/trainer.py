@@ -14,7 +14,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers.utils import is_liger_kernel_available, logging
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_targets
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
-from hfprune_dist.config.training import STEPS_PER_WARMUP_STEP, Training, layers_of, rows_trained
+from hfprune_dist.config.training import STEPS_PER_WARMUP_STEP, Training, layers_of
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs
 from hfprune_dist.core.head import next_ids
@@ -87,7 +87,7 @@ class FineTuning:
 
     def tokens_at(self, step: int) -> int:
         """Tokens of the rows of the first ``step`` steps."""
-        return rows_trained(self.schedule.rows, self.schedule.batch_size, step) * self.tokens
+        return self.schedule.rows_before(step) * self.tokens
 
     def evaluates_at(self, step: int) -> bool:
         """Whether there is an evaluation after the first ``step`` steps."""
@@ -142,8 +142,7 @@ def fine_tune(
                 del trainer  # whose memory, hidden from Python's collector by gc.freeze, the next one needs
                 gc.unfreeze()
                 gc.collect()
-                if world.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
                 start = Snapshot.last(file, world)
                 trainer, losses = Trainer(task, start, world, placement), list(start.losses)
                 continue
@@ -175,7 +174,7 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
     """The placement to try when memory is short: layers run again in backward, then weights are sharded too."""
     if not placement.checkpointing:
         return replace(placement, checkpointing=True)
-    if in_adapters(task) and world.size > 1 and sharding == "auto":
+    if task.settings.method == "lora" and world.size > 1 and sharding == "auto":
         return replace(placement, whole=False)
     rows = f"{task.settings.least_at_once} x {task.tokens} tokens"
     raise torch.OutOfMemoryError(
@@ -204,12 +203,12 @@ class Trainer:
             keep_no_gathered_weights(model)
         self._teacher, self._is_unsharded = None, placement.whole
         if task.teacher is not None:  # where ranks share the optimizer, that needs a whole teacher's memory
-            beside: DecidedSharding = sharding if in_adapters(task) or world.size == 1 else "zero3"
+            beside: DecidedSharding = sharding if task.settings.method == "lora" or world.size == 1 else "zero3"
             self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
             self._is_unsharded = beside == "replicate"
         fused = [use_fused_kernels(each.module, world.device) for each in (self._frozen, self._teacher) if each]
         self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}
-        trained = add_lora(model, task) if in_adapters(task) else parts_to_train(model, task)
+        trained = add_lora(model, task) if task.settings.method == "lora" else parts_to_train(model, task)
         self._dense_head: tuple[Tensor, Tensor | None] | None = None
         compares = share > 0 or task.held_out is not None
         if compares and (task.head_of or task.checkpoint.family.head_of(model).weight.requires_grad):
@@ -232,12 +231,12 @@ class Trainer:
         """
         task, world, rate = self._task, self._world, self._task.learning_rate(step)
         batches = list(self._micro_batches(step))
-        labels = torch.tensor(sum(batch.labels for batch in batches))
+        labels = torch.tensor(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for _, batch in batches))
         world.all_reduce(labels)  # of all ranks
         loss, lacks_memory = torch.zeros((), device=world.device), False
         try:
-            for batch in batches:
-                torch.manual_seed(batch.seed)  # dropout depends on a row's place alone
+            for seed, batch in batches:
+                torch.manual_seed(seed)  # dropout depends on a row's place alone
                 term = self._loss(batch, int(labels))
                 loss += term.detach()
                 if term.requires_grad:  # not where the head alone is trained, and no token has a label
@@ -255,9 +254,9 @@ class Trainer:
         world.all_reduce(loss)
         return {"loss": float(loss), "learning_rate": rate, "grad_norm": self._optimizer.step(rate)}
 
-    def _micro_batches(self, step: int) -> Iterator[_MicroBatch]:
-        """The micro-batches of an optimizer step on this rank, equally many on each; free places have a row without
-        loss.
+    def _micro_batches(self, step: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The micro-batches of an optimizer step on this rank, each with a seed, equally many on each rank; free places
+        have a row without loss.
         """
         task, at_once = self._task, self._task.settings.least_at_once
         numbers, of_all = task.schedule.rows_of(step), at_once * self._world.size
@@ -270,26 +269,25 @@ class Trainer:
             for row in rows[max(len(numbers) - first, 0) :]:
                 row["labels"].fill_(IGNORED)
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            with_loss_BT = tensors["labels"] != IGNORED
-            labels = int(with_loss_BT[:, 1:].sum())
+            labelled = (tensors["labels"] != IGNORED).any(dim=0).nonzero().flatten()
             # Nothing depends on what comes after the last token with a loss.
-            end = int(with_loss_BT.any(dim=0).nonzero().max()) + 1 if labels else 2
-            tensors = {name: tensor[:, :end] for name, tensor in tensors.items()}
-            yield _MicroBatch(tensors, labels, int(digest_of([task.seed, step, first])[:15], 16))
+            end = max([1, *labelled.tolist()]) + 1
+            seed = int(digest_of([task.seed, step, first])[:15], 16)
+            yield seed, {name: tensor[:, :end] for name, tensor in tensors.items()}
 
-    def _loss(self, batch: _MicroBatch, labels: int) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], labels: int) -> Tensor:
         """A micro-batch's part of the loss, which is a mean over so many labels."""
         device, model, share = self._world.device, self._frozen.module, self._task.settings.teacher_share
         tensors = {
             name: send(tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype), device)
-            for name, tensor in batch.tensors.items()
+            for name, tensor in batch.items()
             if name != "labels"
         }
         # On the host, which would have to wait for a GPU to find them.
-        targets_N = nn.functional.pad(batch.tensors["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+        targets_N = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         places_N = (targets_N != IGNORED).nonzero().flatten()
         targets_N = send(targets_N[places_N], device)
-        texts = packed_rows(batch.tensors.get("position_ids"), device)
+        texts = packed_rows(batch.get("position_ids"), device)
         if not share:
             with texts, self._frozen.head_at(places_N):  # with a cache, rows would not count as packed
                 logits_NV = model(**tensors, use_cache=False).logits[0].float()
@@ -299,7 +297,7 @@ class Trainer:
             hidden_BTC = self._task.checkpoint.family.body_of(model)(**tensors, use_cache=False).last_hidden_state
         judged_N = send(places_N, device)
         hidden_NC, dense_NC = (states_BTC.flatten(0, 1)[judged_N] for states_BTC in (hidden_BTC, dense_BTC))
-        with self._head() as (weight_VC, bias_V):
+        with self._frozen.head() as (weight_VC, bias_V):
             divergence = summed_divergence(
                 hidden_NC,
                 dense_NC,
@@ -312,13 +310,6 @@ class Trainer:
             )
         return divergence * (share / labels)
 
-    @contextmanager
-    def _head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The model's head, within the context; the parameters themselves if it is trained."""
-        head = self._task.checkpoint.family.head_of(self._frozen.module)
-        with self._frozen.gathered([head]):
-            yield head.weight, head.bias
-
     @torch.no_grad()
     def evaluate(self) -> LossLine:
         """Compare the model as it is with the dense one on the held-out text; collective."""
@@ -330,7 +321,7 @@ class Trainer:
             index = min(first + world.rank, len(states.windows_ST) - 1)
             hidden_TC = self._frozen.final_hidden(states.windows_ST[index])
             dense_TC = send(states.hidden(index).to(self._dtype), world.device)
-            with self._head() as (weight_VC, bias_V):
+            with self._frozen.head() as (weight_VC, bias_V):
                 dense = Outputs(dense_TC, *(self._dense_head or (weight_VC, bias_V)), self._after)
                 model = Outputs(hidden_TC, weight_VC, bias_V, self._after)
                 sums += world.all_gather(
@@ -345,15 +336,6 @@ class Trainer:
         masks = {} if self._masks is None else self._masks.state()
         snapshot = Snapshot(step, masks, losses, self._optimizer.shapes(), notes=self._notes | {"seconds": seconds})
         snapshot.save(file, self._optimizer.state(), self._world)
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Rows of a forward of one rank, stacked, with a loss over so many ``labels``."""
-
-    tensors: dict[str, Tensor]
-    labels: int
-    seed: int
 
 
 def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
@@ -383,11 +365,6 @@ def use_fused_kernels(model: nn.Module, device: torch.device) -> bool:
     if device.type == "cuda" and is_liger_kernel_available():
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     return any(str(module.forward.__module__).startswith("liger_kernel") for module in model.modules())
-
-
-def in_adapters(task: FineTuning) -> bool:
-    """Whether LoRA is trained, and not the weights themselves."""
-    return task.settings.method == "lora"
 
 
 def parts_to_train(model: nn.Module, task: FineTuning) -> dict[str, nn.Parameter]:

@@ -72,9 +72,9 @@ WORDS = (
     ),
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
-        r"slurm.*prolog.*(fail|error)|couldn't chdir to|stale file handle|invalid job credential|munge decode failed"
-        r"|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA driver version is insufficient"
-        rf"|{NO_CONTROLLER}",
+        r"slurm.*prolog.*(fail|error)|couldn't chdir to|stale file handle|input/output error|transport endpoint"
+        r"|invalid job credential|munge decode failed|uncorrectable ECC|fallen off the bus|no CUDA-capable device"
+        rf"|CUDA driver version is insufficient|{NO_CONTROLLER}",
         Cause.KILLED,
         "a node could not run it; if that persists, tell the cluster's administrators",
     ),

@@ -13,7 +13,7 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import ProgressLines, say
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState, to_submit
-from hfprune_launch.slurm.launcher import Event, Launcher, NewJobs
+from hfprune_launch.slurm.launcher import SHARE, Event, Launcher, NewJobs
 from hfprune_launch.slurm.observe import Observer, served_by
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import Request, batch_script, default_threads
@@ -115,10 +115,11 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
     looks_at_rest = 0
     with screen.live:
         while keep_on and looks_at_rest < LOOKS_AT_REST:
+            began = time.monotonic()
             looks_at_rest = 0 if screen.refresh(jobs()) else looks_at_rest + 1
             if not sweep.plan.lacking(is_committed):
                 break
-            sleep(STATUS_INTERVAL_S)
+            sleep(max(STATUS_INTERVAL_S, SHARE * (time.monotonic() - began)))
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs())))
 
 
@@ -212,7 +213,8 @@ class _Screen:
         for status in statuses:
             if status.state == "running":
                 self._lines.tell(status.stage, status.progress, status.left)
-        self.live.update(status_table(statuses), refresh=True)
+        busy_first = sorted(statuses, key=lambda each: (each.state in AT_REST, each.state == "queued"))
+        self.live.update(status_table(busy_first), refresh=True)  # of which a terminal shows the beginning
         return jobs is None or any(status.state not in AT_REST for status in statuses)
 
     def tell(self, event: Event) -> None:

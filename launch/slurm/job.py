@@ -232,10 +232,13 @@ class Start:
         return None if beat is None else {"phase": beat.phase, "done": beat.done}
 
     def gets_no_further(self) -> bool:
-        """Return whether the job's last starts, but for those that were killed, ended where earlier ones had been."""
-        progress = [run.progress for run in self.attempt.runs() if run.ended is not None]
-        is_new = [at is not None and at not in progress[:number] for number, at in enumerate(progress)]
-        return len(is_new) >= FRUITLESS_STARTS and not any(is_new[-FRUITLESS_STARTS:])
+        """Return whether the job's last starts, but for those that were killed, ended no further than earlier ones."""
+        farthest, is_further = {"": 0}, list[bool]()  # by phase
+        for end in [run.progress or {"phase": "", "done": 0} for run in self.attempt.runs() if run.ended is not None]:
+            phase, done = end["phase"], end["done"]
+            is_further.append(done > farthest.get(phase, -1))
+            farthest[phase] = max(done, farthest.get(phase, 0))
+        return len(is_further) >= FRUITLESS_STARTS and not any(is_further[-FRUITLESS_STARTS:])
 
 
 if __name__ == "__main__":

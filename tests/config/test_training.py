@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hfprune_dist.config.load import load_config
-from hfprune_dist.config.training import Training, rows_trained
+from hfprune_dist.config.training import Training
 from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.data.schedule import Schedule
 from hfprune_dist.errors import UserError
@@ -34,9 +34,9 @@ def test_a_budget_of_tokens_is_as_many_steps_as_it_takes(tokens, rows, batch_siz
     """Of three rows in steps of two, the first step has one row."""
     steps = Training(tokens=tokens, batch_size=batch_size).steps(rows, 10)
     schedule = Schedule(rows, batch_size, 0)
-    few, enough = (10 * rows_trained(rows, batch_size, steps - less) for less in (1, 0))
+    few, enough = (10 * schedule.rows_before(steps - less) for less in (1, 0))
     assert few < tokens <= enough
-    assert rows_trained(rows, batch_size, 2) == len(schedule.rows_of(0)) + len(schedule.rows_of(1))
+    assert schedule.rows_before(2) == len(schedule.rows_of(0)) + len(schedule.rows_of(1))
 
 
 def trainings_of(**settings):

@@ -40,10 +40,11 @@ CHANNELS = pytest.mark.parametrize("channels", [1, 5, 20])
 
 
 @CHANNELS
-def test_each_removal_costs_what_least_squares_says(channels):
+def test_each_removal_costs_what_least_squares_says(channels, monkeypatch):
+    monkeypatch.setattr(elimination, "BLOCK", 1)
     gram, curvature, weight = layer()
     fisher = independent(gram, curvature, weight, channels)
-    order, costs = eliminate(gram, curvature, weight, fisher, block=1)
+    order, costs = eliminate(gram, curvature, weight, fisher)
     removed = []
     for unit, cost in zip(order.tolist(), costs, strict=True):
         before = cost_of_removing(gram, curvature, weight, removed, channels)
@@ -53,11 +54,12 @@ def test_each_removal_costs_what_least_squares_says(channels):
 
 
 @CHANNELS
-def test_a_first_removal_goes_half_way_to_the_exact_fisher_score(channels):
+def test_a_first_removal_goes_half_way_to_the_exact_fisher_score(channels, monkeypatch):
+    monkeypatch.setattr(elimination, "BLOCK", D)
     gram, curvature, weight = layer()
     fisher = independent(gram, curvature, weight, channels)
     for factor in (9, 0.25):
-        order, costs = eliminate(gram, curvature, weight, factor * fisher, block=D)
+        order, costs = eliminate(gram, curvature, weight, factor * fisher)
         alone = [cost_of_removing(gram, curvature, weight, [unit], channels) for unit in order.tolist()]
         torch.testing.assert_close(costs, factor**0.5 * torch.stack(alone))
 
@@ -65,7 +67,8 @@ def test_a_first_removal_goes_half_way_to_the_exact_fisher_score(channels):
 @pytest.mark.parametrize(("waiting", "channels"), [(1, 1), (3, 2), (100, 2)])
 def test_it_does_not_matter_how_many_updates_wait(waiting, channels, monkeypatch):
     gram, curvature, weight = layer()
-    arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight, channels), 2
+    arguments = gram, curvature, weight, 2 * independent(gram, curvature, weight, channels)
+    monkeypatch.setattr(elimination, "BLOCK", 2 * channels)
     order, costs = eliminate(*arguments)
     monkeypatch.setattr(elimination, "WAITING", waiting)
     found_order, found_costs = eliminate(*arguments)
@@ -90,17 +93,18 @@ def test_neurons_of_a_silent_layer_cost_nothing():
 
 
 @CHANNELS
-def test_a_unit_too_quiet_for_the_rounded_gram_matrix_goes_first(channels):
+def test_a_unit_too_quiet_for_the_rounded_gram_matrix_goes_first(channels, monkeypatch):
+    monkeypatch.setattr(elimination, "BLOCK", 1)
     gram, curvature, weight = layer()
     quiet = slice(0, channels)
     gram[quiet] = gram[:, quiet] = 0
     fisher = independent(gram, curvature, weight, channels)
     fisher[0] = 1e-20
-    order, costs = eliminate(gram, curvature, weight, fisher, block=1)
+    order, costs = eliminate(gram, curvature, weight, fisher)
     assert order[0] == 0
     silent = fisher.clone()
     silent[0] = 0
-    assert torch.equal(costs, eliminate(gram, curvature, weight, silent, block=1)[1])
+    assert torch.equal(costs, eliminate(gram, curvature, weight, silent)[1])
 
 
 def test_a_column_that_no_gradient_touches_has_a_score_however_its_zero_is_rounded():

@@ -81,13 +81,3 @@ def test_any_other_tensor_is_observed_too():
     (y * 3).sum().backward()
     assert torch.equal(torch.cat(seen), y * 3)
     assert torch.equal(x.grad, torch.full((2, 4), 6.0))
-
-
-def test_a_masked_tensor_shows_all_of_itself_and_passes_on_what_is_left():
-    x, keeps, seen = torch.randn(2, 4, requires_grad=True), torch.tensor([True, False, True, True]), []
-    y = observed(x * 2, keeps)
-    assert torch.equal(y, x * 2 * keeps)
-    observe_gradient(y, lambda product, _rows: seen.append(product))
-    (y * 3).sum().backward()
-    assert torch.equal(torch.cat(seen), x * 6)
-    assert torch.equal(x.grad, torch.full((2, 4), 6.0) * keeps)

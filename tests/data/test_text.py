@@ -175,7 +175,7 @@ def test_a_stream_that_breaks_off_is_an_error_of_the_user(monkeypatch, error):
     monkeypatch.setitem(sys.modules, "datasets", library)
     texts = read_texts(SOURCE, None, "text", 0, "calibration")
     assert next(texts) == "the first"
-    with pytest.raises(UserError, match=r"'org/texts' .*: the connection was reset; give a local file with path"):
+    with pytest.raises(UserError, match=r"'org/texts' .*: the connection was reset; .* or give a local file with path"):
         next(texts)
 
 
@@ -187,3 +187,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     monkeypatch.setattr(text, "_open", lambda _: opened.append(constants.HF_HUB_OFFLINE))
     require_data_set(SOURCE)
     assert opened == [True] and not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(HfApi, "dataset_info", mock.Mock())
+    for asked in (SOURCE, {**SOURCE, "split": None}):  # of which a task knows better how to open it
+        require_data_set(asked)
+    assert opened == [True, False]

@@ -15,7 +15,7 @@ MEMORY_TOLERANCE = 0.25
 def test_memory_of_a_calibration_pass_is_as_estimated(real_assets, tmp_path, windows):
     model, ranks = folder_of(MODEL), count_gpus()
     config = write_config(tmp_path, real_assets, model, calibration={"samples": 256, "micro_batch_size": windows})
-    finish_watched(config, tmp_path / "out", environment=visible(ranks))
+    finish_watched(config, tmp_path / "out", "--set", "runtime.sharding=zero3", environment=visible(ranks))
     expected = estimate_of(tmp_path / "out", model, ranks)
     found = manifest_of(tmp_path / "out", "importance")["peak_memory_bytes"]
     assert found == pytest.approx(expected, rel=MEMORY_TOLERANCE)

@@ -59,7 +59,7 @@ def test_ranks_whose_gpus_slurm_binds_find_theirs(real_assets, shared):
 
 def test_a_large_model_on_two_nodes(real_assets, shared):
     model = folder_of(LARGE_MODEL)
-    beats = run(write_config(shared, real_assets, model, calibration={"samples": 64}), shared)
+    beats = run(write_config(shared, real_assets, model, calibration={"samples": 64, "micro_batch_size": 1}), shared)
     manifest = manifest_of(shared / "out", "importance")
     first = min(beat.at for beat in beats if beat.phase == "calibration")
     assert first - manifest["started"] < LOADING_S

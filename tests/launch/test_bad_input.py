@@ -47,6 +47,7 @@ def refused(main, *arguments, folders=()):
         ("--models=someone/nothing", "can't be downloaded"),
         # Folders.
         ("--out={inputs}/alpha", "stages read what is in"),
+        ("--out=other", "other/config.yaml: no sweep's"),
         ("--out=~nobody-of-this-name/x", "no such user"),
         ("--out=/etc/passwd/x", "/etc/passwd is not a folder"),
         ("--out=a\nb\x1b", "a\\nb\\x1b': its name can't be printed"),
@@ -55,6 +56,8 @@ def refused(main, *arguments, folders=()):
 def test_a_sweep_that_can_not_be_is_refused(config, tmp_path, monkeypatch, arguments, told):
     """By whichever part finds it; what dry runs refuse too is in test_prepare.py."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("of: another tool")
     given = ["--config", config, "--out", "out", *arguments.replace("{inputs}", str(config.parent)).split(" ")]
     assert told in refused(sweep.main, *given, folders=(tmp_path, config.parent))
 

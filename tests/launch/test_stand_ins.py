@@ -99,8 +99,9 @@ def test_what_the_hub_tells_of_a_model_is_planned_with(tmp_path):
     _, local, _ = in_process(sweep.main, "--dry-run", "--out", tmp_path / "out", "--models", model, *settings)
     with local_hub(tmp_path / "hub") as endpoint:
         shown = dry_run(tmp_path, *settings, "--models", "org/model", HF_ENDPOINT=endpoint)
+        again = dry_run(tmp_path, *settings, "--models", f"org/model@{COMMIT}", HF_ENDPOINT=endpoint)
         unknown = dry_run(tmp_path, *settings, "--models", "org/modell", HF_ENDPOINT=endpoint)
-    assert shown.returncode == 0, shown.stderr
+    assert shown.returncode == again.returncode == 0, shown.stderr + again.stderr
     assert "it is downloaded when the sweep runs" in shown.stdout
 
     def shapes(text):

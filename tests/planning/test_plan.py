@@ -1,9 +1,11 @@
 import json
 import re
+from unittest import mock
 
 import huggingface_hub
 import pytest
 from families import save_model
+from huggingface_hub.errors import IncompleteSnapshotError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from sweeps import planned
@@ -232,6 +234,13 @@ def test_what_is_downloaded_is_what_a_pruned_copy_needs_and_weights_once(tmp_pat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
     with pytest.raises(UserError, match=f"downloads {re.escape(', '.join(needed))};"):
         resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
+
+
+def test_offline_a_model_that_others_have_cached_is_read_without_what_only_tells_of_it(config, tmp_path, monkeypatch):
+    incomplete = IncompleteSnapshotError("README.md is missing", str(config.parent / "alpha"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=incomplete))
+    (found,) = resolve_models(load_config([], {"models": ["org/name"]}), tmp_path, FileHashes(None), download=True)
+    assert found.is_here and found.checkpoint.path == config.parent / "alpha"
 
 
 def test_a_checkpoint_whose_layers_differ_is_pruned_again_where_layers_compete(config, tmp_path):

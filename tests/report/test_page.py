@@ -191,10 +191,12 @@ def test_names_are_text_whatever_is_in_them(tmp_path):
 
 def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
     sweep = DrawnSweep(tmp_path, missing={"m 0.5 other", "m 0.5 hfprune"})
-    (cell,) = (cell for cell in sweep.plan.cells if cell.label == "m 0.5 hfprune")
+    by_label = {cell.label: cell for cell in sweep.plan.cells}
+    cell, waits = (by_label[name] for name in ("m 0.5 hfprune", "m 0.5 other"))
     for cause, message in (("interrupted", "the launcher was"), ("input", "no such task")):
         attempt = Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[cell.evaluate])
         attempt.close(End(cause, message, 1.0))
+    Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[waits.evaluate], time_minutes=1)  # a job that waits
     rows = [dict(row, measured_as="a") for row in sweep.rows()]
     rows[-1]["measured_as"] = "b"
     text = sweep.page(rows=rows)

@@ -46,6 +46,12 @@ def test_a_method_that_recovers_while_it_prunes_is_set_against_the_recovered_ref
     assert own["recovery"] == "own" and own["kl_share"] == 0.5
 
 
+def test_rows_are_set_against_the_reference_after_the_same_recovery():
+    rows = [row("hfprune", kl) | {"recovery": recovery} for kl, recovery in ((2.0, "lora"), (1.0, "full"))]
+    found = compare_methods([[*rows, row("ours", 1.5) | {"recovery": "lora"}]], "hfprune")
+    assert [each["kl_share"] for each in found] == [1.0, 1.0, 0.75]
+
+
 @pytest.mark.parametrize("measure", ["kl", "average"])
 def test_what_a_sweep_has_no_number_for_is_missing(measure):
     """A mean over the other sweeps would be one of fewer seeds, without a word."""

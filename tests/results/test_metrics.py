@@ -13,6 +13,7 @@ from hfprune_dist.results.metrics import average, headline
         ({"exact_match[flexible-extract]": 0.3, "exact_match[strict-match]": 0.2}, (0.2, None)),
         ({"exact_match[get-answer]": 0.7, "exact_match[get-answer]_stderr": 0.1}, (0.7, 0.1)),
         ({"exact": 61.2, "f1": 75.0, "f1_stderr": 1.5, "HasAns_f1": 74.9}, (0.75, 0.015)),  # squadv2, in percent
+        ({"inst_level_loose_acc": 0.5, "prompt_level_strict_acc": 0.4}, (0.4, None)),  # ifeval
         ({"word_perplexity": 12.0, "byte_perplexity": 2.0}, (None, None)),
         ({"acc_norm": None, "acc": 0.4}, (None, None)),  # a missing score stays missing
         ({}, (None, None)),

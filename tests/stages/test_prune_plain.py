@@ -148,7 +148,7 @@ def rows(windows_ST, among_ST):
 @pytest.fixture
 def used(monkeypatch):
     """Windows by use."""
-    seen = {"shapes": [], "finalists": [], "finalists refits": [], "refit refits": []}
+    seen = {"shapes": [], "finalists": [], "finalist refits": [], "refit refits": []}
     measure, compare, refit = shape_search.measure_shapes, shape_search.mean_divergences, prune_refit.refit_layers
 
     def measuring(shapes, kinds, fitted_on, stream, *rest, **options):
@@ -160,7 +160,7 @@ def used(monkeypatch):
         return compare(stream, *rest)
 
     def refitting(context, models, kept, windows_ST, folder, *, phase, whole_mlp):
-        seen[f"{phase} refits"].append(windows_ST)
+        seen[f"{phase.split()[0]} refits"].append(windows_ST)
         return refit(context, models, kept, windows_ST, folder, phase=phase, whole_mlp=whole_mlp)
 
     monkeypatch.setattr(shape_search, "measure_shapes", measuring)
@@ -177,7 +177,7 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
     run_here(store, stage)
     everything = windows_of(store)
     apart = rows(torch.cat(used["finalists"]), everything)
-    seen = rows(torch.cat([*used["finalists refits"], *used["shapes"]]), everything)
+    seen = rows(torch.cat([*used["finalist refits"], *used["shapes"]]), everything)
     assert apart == set(range(samples - judged, samples)) and seen == set(range(samples - judged))
     (fitted_on,) = used["refit refits"]
     assert all((fitted_on == row).all(1).any() for row in everything), "what is written is fitted on all"

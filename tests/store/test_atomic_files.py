@@ -2,9 +2,9 @@
 
 import errno
 import os
-import shutil
+import tempfile
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -95,13 +95,11 @@ def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_and_one_that_can_only_be_read_are_named(tmp_path, monkeypatch):
-    assert unwritable(tmp_path) == ""
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
-        assert "No space left on device" in unwritable(tmp_path)
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
-    assert "Read-only file system" in unwritable(tmp_path)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_or_quota_and_a_disk_that_can_only_be_read_are_named(tmp_path, monkeypatch, number):
+    assert unwritable(tmp_path) == "" and not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(number, "")))
+    assert unwritable(tmp_path).startswith(f"{tmp_path}: {os.strerror(number)}; ")
 
 
 def test_a_folder_to_which_everybody_can_write_runs_nobodys_jobs(tmp_path):

@@ -1,7 +1,9 @@
 """How the local backend finds out how its ranks ended, which here only seem to run."""
 
+import errno
 import os
-import shutil
+import tempfile
+from unittest import mock
 
 import pytest
 from hfprune_launch.local import backend as local
@@ -140,11 +142,12 @@ def test_who_lost_its_claim_says_so_and_leaves_its_successor_alone(backend, rank
 
 def test_a_full_disk_is_told_even_where_a_draft_filled_it(backend, ranks, store, monkeypatch):
     full = [True]
-    usage = shutil.disk_usage(os.curdir)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if full[0] else 10**9))
+    trial = tempfile.TemporaryFile
+    refused = mock.Mock(side_effect=OSError(errno.EDQUOT, ""))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **at: (refused if full[0] else trial)(**at))
     discard = StageHandle.discard_draft
     monkeypatch.setattr(StageHandle, "discard_draft", lambda *a: full.__setitem__(0, False) or discard(*a))
     ranks.meanwhile = lambda claim: store.handle(STAGE.id).open_draft(claim)
     told = run(backend)
-    assert told.cause == "input" and "No space left on device" in told.message
+    assert told.cause == "input" and "Disk quota exceeded" in told.message
     assert not list(store.root.rglob(".draft*"))

@@ -1,9 +1,9 @@
 """The cause of an attempt's death, deduced from what the attempt left behind."""
 
-import os
-import shutil
+import errno
+import tempfile
 import time
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from fake_slurm import complete
@@ -52,6 +52,7 @@ def ended(ledger, attempt, state=None, **changes):
     [
         ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "killed"),
         ("error: /store/work/progress.json: No space left on device; make room on the disk", "input"),
+        ("OSError: [Errno 5] Input/output error: '/store/work/progress.json'", "killed"),
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0", "out of memory"),
         ("srun: error: Unable to create step for job 7: Memory required by task is not available", "input"),
         ("srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller", "killed"),
@@ -92,11 +93,7 @@ def test_a_disk_that_nobody_can_write_to_is_what_it_is(ledger, attempt, monkeypa
     started(attempt)
     (attempt.folder / "7_srun_log.err").write_text("srun: error: n2: task 1: Exited with exit code 1\n")
     assert "not even in its log; was the disk full" in ended(ledger, attempt, "FAILED").message, "as long as it was"
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-        end = ended(ledger, attempt, "FAILED")
-    assert end.cause == "input" and "No space left on device" in end.message
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(errno.EROFS, "")))
     end = ended(ledger, attempt, "FAILED")
     assert end.cause == "input" and "Read-only file system" in end.message and RETRIES.get("input", 0) == 0
 

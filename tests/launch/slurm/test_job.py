@@ -136,6 +136,7 @@ RUNNING = "JobState=RUNNING PreemptTime=None"
         (4, RUNNING, True, "interrupted", None),
         (None, RUNNING, False, "interrupted", "input"),
         (3, RUNNING, False, "interrupted", "input"),  # by its time limit, for the third time without getting further
+        (2, RUNNING, False, "interrupted", "input"),
         (3, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True, "interrupted", None),  # not the job's fault
         (4, "JobState=COMPLETING", True, "interrupted", None),  # Slurm itself puts it back
         (4, "JobState=CANCELLED", False, "cancelled", None),
