@@ -2,9 +2,9 @@
 
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
-The sweeps must have the same settings, but for the seed and which models, ratios and methods they are of. Writes
-comparison.md and comparison.json: for each method, the mean and standard deviation of KL to the dense model, agreement,
-perplexity and the average of tasks, and time and memory.
+The last runs in their folders must have the same settings, but for the seed and which models, ratios and methods they
+are of; --forget rows of other settings. Writes comparison.md and comparison.json: for each method, the mean and
+standard deviation of KL to the dense model, agreement, perplexity and the average of tasks, and time and memory.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import Function, Variable
+from torch.autograd import Variable
 from torch.cuda._sanitizer import StreamSynchronizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -361,8 +361,6 @@ class _Calls(TorchFunctionMode):
                 return self._here(first, is_there)
             if name == "to" and first is not None:
                 return self._moved(first, is_there, args[1:], kwargs)
-            if name == "rms_norm" and is_there:
-                return _Norm.apply(first, args[1], kwargs["eps"], gpu)
             if name == "histc":  # its counts of integers exist only on a GPU
                 args = first.float(), *args[1:]
             is_pinned, target = kwargs.pop("pin_memory", False), kwargs.get("device")
@@ -428,32 +426,13 @@ class _Calls(TorchFunctionMode):
             return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
-class _Norm(Function):
-    """``rms_norm`` as a GPU has it: a kernel forwards, and one backwards."""
-
-    @staticmethod
-    def forward(ctx, x, shape, epsilon, gpu):
-        with _disable_current_modes(), torch.enable_grad():
-            ctx.x, ctx.gpu = x.detach().requires_grad_(), gpu
-            ctx.normal = torch.nn.functional.rms_norm(ctx.x, shape, eps=epsilon)
-            normal = gpu.put(ctx.normal.detach())
-        gpu.run("rms_norm", [x], [normal])
-        return normal
-
-    @staticmethod
-    def backward(ctx, gradient):
-        with _disable_current_modes():
-            (slope,) = torch.autograd.grad(ctx.normal, ctx.x, gradient, retain_graph=True)
-        ctx.gpu.run("rms_norm", [ctx.x, gradient], [ctx.gpu.put(slope)])
-        return slope, None, None, None
-
-
 @contextmanager
 def pretended_gpu() -> Iterator[Gpu]:
     """Within the context, tensors may be moved to ``GPU``; mixing them with others raises ``MixedError``."""
     gpu = Gpu()
     losses._signs_of_bytes.cache_clear()  # which may be of another one
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # whose threads don't see the modes
         gpu.patch(patch)
         with _Calls(gpu), _Operations(gpu):
             yield gpu

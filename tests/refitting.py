@@ -30,9 +30,11 @@ def checkpoint_in(folder, variant="llama", layers=3):
 
 
 def to_prune(folder, variant, layers):
-    """Return a checkpoint and what stays of it: some units of these layers, or of each MLP in a mixture of experts."""
+    """Return a checkpoint and what stays of it: some units of these layers, or of each MLP in a mixture of
+    experts with so many layers, or its usual ones."""
     if variant in EXPERTS:
-        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264))
+        sizes = {"num_hidden_layers": len(layers), "mlp_only_layers": []} if layers else {}
+        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264, **sizes))
         return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
     return checkpoint_in(folder, variant, layers[-1] + 1), some_kept(layers)
 

@@ -99,6 +99,10 @@ class Launcher:
         if self.observer.before is None:
             ended = [each for stage_id in self.plan.stages for each in self.ledger.jobs_of(stage_id) if each.end]
             self.observer.before = {attempt.intent.stage_id: attempt.intent.number for attempt in ended}
+            others = [each.intent for each in self.ledger.open_jobs() if each.intent.stage_id not in self.plan.stages]
+            if any(each.job_name in self.observer.jobs for each in others):
+                told = "jobs of rows that aren't of this run, such as with other settings, wait or run too"
+                self.tell(Event("waiting", message=f"{told}; --cancel ends all jobs"))
         self._submit_missing()
 
     def run(self, show: Callable[[], object], follow: bool, sleep: Callable[[float], None] = time.sleep) -> None:

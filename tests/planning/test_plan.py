@@ -162,16 +162,6 @@ def test_several_texts_add_references_and_inputs_and_leave_what_a_single_text_ma
     assert importance.id not in one.stages and importance.id != heavier.id
 
 
-def test_a_criterion_more_in_the_pass_makes_it_again_and_nothing_else(config):
-    few = plan_of(config, methods=["hfprune"])
-    for change in ({"methods": ["hfprune", "surgeon-uniform-block"]}, {"importance__criteria": ["activation_l1"]}):
-        more = plan_of(config, **{"methods": ["hfprune"], **change})
-        anew = {few.stages[stage_id].kind for stage_id in set(few.stages) - set(more.stages)}
-        assert anew == {"importance"}
-        prune = next(stage for stage in more.stages.values() if stage.kind == "prune")
-        assert prune.inputs["importance"].location in more.stages
-
-
 def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(config, tmp_path):
     """A method of neurons only is planned as it is without others, and one of groups as it is without the former."""
     both = tmp_path / "both.yaml"
@@ -181,8 +171,9 @@ def test_one_pass_scores_all_kinds_and_each_method_depends_on_its_own(config, tm
     scored = [stage for stage in together.stages.values() if stage.kind == "importance"]
     assert [stage.params.structures for stage in scored] == [["neurons", "kv_groups"]]
     assert scored[0].params.criteria == ["entropy", "surgeon"]
-    for plan in (alone, other):
-        new = {stage_id.split("/")[0] for stage_id in set(plan.stages) - set(together.stages)}
+    asked = plan_of(config, methods=["hfprune"], models=["alpha"], importance__criteria=["activation_l1"])
+    for plan, more in ((alone, together), (other, together), (alone, asked)):
+        new = {stage_id.split("/")[0] for stage_id in set(plan.stages) - set(more.stages)}
         assert new == {"importance"}, "prune stages and what comes after them are the same"
     cuts = [stage.params.to_json() for stage in together.stages.values() if stage.kind == "prune"]
     assert [cut["structures"] for cut in cuts] == [["neurons"], ["neurons", "kv_groups"]] * 2

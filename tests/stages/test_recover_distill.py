@@ -123,16 +123,6 @@ def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source,
 
 
 @pytest.mark.slow
-def test_short_distillations_learn_too(source, tmp_path):
-    """If all steps were warm-up, the only one would have a learning rate of 0."""
-    store, stage = lay_out(source, tmp_path, epochs=1.0, batch_size=WINDOWS, warmup_steps=4)
-    finish(store, stage, ranks=1)
-    before, after = weights_of(store.handle(PRUNE.id).artifact), weights_of(store.handle(stage.id).artifact)
-    changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
-    assert len(changed) == 2 * 7, "every projection of both layers"
-
-
-@pytest.mark.slow
 def test_all_weights_are_trained_beside_the_dense_model_and_a_kill_changes_nothing(source, tmp_path):
     """The teacher runs sharded over two ranks, which share the optimizer."""
     settings = {"method": "full", "learning_rate": 2e-3, "epochs": 3.0}

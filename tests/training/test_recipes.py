@@ -4,7 +4,6 @@ import gc
 import itertools
 import shutil
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -104,12 +103,16 @@ def plain_losses(task, teacher):
     return losses
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_first_steps_are_those_of_a_plain_loop(tmp_path, checkpoints, name):
-    task = task_of(checkpoints, name, micro_batch_size=3)
-    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
-    trained = fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
-    losses = [line["loss"] for line in trained.losses]
+def train_alone(task, folder, **runtime):
+    given = Progress(None), Interruption(), folder / "snapshot", folder / "run"
+    return fine_tune(task, SoloWorld(), RuntimeConfig(**runtime), *given)
+
+
+@pytest.mark.parametrize(("name", "online"), [*((name, True) for name in RECIPES), ("full, distill", False)])
+def test_the_first_steps_are_those_of_a_plain_loop(tmp_path, checkpoints, name, online):
+    """The dense model runs beside the model, or its hidden states come from a file."""
+    task = task_of(checkpoints, name, online=online, micro_batch_size=3)
+    losses = [line["loss"] for line in train_alone(task, tmp_path).losses]
     assert losses == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5) and losses[-1] < losses[0]
 
 
@@ -118,8 +121,7 @@ def test_a_head_alone_learns_from_steps_that_differ_by_a_row(tmp_path):
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
     task = make_task(checkpoint, **USUAL, method="parts", parts=["lm_head"], objective=0.5, micro_batch_size=1)
     task = replace(task, teacher=checkpoint, schedule=Schedule(5, 2, 0))
-    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
-    losses = [line["loss"] for line in fine_tune(task, SoloWorld(), RuntimeConfig(), *noting).losses]
+    losses = [line["loss"] for line in train_alone(task, tmp_path).losses]
     assert len({len(task.schedule.rows_of(step)) for step in range(task.total_steps)}) == 2
     assert losses == pytest.approx(plain_losses(task, checkpoint), rel=1e-5)
 
@@ -132,10 +134,15 @@ def test_a_head_that_an_earlier_round_has_trained_is_not_the_dense_models(tmp_pa
     trained_before = open_checkpoint(tmp_path / "trained"), checkpoints[1]
     task = task_of(trained_before, "full, distill", evaluate_every=1)
     task = replace(task, head_of=checkpoints[1], held_out=HeldOut(checkpoints[1]))
-    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
-    trained = fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
+    trained = train_alone(task, tmp_path)
     assert [line["loss"] for line in trained.losses] == pytest.approx(plain_losses(task, checkpoints[1]), rel=1e-5)
     assert trained.losses[0]["untrained_kl"] == pytest.approx(task.held_out.divergence(model), rel=1e-4)
+
+
+def test_a_warm_up_takes_at_most_a_quarter_of_the_steps(checkpoints):
+    task = task_of(checkpoints, "lora, labels", warmup_steps=4)
+    rates = [replace(task, total_steps=steps).learning_rate(0) for steps in (1, 3, 4)]
+    assert rates[0] == rates[1] == task.settings.learning_rate and rates[2] == 0
 
 
 class AfterTwoSteps(Interruption):
@@ -171,26 +178,21 @@ def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpo
 
 
 @pytest.mark.slow
-def test_both_models_sharded_learn_what_whole_ones_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["lora, labels", "lora, distill"])
+def test_models_sharded_or_checkpointed_learn_what_whole_ones_do(tmp_path, name, monkeypatch):
     """Evaluations on the way come between forwards whose order DeepSpeed has learnt. MLPs are large enough to shard."""
     checkpoints = make_checkpoints(tmp_path, hidden_size=256, intermediate_size=416)
-    task = replace(task_of(checkpoints, "lora, distill", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
+    task = task_of(checkpoints, name, dropout=0.1, evaluate_every=1)
+    task = replace(task, held_out=HeldOut(checkpoints[1]))
     alone, _ = train(tmp_path / "one", 1, task)
-    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole=False, checkpointing=False, fits=True))
-    sharded, counts = train(tmp_path / "two", 2, task)
-    assert 0 < counts[0] < counts[1] < counts[2], "weights are gathered in each step"
-    for key in ("loss", "grad_norm", "held_out_kl", "held_out_perplexity"):
-        values, expected = ([line[key] for line in each.losses] for each in (sharded, alone))
-        assert values == pytest.approx(expected, rel=1e-4), key
-
-
-def test_hidden_states_from_a_file_teach_what_the_dense_model_does(tmp_path, checkpoints):
-    tasks = {kind: task_of(checkpoints, "full, distill", online=kind == "online") for kind in ("online", "stored")}
-    losses = {}
-    for kind, task in tasks.items():
-        noting = Progress(None), Interruption(), tmp_path / kind, tmp_path / "run"
-        losses[kind] = [line["loss"] for line in fine_tune(task, SoloWorld(), RuntimeConfig(), *noting).losses]
-    assert losses["stored"] == pytest.approx(losses["online"], rel=1e-6)
+    for whole in (False, True):
+        placement = Placement(whole, checkpointing=whole, fits=True)
+        monkeypatch.setattr(trainer, "place_training", lambda *_, placement=placement: placement)
+        found, counts = train(tmp_path / str(whole), 2, task)
+        assert (0 < counts[0] < counts[1] < counts[2]) != whole, "sharded weights are gathered in each step"
+        for key in ("loss", "grad_norm", "held_out_kl", "held_out_perplexity"):
+            values, expected = ([line[key] for line in each.losses] for each in (found, alone))
+            assert values == pytest.approx(expected, rel=1e-4), key
 
 
 class HeldOut:
@@ -213,11 +215,10 @@ def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_pa
     often = {"evaluate_every": ROWS * TOKENS, "patience": 1, "learning_rate": 0.5}  # a leap away
     task = task_of(checkpoints, "full, distill", **(often if patience else {"evaluate_every": ROWS * TOKENS * 2}))
     task = replace(task, held_out=HeldOut(checkpoints[1]), total_steps=7)
-    train_it = partial(fine_tune, task, SoloWorld(), RuntimeConfig(save_every_steps=1), Progress(None))
-    trained = train_it(Interruption(), tmp_path / "snapshot", tmp_path / "run")
+    trained = train_alone(task, tmp_path, save_every_steps=1)
     found = {line["step"]: line["held_out_kl"] for line in trained.losses if "held_out_kl" in line}
     assert list(found) == ([1, 2] if patience else [2, 4, 6, 7])
-    assert train_it(Interruption(), tmp_path / "snapshot", tmp_path / "run").step == trained.step
+    assert train_alone(task, tmp_path).step == trained.step
     if patience is None:
         assert found[7] < found[2] < trained.losses[0]["untrained_kl"]
         model = load_causal_lm(task.checkpoint.path, torch.float32)
@@ -228,9 +229,8 @@ def test_evaluations_on_the_way_measure_what_is_learnt_and_end_a_training(tmp_pa
 def test_evaluations_that_diverge_are_told(tmp_path, checkpoints):
     task = replace(task_of(checkpoints, "full, labels", evaluate_every=1), held_out=HeldOut(checkpoints[1]))
     task.held_out.hidden = lambda index: torch.full((16, 32), torch.nan)
-    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
     with pytest.raises(UserError, match=r"training diverged, \w+_kl is nan at step 1; lower recovery.learning_rate"):
-        fine_tune(task, SoloWorld(), RuntimeConfig(), *noting)
+        train_alone(task, tmp_path)
 
 
 def test_an_interrupted_step_is_saved(tmp_path, checkpoints, monkeypatch):
@@ -240,9 +240,10 @@ def test_an_interrupted_step_is_saved(tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 4)
     with pytest.raises(Interrupted):
         fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
-    expected = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), tmp_path / "n", tmp_path)
+    (tmp_path / "whole").mkdir()
+    expected = train_alone(task, tmp_path / "whole")
     monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 1)
-    resumed = fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interruption(), file, tmp_path / "run")
+    resumed = train_alone(task, tmp_path)
     assert resumed.notes == {"micro_batch_size": 4, "fused_kernels": False, "seconds": 20}
     assert resumed.losses == expected.losses
     assert all(torch.equal(weight, expected.weights[name]) for name, weight in resumed.weights.items())
@@ -301,8 +302,7 @@ def test_what_lacked_memory_is_gone_before_less_is_tried(tmp_path, checkpoints, 
             return super()._loss(*given)
 
     monkeypatch.setattr(trainer, "Trainer", Short)
-    noting = Progress(None), Interruption(), tmp_path / "snapshot", tmp_path / "run"
-    trained = fine_tune(task, SoloWorld(), RuntimeConfig(save_every_steps=1), *noting)
+    trained = train_alone(task, tmp_path, save_every_steps=1)
     # A state of random numbers has 5,056 bytes; LoRA's gradients, the smallest of what was there, have 15,000.
     assert trained.step == task.total_steps and len(live) == 2 and live[1] - live[0] < 8192, live
 

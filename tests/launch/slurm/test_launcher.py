@@ -143,6 +143,13 @@ def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_l
 # Ends.
 
 
+@pytest.mark.parametrize("plan", [PLAN, ALONE])
+def test_jobs_of_rows_that_are_not_of_this_run_are_told(fake, store, plan):
+    started(store)
+    told = [event.message for event in started(store, plan).told if "aren't of this run" in event.message]
+    assert len(told) == (plan is ALONE)
+
+
 def test_a_cancelled_job_waits_for_the_user(fake, store, ledger):
     launcher = started(store)
     ledger.open_job(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
