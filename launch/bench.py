@@ -107,7 +107,7 @@ def seconds_of_nothing() -> float:
             while (codes := warm.ended(1.0)) is None:
                 pass
             assert set(codes.values()) == {0}, Path(log.name).read_text(encoding="utf-8")
-    return time.perf_counter() - began
+        return time.perf_counter() - began
 
 
 def do_nothing(_arguments: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = compare_methods(sweeps, reference)
     if not methods:
         raise UserError(f"{given}: no cell is finished; run the sweeps first")
-    names = sorted({row["method"] for row in methods})
+    names = sorted({row["method"] for row in methods} - {"dense"})
     if named is not None and named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")
     named_rows = zip(folders, sweeps, strict=True)

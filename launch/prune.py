@@ -36,7 +36,7 @@ from hfprune_launch.sweep_folder import Sweep, read_sweep, record_run, require_a
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import load_config, parse_assignments
-from hfprune_dist.data.text import read_beginning, read_texts
+from hfprune_dist.data.text import CHECKED_CHARACTERS, read_beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
 from hfprune_dist.planning.model_sources import resolve_models
@@ -161,7 +161,8 @@ def prune(
 
 def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
     """Settings for a text, of a long one its beginning: most to prune on, the end to compare on, in cached files."""
-    documents = read_beginning(read_texts({}, text, field, 0, "--text")).records
+    read = read_beginning(read_texts({}, text, field, 0, "--text")).records
+    documents = [document[:CHECKED_CHARACTERS] for document in read]
     left, kept, held_out = int((1 - HELD_OUT) * sum(map(len, documents))), list[str](), list[str]()
     for document in documents:
         cut = max(left, 0)

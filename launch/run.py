@@ -75,7 +75,7 @@ def run_missing(prepared: Prepared) -> int | None:
         if prepared.todo and request.profile is None:
             warm.begin()  # what it imports takes as long as what is checked meanwhile
         require_runnable(prepared)
-        require_usable(out)
+        require_usable(sweep.store.root)
         record_run(sweep, config, prepared.models)
         hashes.save()  # of input files; every stage that reads one compares its hash with the plan
         _clean_up(prepared)

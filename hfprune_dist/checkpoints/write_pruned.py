@@ -177,7 +177,8 @@ def write_companions(checkpoint: Checkpoint, target: Path, config: Mapping[str, 
     if config["model_type"] != checkpoint.config["model_type"]:
         # For some architectures, transformers makes a tokenizer by rules of its own and takes only the vocabulary from
         # tokenizer.json; for others, it takes that as it is, and a text would get other ids.
-        AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False).save_pretrained(target)
+        options = {"trust_remote_code": False, "mistral_format": False}
+        AutoTokenizer.from_pretrained(checkpoint.path, **options).save_pretrained(target)
     stated = {key: value for key, value in checkpoint.config_file(config).items() if needs_ours or key != "auto_map"}
     write_config(stated, target)
     if needs_ours:

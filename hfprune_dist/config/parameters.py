@@ -44,7 +44,7 @@ KINDS = {
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 3),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 7, trains=True),
+    "recover": StageKind("training.RecoverParameters", 8, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),

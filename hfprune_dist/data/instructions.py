@@ -35,6 +35,7 @@ EXAMPLES_AT_ONCE, EXAMPLES_TO_TRY = 2000, 1024
 # The tensors of a packed row.
 ROW = ("input_ids", "position_ids", "labels")
 PACKING_BUFFER = 8192  # examples that are packed together: enough to fill rows well, few enough to keep them mixed
+OTHER = "\u2063"  # in place of what an assistant says, to see where it is in a chat
 # What a chat template has around what the assistant says, if it tells.
 _GENERATION = re.compile(r"{%-?\s*generation\b")
 
@@ -63,7 +64,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
             start = [] if bos is None else [bos]
             ids, body = [*whole, eos] if example.response.strip() else [], sequence_length - len(start)
             pieces = [[*start, *ids[first : first + body]] for first in range(0, len(ids), body)]
-            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > 1)
+            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > len(start) + 1)
             encoded += [Encoded(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in of_piece] or [None]
             continue
         ids = [*([] if bos is None else [bos]), *whole, eos]
@@ -113,7 +114,7 @@ def _chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, next_tur
 
 
 def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool]]:
-    """Train on what is between the template's marks; without marks, on what an assistant's turn adds to the text."""
+    """Train on what is between the template's marks; without marks, on an assistant's words and what ends its turn."""
     messages = example.messages
     if _GENERATION.search(tokenizer.get_chat_template()):
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
@@ -123,8 +124,11 @@ def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool
     trained = [False] * len(whole)
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            begin = _in_common(_chat_ids(tokenizer, messages[:number], next_turn=True), whole) if number else 0
-            end = _in_common(_chat_ids(tokenizer, messages[: number + 1]), whole)
+            # Templates may write a turn, or what is before it, otherwise once others follow.
+            other = [*messages[:number], {**message, "content": OTHER}, *messages[number + 1 :]]
+            other_ids, ends = _chat_ids(tokenizer, other), _chat_ids(tokenizer, messages[: number + 1])
+            begin, behind = _in_common(other_ids, whole), _in_common(other_ids[::-1], whole[::-1])
+            end = max(min(len(whole) - behind + 1, len(whole)), _in_common(ends, whole))
             trained[begin:end] = [True] * (end - begin)
     return whole, trained
 

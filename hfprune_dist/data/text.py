@@ -199,7 +199,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[Placed]:
         wanted = [name for name in names if name in fields]
         batches = table.iter_batches(batch_size=1024, columns=wanted or names)
         for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-            yield f"{file}, row {number}", record
+            yield f"{file}, row {number}", dict.fromkeys(names) | record
 
 
 @contextmanager

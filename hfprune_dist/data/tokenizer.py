@@ -15,7 +15,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """Load the tokenizer of a checkpoint folder, whose own code isn't run."""
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # tokenizers, in Rust, raises the base class
         raise UserError(f"{checkpoint}: the tokenizer can't be loaded ({type(error).__name__}: {error})") from None
     return tokenizer

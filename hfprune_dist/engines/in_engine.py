@@ -36,6 +36,8 @@ def main() -> None:
     answer: dict[str, Any] = {"version": sys.argv[1]}
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who asks may die
+        for number in (signal.SIGTERM, signal.SIGUSR2):  # of Slurm, on which who asks acts
+            signal.signal(number, signal.SIG_IGN)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DO_NOT_TRACK="1", VLLM_NO_USAGE_STATS="1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
     try:

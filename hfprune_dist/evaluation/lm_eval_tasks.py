@@ -21,12 +21,17 @@ _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULT
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
-    """Refuse names that lm-eval doesn't know and, unless ``data`` is False, data neither on the hub nor cached."""
+    """Refuse tasks that lm-eval doesn't know or that run code, and, unless ``data`` is False, plain ones whose data are
+    neither on the hub nor cached.
+    """
     known = _open_index(tuple(tasks), include_path).task_index
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
     if unknown:
         where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
         raise UserError("evaluation.tasks:\n  " + "\n  ".join(unknown) + f"\nknown are the tasks of lm-eval{where}")
+    if unsafe := [name for name in tasks if (known[name].cfg or {}).get("unsafe_code")]:
+        said = "they run code that a model writes, which isn't done here; leave them out"
+        raise UserError(f"evaluation.tasks: {', '.join(unsafe)}: {said}")
     for name in tasks if data else ():
         settings = known[name].cfg or {}
         source, part = settings.get("dataset_path"), settings.get("dataset_name")

@@ -73,6 +73,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if tokenizer.bos_token_id is not None:
             tokenizer.add_bos_token = add_bos_token  # some tokenizers add none unless told so
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token  # which may have no row in the embedding
         super().__init__(
             pretrained=model.module,
             tokenizer=tokenizer,
@@ -162,9 +163,9 @@ class ShardedLM(HFLM):  # type: ignore[misc]
                 for number, found in self._answer_mine(*now).items():
                     for place, answer in zip(places[number], found, strict=True):
                         answers[place] = answer
+            self.report(len(batches), len(batches))
         except Exception as error:
             raise ModelError(f"{method}: {error}") from error
-        self.report(len(batches), len(batches))
         return answers
 
     # On all ranks.

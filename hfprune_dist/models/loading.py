@@ -81,14 +81,16 @@ def name_outputs(config: Any) -> None:
 
 def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
     """The model that transformers makes from a checkpoint, and what it tells about tensors."""
+    attention = attention_of(checkpoint)  # refuses first what would need code of its own
     # A head that config.json doesn't call tied counts by itself, but the class's default may tie it. Left to itself,
     # transformers compares it with the embedding then: if both are sharded, it sees no values, and ties them.
-    default = getattr(AutoConfig.from_pretrained(checkpoint.path), "tie_word_embeddings", False)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    default = getattr(config, "tie_word_embeddings", False)
     untie = default and not checkpoint.config.get("tie_word_embeddings")
     with ONE_AT_A_TIME:
         loaded: tuple[PreTrainedModel, dict[str, set[Any]]] = model_class(checkpoint).from_pretrained(
             checkpoint.path,
-            attn_implementation=attention_of(checkpoint),
+            attn_implementation=attention,
             output_loading_info=True,
             **({"tie_word_embeddings": False} if untie else {}),
             **options,

@@ -20,18 +20,20 @@ from hfprune_dist.structures.low_rank import rank_field
 
 
 def remarks_on_texts(config: SweepConfig, methods: Mapping[str, Method]) -> list[str]:
-    """Sentences about texts for comparison that models are also pruned on, which misleads."""
-    calibrates = config.importance.criteria or any(method.prunes_in == "calibration" for method in methods.values())
-    if not calibrates:
-        return []
-    mixture = config.calibration.mixture
-    pruned_on: dict[str, TextSource] = {f"calibration.mixture.{n}": text for n, text in enumerate(mixture or [])}
+    """Sentences about texts for comparison that models are also made on, which misleads."""
+    made_on: dict[str, TextSource] = {}
+    if config.importance.criteria or any(method.prunes_in == "calibration" for method in methods.values()):
+        mixture = config.calibration.mixture
+        made_on |= {f"calibration.mixture.{n}": text for n, text in enumerate(mixture or [])}
+        made_on |= {} if mixture else {"calibration": config.calibration}
+    trainings = {f"recovery {name}": each for name, each in config.recovery.trainings().items() if each is not None}
+    made_on |= {name: training for name, training in trainings.items() if training.text != "calibration"}
     compared_on = config.evaluation.fidelity.texts or {FIRST: config.evaluation.fidelity}
     return [
         f"{f'evaluation.fidelity.texts.{name}' if name else 'evaluation.fidelity'} and {other} read the same text: "
-        "pruned models seem closer to the dense model on it than they are on text that they weren't pruned on"
+        "pruned models seem closer to the dense model on it than they are on text that they weren't made on"
         for name, held_out in compared_on.items()
-        for other, text in (pruned_on or {"calibration": config.calibration}).items()
+        for other, text in made_on.items()
         if _overlap(text, held_out)
     ]
 

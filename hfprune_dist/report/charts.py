@@ -194,7 +194,7 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
                 name = line.name if cell.recovery == OWN else f"{line.name} + {cell.recovery}"
                 line = replace(line, name=name, are_marked=x == "tokens" or len(points) == 1)
                 found.setdefault(title, []).append(replace(line, color=PALETTE[place % len(PALETTE)]))
-    panels = [Panel(title, "step", drawn, from_zero=False) for title, drawn in losses.items()]
+    panels = [Panel(title, "step", drawn, from_zero=False, x_form=count) for title, drawn in losses.items()]
     panels += [Panel(title, "tokens", drawn, x_form=count) for title, drawn in divergences.items()]
     about = (
         "Training loss by optimizer step, and divergence from the dense model on held-out text by tokens trained on."
@@ -243,15 +243,14 @@ def figure(panel: Panel) -> str:
                     f'<path stroke="{line.color}" d="M{across} {place(x, y - error)[1]}V{place(x, y + error)[1]}"/>'
                 )
             parts.append(f'<circle fill="{line.color}" r=4 cx="{across}" cy="{up}"><title>{told}</title></circle>')
-    plot = f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(parts)}</svg>'
-    return (
-        f"<figure><figcaption>{escape(panel.title)}</figcaption>{plot}<div class=legend>{''.join(keys)}</div></figure>"
-    )
+    title = escape(panel.title)
+    plot = f'<svg class=plot viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{title}</figcaption>{plot}<div class=legend>{''.join(keys)}</div></figure>"
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     """The range of the values with some room at its ends, or around them if they are all the same."""
-    room = 0.06 * (max(values) - min(values)) or 0.1 * abs(max(values)) or 1.0
+    room = max(0.06 * (max(values) - min(values)), 0.02 * abs(max(values))) or 1.0
     return min(values) - room, max(values) + room
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from hfprune_dist.checkpoints.checkpoint import is_licence
 from hfprune_dist.checkpoints.engines import loads_in
+from hfprune_dist.config.load import is_hub_id
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.config.yaml_text import to_yaml
@@ -83,7 +84,9 @@ class BaseModel:
         cached = folder.parent.parent.name  # models--org--name/snapshots/commit
         if source.content == "commit" and cached.startswith("models--"):
             return cls(name, cached.removeprefix("models--").replace("--", "/"), folder.name, carried)
-        return cls(name, None, None, carried, metadata.get("base_model"))
+        named = metadata.get("base_model")
+        parents = [one for one in ([named] if isinstance(named, str) else named or []) if is_hub_id(str(one))]
+        return cls(name, None, None, carried, parents or None)
 
     def shown(self) -> str:
         """Its name in Markdown, as exactly as it is known."""
@@ -319,6 +322,6 @@ def eval_results(row: Row) -> Iterator[EvalResult]:
                     dataset_name=config or dataset,
                     dataset_config=config,
                     metric_type=key,
-                    metric_name=METRICS[key].told if key in METRICS else key,
+                    metric_name=METRICS[key].told if dataset == "held-out" else key,
                     metric_value=value,
                 )

@@ -36,6 +36,11 @@ def count(value: float | None) -> str:
     return f"{amount:.4g}{unit}"
 
 
+def rough(value: float | None) -> str:
+    """The same in two digits."""
+    return count(None if value is None else float(f"{value:.2g}"))
+
+
 def byte_count(value: float | None) -> str:
     """Bytes, in units of powers of ten, in two or three digits."""
     return "-" if value is None else _short(value, _BYTES, 999.5)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from hfprune_dist.results.formats import byte_count, count, duration, number, percent, with_error
+from hfprune_dist.results.formats import byte_count, count, duration, number, percent, rough, with_error
 
 Row = Mapping[str, Any]
 # A value, and its standard error; None if it isn't known.
@@ -80,9 +80,9 @@ METRICS = {
         Metric("generation_memory_bytes", "generating", "most memory at once, weights included", byte_count),
         Metric("flops_per_token", "FLOPs/token", "computed from shapes", count),
         Metric("cache_bytes_per_token", "cache/token", "keys and values of one token", byte_count),
-        Metric("training_tokens", "tokens", "read by recovery as it trains", count),
+        Metric("training_tokens", "tokens", "of the rows that recovery trains on, padding included", count),
         Metric("training_flops", "FLOPs", "of these, computed from shapes", count),
-        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", _form(".2g")),
+        Metric("device_hours", "device-h", "of making a row's checkpoint, time x ranks, in hours", rough),
         Metric("own_time_s", "time", _OWN, duration, brief=_OWN),
         Metric("wall_time_s", "total", "of all stages behind a row, those that it shares included", duration),
         Metric("peak_memory_bytes", "memory", "the most that one rank took", byte_count),
@@ -93,8 +93,7 @@ OF_TEXT = ("kl", "top1_agreement", "perplexity")
 
 # A task's headline is the first of these that it reports; all are shares of right answers. Perplexities are not, and
 # can't be averaged with them: a task that reports nothing else has no headline.
-_SHARES = "acc_norm acc accuracy prompt_level_strict_acc pct_stereotype exact_match em f1 pass@1 pass_at_1"
-HEADLINES = tuple(_SHARES.split())
+HEADLINES = ("acc_norm", "acc", "accuracy", "prompt_level_strict_acc", "pct_stereotype", "exact_match", "em", "f1")
 
 
 def headline_metric(scores: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 from hfprune_dist.config.training import LENGTHS
 from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES, UNTRAINED_KL, has_converged
-from hfprune_dist.results.formats import count, number
+from hfprune_dist.results.formats import count, rough
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed
 from hfprune_dist.store.hashing import digest_of
@@ -153,7 +153,7 @@ def _farthest(runs: Sequence[Run]) -> float:
 
 
 def _price(tokens: float, longest: Run) -> str:
-    return f"{count(float(f'{tokens:.2g}'))} tokens ({number(tokens * longest.hours, '.2g')} device-hours)"
+    return f"{rough(tokens)} tokens ({rough(tokens * longest.hours)} device-hours)"
 
 
 def _recipe_of(stage: Stage) -> str:

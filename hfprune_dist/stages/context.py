@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from hfprune_dist.errors import LostInputError
 from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.atomic_files import read_object, write_json
+from hfprune_dist.store.atomic_files import listed, read_object, write_json
 from hfprune_dist.store.attempts import DONE, INTERRUPTED, Ledger
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
@@ -165,6 +166,8 @@ class Context(Generic[P]):
         def check() -> None:
             ends = [end.cause for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
             self.require_artifacts(thorough=not {*ends} <= {DONE, INTERRUPTED})
+            for left in listed(self.work, "tmp*"):  # an engine's files, of an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True)
             self._discard_progress_with_other_artifacts()
             self.require_untouched_inputs("since the sweep was planned")
 

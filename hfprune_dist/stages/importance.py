@@ -109,7 +109,7 @@ def _passes(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Pas
     found = context.passes(need, settings.micro_batch_size, windows_ST, LEAST_SHARDS * settings.shard_size)
 
     def decided_first() -> Passes:
-        earlier = read_json(file)
+        earlier = read_json(file) if (context.work / PARTIAL).is_file() else None
         write_json(file, earlier or found)
         return Passes(*(earlier or found))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.refit.sequential_refit import SequentialRefit
 from hfprune_dist.stages.context import Context as AnyContext
+from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.structures.kept import Kept
 
 Context = AnyContext[PruneParameters]
@@ -85,11 +87,12 @@ def refit_layers(
     """Refit what stays on some windows, or resume where an earlier attempt was interrupted.
 
     Args:
-        folder: where refitted layers are written, in the work folder.
+        folder: where refitted layers of the shape are written, in the work folder.
         phase: its name in progress reports.
         whole_mlp: whether all weights of an MLP are refitted, not only its output projection.
     """
-    fitted = RefittedLayers(checkpoint, context.work / folder)
+    shape = digest_of(asdict(kept.shape))[:8]  # elsewhere, a search that is repeated may come to another one
+    fitted = RefittedLayers(checkpoint, context.work / f"{folder}-{shape}")
     kinds = checkpoint.pruned_kinds(context.params.structures)
     stream, after_each = stream_of(context, checkpoint, windows_ST), context.reporting(phase, checkpoint.num_layers)
     if context.params.refit == "dense":

@@ -11,7 +11,6 @@ compete, the search for widths continues with as many layers as it has.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -250,10 +249,9 @@ class _Search:
         while ahead:
             for name in ahead:
                 kept = context.world.broadcast(kept_of(self._kinds, shapes[name]))
-                folder = f"final-{re.sub('[^a-zA-Z0-9]+', '-', name)}"
                 # By least squares only: further steps take several times as long, and don't change the order.
                 fitted = refit_layers(
-                    context, checkpoint, kept, self._seen_ST, folder, phase=f"finalist {name}", whole_mlp=False
+                    context, checkpoint, kept, self._seen_ST, "final", phase=f"finalist {name}", whole_mlp=False
                 )
                 stream = stream_of(context, checkpoint, self._judged_ST, Passes(1))
                 pruned = PrunedLayers(checkpoint, kept, fitted.replacements(kept.layers), stream.reader)

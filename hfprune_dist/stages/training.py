@@ -178,7 +178,8 @@ def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) ->
         own, shares = context.work / "rows.safetensors", checkpoint.family.keeps_apart
         save_rows(own, encoded, settings.sequence_length, tokenizer.eos_token_id, context.params.seed, shares=shares)
         file.parent.mkdir(exist_ok=True)
-        own.replace(file)  # another stage may do the same at this moment, with the same bytes
+        if not is_usable(file):  # another stage may have made the same meanwhile; on NFS, its ranks would lose it
+            own.replace(file)
     return file
 
 

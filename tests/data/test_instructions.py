@@ -108,6 +108,9 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{% generation %}{{ m.content }};"
     "{% endgeneration %}{% else %}" + TURN + ";{% endif %}{% endfor %}"
 )
+# As those of Qwen3 and Mistral do, these write the last turn of an assistant, or of a user, in their own way.
+OF_THE_LAST = PLAIN.replace("{{ m.content }}", "{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}")
+OF_THE_FIRST = PLAIN.replace("{{ m.content }}", "{{ '!' if loop.revindex == 1 and m.role == 'user' }}{{ m.content }}")
 TURNS = [("system", "s"), ("user", "ab"), ("assistant", "cd"), ("user", "e"), ("assistant", "f")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 
@@ -116,6 +119,14 @@ def examples_in(folder, *records, **fields):
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return list(read_examples(TrainingText().model_dump() | fields, file, 0))
+
+
+@pytest.mark.parametrize("template", [OF_THE_LAST, OF_THE_FIRST])
+def test_turns_that_a_template_writes_otherwise_once_others_follow_are_trained(tmp_path, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    (chat,) = encode(tokenizer, examples_in(tmp_path, {"messages": MESSAGES}), 256)
+    assert tokenizer.decode(chat.input_ids_T[chat.trained_T]) == "cd;f;"
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by what turns add", "by the template's marks"])

@@ -58,7 +58,7 @@ def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_s
     store, stage = prepare(tmp_path / "killed", refit="block", samples=24)
     killed = run_stage(store, stage, 2, environment=killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2))
     assert killed.returncode != 0 and not store.handle(stage.id).artifact.exists()
-    assert len(list(store.handle(stage.id).work.glob("refit/layer-*.safetensors"))) == 1
+    assert len(list(store.handle(stage.id).work.glob("refit-*/layer-*.safetensors"))) == 1
     resumed = run_stage(store, stage, 2)
     assert resumed.returncode == 0, resumed.output[-2000:]
     assert outcome(store, stage) == outcome(reference, stage)
@@ -86,7 +86,7 @@ def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path):
     assert ended(1, whole, stage) == 0
     store, stage = prepare(tmp_path / "parts", **settings)
     assert ended(2, store, stage, Interrupting(2)) == INTERRUPTED
-    assert len(list(store.handle(stage.id).work.glob("refit/layer-*.safetensors"))) == 2
+    assert len(list(store.handle(stage.id).work.glob("refit-*/layer-*.safetensors"))) == 2
     assert ended(1, store, stage) == 0
     assert outcome(store, stage) == outcome(whole, stage)
 
