@@ -55,9 +55,6 @@ class SoloWorld(World):
     def __init__(self, size=1, device=CPU):
         super().__init__(rank=0, size=size, local_size=1, device=device)
 
-    def on_rank0(self, work):
-        return work()
-
     def broadcast(self, value):
         return value
 

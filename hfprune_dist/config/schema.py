@@ -25,10 +25,14 @@ Sharding = Literal["auto", "replicate", "zero3"]
 
 
 def _once_each(values: list[Any]) -> list[Any]:
-    repeated = sorted({value for value in values if values.count(value) > 1})
+    shown = [f"{value:g}" if isinstance(value, float) else value for value in values]  # as tables name ratios
+    repeated = sorted({value for value in shown if shown.count(value) > 1})
     if repeated:
         raise ValueError(f"{repeated[0]} is listed twice")
     return values
+
+
+ONCE_EACH = AfterValidator(_once_each)
 
 
 class ImportanceConfig(Section):
@@ -48,7 +52,7 @@ class ImportanceConfig(Section):
 class EvaluationConfig(Section):
     """lm-eval tasks, and fidelity to the dense model."""
 
-    tasks: Annotated[list[str], AfterValidator(_once_each)] = Field(
+    tasks: Annotated[list[str], ONCE_EACH] = Field(
         default=[
             "arc_challenge",
             "arc_easy",
@@ -92,9 +96,9 @@ class EfficiencyConfig(Section):
     engine: Literal["vllm"] | None = None
     """An engine that generates (``runtime.engine_pythons`` says where it is), with ``batch_sizes`` of requests at once;
     null: plain transformers."""
-    batch_sizes: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[1, 8], min_length=1)
+    batch_sizes: Annotated[list[Positive], ONCE_EACH] = Field(default=[1, 8], min_length=1)
     """Numbers of sequences that are generated together; tables show the results for the largest."""
-    prompt_tokens: Annotated[list[Positive], AfterValidator(_once_each)] = Field(default=[256], min_length=1)
+    prompt_tokens: Annotated[list[Positive], ONCE_EACH] = Field(default=[256], min_length=1)
     """Prompt lengths, in tokens; tables show the results for the longest."""
     new_tokens: Annotated[int, Field(ge=2, lt=2**31)] = 256
     """Tokens to generate for each sequence: the first from the prompt, all others one by one."""
@@ -125,7 +129,7 @@ class RuntimeConfig(Section):
     engine_pythons: dict[EngineName, Name] = Field(default={})
     """Engine -> path, or name in PATH, of a Python that has it; by default, the one that runs this. A ``vllm`` also
     writes the dense model's answers (``recovery.answers``)."""
-    report_to: Annotated[list[Tracker], AfterValidator(_once_each)] = Field(default=[])
+    report_to: Annotated[list[Tracker], ONCE_EACH] = Field(default=[])
     """Experiment trackers to which recovery reports losses as it trains: one run for each stage."""
 
     def python_of(self, engine: EngineName) -> str:
@@ -152,16 +156,16 @@ class ModelAlias(Section):
 class SweepConfig(Section):
     """The configuration of a sweep."""
 
-    models: list[Name] = Field(default=[])
+    models: Annotated[list[Name], ONCE_EACH] = Field(default=[])
     """Aliases (configs/models/*.yaml, or the aliases section), folders of Hugging Face checkpoints, or hub ids
     (org/name, org/name@revision); a folder of that name takes precedence over the hub. A sweep needs at least one."""
-    ratios: list[Ratio] = Field(default=[0.2, 0.3])
+    ratios: Annotated[list[Ratio], ONCE_EACH] = Field(default=[0.2, 0.3])
     """Removed parameters / all parameters of the model, for each pruned row; with none, only the dense model's rows."""
     rounds: list[Ratio] = Field(default=[])
     """Two or more ascending ratios, e.g. [0.3, 0.5]: each method (lorap, sdmprune and loraprune are refused) gets one
     more row for each recipe that trains, at the last of them, whose model is pruned to the first, trained, scored and
     pruned to the next, trained again, and so on. What is pruned to the first is shared with the row at that ratio."""
-    methods: list[str] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
+    methods: Annotated[list[str], ONCE_EACH] = Field(default=["hfprune", "surgeon-plain"], min_length=1)
     """Names of pruning methods (configs/methods/*.yaml) or YAML files with the keys of ``Method``. By default, the
     published method and the best one whose checkpoints plain transformers loads."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -169,7 +173,7 @@ class SweepConfig(Section):
     numbers, of the order of the training rows, of dropout and of the LoRA initialisation."""
     aliases: dict[str, ModelAlias] = Field(default={})
     """Further model aliases; they take precedence over those shipped in configs/models."""
-    engines: Annotated[list[EngineName], AfterValidator(_once_each)] = Field(default=[])
+    engines: Annotated[list[EngineName], ONCE_EACH] = Field(default=[])
     """Engines in which three prompts are run on each pruned checkpoint, in float32, and compared with transformers."""
     calibration: CalibrationConfig = CalibrationConfig()
     importance: ImportanceConfig = ImportanceConfig()
@@ -191,9 +195,3 @@ class SweepConfig(Section):
         if len(rounds) == 1 or rounds != sorted(set(rounds)):
             raise ValueError(f"{rounds} must be two or more ascending ratios, or []")
         return rounds
-
-    @field_validator("models", "ratios", "methods")
-    @classmethod
-    def _no_duplicates(cls, values: list[Any]) -> list[Any]:
-        _once_each([f"{value:g}" if isinstance(value, float) else value for value in values])  # as tables name ratios
-        return values

@@ -69,8 +69,8 @@ class CalibrationConfig(TextSource):
         return self
 
     @property
-    def held_out_together(self) -> int:
-        """Windows that refits hold out together."""
+    def least_at_once(self) -> int:
+        """Windows that pass a model together at least, and that refits hold out together."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def shares(self) -> list[TextShare]:

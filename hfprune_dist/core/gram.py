@@ -59,11 +59,9 @@ def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
     What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite;
     an ``UnresolvedError`` is raised if that isn't enough.
     """
-    damped_DD = gram_DD.clone()
-    strengths = [damping_of(damped_DD.diagonal(), factor * damping) for factor in MORE_DAMPING]
-    diagonal_D = damped_DD.diagonal().clone()
-    for strength in strengths:
-        torch.add(diagonal_D, strength, out=damped_DD.diagonal())
+    damped_DD, diagonal_D = gram_DD.clone(), gram_DD.diagonal()
+    for factor in MORE_DAMPING:
+        torch.add(diagonal_D, damping_of(diagonal_D, factor * damping), out=damped_DD.diagonal())
         factor_DD, problem = torch.linalg.cholesky_ex(damped_DD)
         if not problem:
             del damped_DD  # as large as the result of the next line

@@ -6,6 +6,7 @@ the windows, whatever the model's size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -76,6 +77,14 @@ class LayerStream:
         for index, hidden_BTC in self.standing():
             self.states[index] = self.keep(compute(hidden_BTC))
             del hidden_BTC  # before the next ones are there
+
+    def run_layers(self, after_each: AfterLayer, layers: Iterable[tuple[int, nn.Module]] | None = None) -> None:
+        """Run the windows through some layers, one after another; by default through all."""
+        done = itertools.count(1)  # enumerate would hold a layer while the next one is made
+        for _, layer in layers or self.reader.layers(range(self.num_layers)):
+            self.advance(partial(run, layer))
+            del layer
+            after_each(next(done))
 
     def final_hidden(self) -> Iterator[tuple[int, Tensor]]:
         """Yield this rank's micro-batches as the head reads them after the last layer, [windows, tokens, hidden_size]

@@ -45,7 +45,7 @@ class EfficiencyParameters(StageParameters):
         )
 
     def need(self, planned: Planned) -> Need:
-        """Of two models in turn on rank 0, however many others wait; a pruned one caches no more than the dense one."""
+        """Of two models in turn; a pruned one caches no more than the dense one."""
         tokens = max(self.prompt_tokens) + self.new_tokens
         need = generation(planned.dense, max(self.batch_sizes), tokens, ITEMSIZE[self.dtype])
         return replace(need, weights=2 * need.weights, gathered=None)

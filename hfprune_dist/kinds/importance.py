@@ -71,14 +71,13 @@ class ImportanceParameters(StageParameters):
         return cls(calibration=calibration, dtype=dtype, add_bos_token=add_bos_token, seed=config.seed, **scoring)
 
     def need(self, planned: Planned) -> Need:
-        return self.pass_over(planned.dense, checkpointing=planned.checkpointing)
+        sizes = self.calibration.samples, self.calibration.sequence_length, self.calibration.least_at_once
+        return self.passes_over(planned.dense, *sizes, checkpointing=planned.checkpointing)
 
-    def pass_over(self, checkpoint: Checkpoint, *, checkpointing: bool, at_once: int | None = None) -> Need:
-        """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these.
-
-        Args:
-            at_once: windows; None: as many as the settings say, or one.
-        """
+    def passes_over(
+        self, checkpoint: Checkpoint, samples: int, length: int, at_once: int, *, checkpointing: bool
+    ) -> Need:
+        """The memory of a forward, and a backward for each loss; if Gram matrices are summed, of the pass for these."""
         model, itemsize = Sizes.from_checkpoint(checkpoint), ITEMSIZE[self.dtype]
         criteria = [CRITERIA[name] for name in self.criteria]
         losses = losses_of(criteria)
@@ -87,8 +86,7 @@ class ImportanceParameters(StageParameters):
         observed = {criterion.observes for criterion in criteria}
         gradients = "weight_gradients" in observed
         reads = gradients or "weights" in observed  # what linear layers read stays, too
-        samples, length = self.calibration.samples, self.calibration.sequence_length
-        tokens = min(at_once or self.calibration.held_out_together, samples) * length
+        tokens = min(at_once, samples) * length
         hidden, neurons = model.hidden * itemsize, model.neurons * itemsize
 
         of_a_layer = (2 + 2 * reads) * hidden + (model.attention + model.routed) * itemsize

@@ -32,7 +32,7 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.reference import ReferenceParameters
 from hfprune_dist.kinds.training import LoraPruneParameters, RecoverParameters
 from hfprune_dist.methods import CRITERIA
-from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_rounds, suited
+from hfprune_dist.planning.methods import can_do, refuse_criteria, refuse_rounds
 from hfprune_dist.planning.model_sources import ModelSource
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of, recovery_name
 from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
@@ -186,22 +186,21 @@ class _Planner:
             )
         return ""
 
-    def _methods_for(self, model: ModelSource) -> dict[str, Method]:
-        """The methods that apply to a model, as they suit it: all but adaptive ones that can do nothing there; if that
-        leaves none, all of them, which the model then refuses.
+    def _methods_for(self, model: ModelSource) -> Mapping[str, Method]:
+        """The methods that apply to a model: all but adaptive ones that can do nothing there; if that leaves none, all
+        of them, which the model then refuses.
         """
-        checkpoint = model.checkpoint
-        left = {name: method for name, method in self._methods.items() if can_do(method, checkpoint)}
-        return {name: suited(method, checkpoint) for name, method in (left or self._methods).items()}
+        left = {name: method for name, method in self._methods.items() if can_do(method, model.checkpoint)}
+        return left or self._methods
 
     def rows(self, model: ModelSource) -> list[Cell]:
         """The rows of a model: the dense one, for each ratio those of the methods, and those that go by rounds."""
         rounds = self._config.rounds
         methods = self._methods_for(model) if self._config.ratios or rounds else {}
-        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
-        importance = self._importance_for_all(model, dense, methods)  # first, since most of the sweep waits for it
-        cells = self._finish(_Variant(model.name, dense), model.checkpoint, importance)
         numbered = {name: with_numbers(method, model.checkpoint) for name, method in methods.items()}
+        dense = Input(model.identity, str(model.checkpoint.path), content=model.content)
+        importance = self._importance_for_all(model, dense, numbered)  # first, since most of the sweep waits for it
+        cells = self._finish(_Variant(model.name, dense), model.checkpoint, importance)
         for ratio in self._config.ratios:
             for name, method in numbered.items():
                 variant = _Variant(model.name, dense, ratio, name)

@@ -14,9 +14,8 @@ import shutil
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,7 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
         download: fetch hub models that are not in the local cache; otherwise stand-ins take their places.
     """
     aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
-    from_hub = partial(_hub_model, download=download)
-    sources = [_resolve(name, aliases, hashes, from_hub) for name in config.models]
+    sources = [_resolve(name, aliases, hashes, download) for name in config.models]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise UserError(f"--models: two models are called {name!r}; give one of them an alias, or leave it out")
@@ -107,23 +105,21 @@ def shipped_aliases(folder: Path) -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def _resolve(
-    name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, from_hub: Callable[..., ModelSource]
-) -> ModelSource:
+def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, download: bool) -> ModelSource:
     alias = aliases.get(name)
     if isinstance(alias, Path):
         alias = parse(ModelAlias, read_yaml(alias, "alias", "the keys of an alias"), str(alias))
     if alias is not None and alias.path is not None:
         return _local(name, Path(alias.path), hashes, name)
-    if alias is not None:
-        return from_hub(name, alias.hub_id, alias.revision, name)
+    if alias is not None and alias.hub_id is not None:  # it has one of the two
+        return _hub_model(name, alias.hub_id, alias.revision, name, download)
     folder = Path(name)
     if folder.is_file():
         raise UserError(f"--models: {name} is a file; give the folder of a Hugging Face checkpoint")
     if not folder.is_dir() and is_hub_id(name):
         hub_id, _, revision = name.partition("@")
         try:
-            return from_hub(name.split("/", 1)[1], hub_id, revision or "main", name)
+            return _hub_model(name.split("/", 1)[1], hub_id, revision or "main", name, download)
         except UserError as error:
             raise UserError(f"{error}; nor is there a folder {name}") from None
     if not (folder.is_dir() or os.sep in name):
@@ -141,7 +137,7 @@ def _local(name: str, folder: Path, hashes: FileHashes, spelling: str) -> ModelS
     return ModelSource(name, checkpoint, identity, spelling, "checkpoint")
 
 
-def _hub_model(name: str, hub_id: str, revision: str, spelling: str, *, download: bool) -> ModelSource:
+def _hub_model(name: str, hub_id: str, revision: str, spelling: str, download: bool) -> ModelSource:
     """A model in the hub's cache, or a stand-in for it."""
     from huggingface_hub import errors, snapshot_download
 

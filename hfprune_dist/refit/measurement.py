@@ -7,7 +7,6 @@ Memory holds one layer, and the windows' hidden states for each shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +55,6 @@ class PrunedLayers:
             put_weights(layer, {name: read().to(self._reader.device, self._reader.dtype) for name, read in new.items()})
             yield number, layer
             del layer
-
-
-def run_layers(stream: LayerStream, layers: Iterable[tuple[int, nn.Module]], after_each: AfterLayer) -> None:
-    """Run the windows through layers, one after another."""
-    for done, (_, layer) in enumerate(layers, start=1):
-        stream.advance(partial(run, layer))
-        del layer
-        after_each(done)
 
 
 def measure_shapes(

@@ -19,9 +19,9 @@ def with_error(value: float | None, error: float | None, form: Callable[[float |
     return form(value) if value is None or error is None else f"{form(value)}±{form(error)}"
 
 
-def counted(amount: int | str | None, noun: str) -> str:
-    """A number, or a range of numbers, with its noun, whose plural ends in s."""
-    return f"{amount} {noun}" if str(amount) == "1" else f"{amount} {noun}s"
+def counted(amount: int, noun: str) -> str:
+    """A number with its noun, whose plural ends in s."""
+    return f"{amount} {noun}{'s' * (amount != 1)}"
 
 
 def percent(share: float | None) -> str:

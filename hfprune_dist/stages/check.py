@@ -13,6 +13,6 @@ def run(context: Context[CheckParameters]) -> None:
     """Note what engines make of the checkpoint: that one doesn't load it, or computes something else, is a result."""
     context.progress.update("engines", 0, 1)
     pythons = {engine: context.runtime.python_of(engine) for engine in context.params.engines}
-    checks = context.world.on_rank0(lambda: check(context.input_path("model"), pythons, context.work))
+    checks = check(context.input_path("model"), pythons, context.work)
     metrics = {"engines": {engine: asdict(found) for engine, found in checks.items()}}
     context.commit(context.open_draft(), metrics)

@@ -34,10 +34,9 @@ class Contest:
     removals: int
 
     @classmethod
-    def among_all_layers(
-        cls, params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target
-    ) -> Contest:
+    def among_all_layers(cls, params: PruneParameters, kinds: Sequence[Scored], target: Target) -> Contest:
         """The contest as long as all layers stay."""
+        checkpoint = target.dense
         per_unit = checkpoint.parameter_counts.units
         ladders = []
         for scored, scores in zip(kinds, _comparable(params, checkpoint, kinds), strict=True):

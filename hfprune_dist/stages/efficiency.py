@@ -60,7 +60,7 @@ def run(context: Context[EfficiencyParameters]) -> None:
     }
     seconds = [{role: [one._asdict() for one in times] for role, (_, times) in found.items()} for found in measured]
     draft = context.open_draft()
-    world.on_rank0(lambda: write_json(draft / RESULTS, {**metrics, "seconds": seconds}))
+    write_json(draft / RESULTS, {**metrics, "seconds": seconds})
     context.commit(draft, metrics)
 
 
@@ -69,17 +69,12 @@ def _in_transformers(
 ) -> tuple[str, list[Measured]]:
     """The version, and what was measured."""
     params, world = context.params, context.world
-    models: dict[str, PreTrainedModel] = {}  # on rank 0
-
-    def load() -> None:
-        for role, checkpoint in checkpoints.items():
-            models[role] = load_causal_lm(checkpoint.path, getattr(torch, params.dtype), world.device).eval()
-
-    world.on_rank0(load)
+    dtype = getattr(torch, params.dtype)
+    models = {role: load_causal_lm(each.path, dtype, world.device).eval() for role, each in checkpoints.items()}
     measured: list[Measured] = []
     for done, workload in enumerate(workloads):
         context.progress.update(str(workload), done, len(workloads))
-        measured.append(world.on_rank0(partial(_measure, models, workload, params.repeats)))
+        measured.append(_measure(models, workload, params.repeats))
         context.interruption.stop_if_agreed(world)
     return f"transformers {transformers.__version__}", measured
 
@@ -108,7 +103,7 @@ def _in_engine(
     }
     context.progress.update(engine, 0, 1)
     python = context.runtime.python_of(engine)
-    version, runs = context.world.on_rank0(lambda: runs_of(engine, python, context.work, request))
+    version, runs = runs_of(engine, python, context.work, request)
     return version, [{role: (None, [Seconds(*pair) for pair in times]) for role, times in run.items()} for run in runs]
 
 

@@ -36,7 +36,7 @@ from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import explaining, windows_held_out
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
-from hfprune_dist.kinds.memory import Need, Passes
+from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
 from hfprune_dist.scoring.accumulation import Accumulation
@@ -90,7 +90,7 @@ def _prepare_windows(context: Context) -> None:
     if settings.mixture is None:
         windows_ST = read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
     else:
-        apart = windows_held_out(settings.samples, settings.held_out_together)
+        apart = windows_held_out(settings.samples, settings.least_at_once)
         windows_ST = read_mixture(sources, tokenizer, sampling, apart, "calibration")
     save_windows(windows_ST, context.work)
 
@@ -102,10 +102,7 @@ def _passes(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Pas
     """How windows pass the model: as many at once as in an earlier attempt, whose shards were cut by that."""
     settings, file = context.params.calibration, context.work / PASSES
     checkpointing = context.runtime.activation_checkpointing
-
-    def need(_samples: int, _tokens: int, at_once: int) -> Need:
-        return context.params.pass_over(checkpoint, checkpointing=checkpointing, at_once=at_once)
-
+    need = partial(context.params.passes_over, checkpoint, checkpointing=checkpointing)
     found = context.passes(need, settings.micro_batch_size, windows_ST, LEAST_SHARDS * settings.shard_size)
 
     def decided_first() -> Passes:
@@ -128,7 +125,8 @@ def _accumulate(
     totals = Accumulation(len(shards), context.work / PARTIAL, world, summed_matrices(checkpoint, kinds, criteria))
     if not totals.is_complete:
         checkpointing = context.runtime.activation_checkpointing
-        need = params.pass_over(checkpoint, checkpointing=checkpointing, at_once=micro_batch_size)
+        sizes = len(windows_ST), settings.sequence_length, micro_batch_size
+        need = params.passes_over(checkpoint, *sizes, checkpointing=checkpointing)
         scorer = ShardScorer(
             checkpoint,
             getattr(torch, params.dtype),

@@ -23,7 +23,7 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.models.norm_factors import norms_of_layers, weight_offset, with_factors
 from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
-from hfprune_dist.refit.measurement import PrunedLayers, run_layers
+from hfprune_dist.refit.measurement import PrunedLayers
 from hfprune_dist.refit.norms_refit import NormGradients, fit_norms, windows_of_norms
 from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -171,8 +171,7 @@ def passes_of(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> P
 def dense_states(context: Context, checkpoint: Checkpoint, windows_ST: Tensor, passes: Passes) -> States:
     """What the dense model's head reads for this rank's micro-batches; one pass through its layers. Collective."""
     stream = stream_of(context, checkpoint, windows_ST, passes)
-    after_each = context.reporting("dense model", checkpoint.num_layers)
-    run_layers(stream, stream.reader.layers(range(checkpoint.num_layers)), after_each)
+    stream.run_layers(context.reporting("dense model", checkpoint.num_layers))
     return dict(stream.final_hidden())
 
 

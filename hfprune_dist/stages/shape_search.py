@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.core.allocation import EXCHANGE
 from hfprune_dist.core.width_search import START, Counts, drop_order, search_shapes
 from hfprune_dist.distributed.sums import is_held_out
@@ -32,7 +31,6 @@ from hfprune_dist.refit.measurement import (
     held_out_windows,
     mean_divergences,
     measure_shapes,
-    run_layers,
 )
 from hfprune_dist.stages.contest import Contest
 from hfprune_dist.stages.prune_refit import Context, dense_states, refit_layers, stream_of
@@ -71,13 +69,13 @@ def decide_shape(
     kinds = [Scored(units, scores[units.kind]) for units in checkpoint.pruned_kinds(params.structures)]
     metrics: dict[str, Any] = {}
     if params.allocation == "plain":
-        found, metrics = _Search(context, checkpoint, kinds, target).plain_shape()
+        found, metrics = _Search(context, kinds, target).plain_shape()
     elif params.allocation == "searched":
-        contest = Contest.among_all_layers(params, checkpoint, kinds, target)
-        found, metrics = _Search(context, checkpoint, kinds, target).any_shape(contest)
+        contest = Contest.among_all_layers(params, kinds, target)
+        found, metrics = _Search(context, kinds, target).any_shape(contest)
     elif target.competes:
         exchange = EXCHANGE if params.allocation == "global" else 1.0
-        found = Contest.among_all_layers(params, checkpoint, kinds, target).decided_by_scores(exchange)
+        found = Contest.among_all_layers(params, kinds, target).decided_by_scores(exchange)
     else:
         found = shape_for(target)
     return kept_of(kinds, found), metrics
@@ -90,9 +88,9 @@ class _Search:
         kinds: the units that may go, with their scores.
     """
 
-    def __init__(self, context: Context, checkpoint: Checkpoint, kinds: Sequence[Scored], target: Target) -> None:
+    def __init__(self, context: Context, kinds: Sequence[Scored], target: Target) -> None:
         self._context = context
-        self._checkpoint = checkpoint
+        self._checkpoint = target.dense
         self._kinds = kinds
         self._target = target
         self._refits = context.params.refit != "none"
@@ -110,7 +108,7 @@ class _Search:
         self._fitted_ST = self._seen_ST[skipped * size :]
         self._compared_ST = held_out_windows(self._fitted_ST, size, WINDOWS)[:WINDOWS]
         # What the dense model's head reads; one pass through its layers, which is collective, serves all measurements.
-        self._dense = cache(partial(dense_states, context, checkpoint, self._compared_ST, Passes(1)))
+        self._dense = cache(partial(dense_states, context, target.dense, self._compared_ST, Passes(1)))
 
     def plain_shape(self) -> tuple[Shape, dict[str, Any]]:
         """Of the shapes that are the same in all layers, the one that is measured to be closest, and metrics.
@@ -255,7 +253,7 @@ class _Search:
                 )
                 stream = stream_of(context, checkpoint, self._judged_ST, Passes(1))
                 pruned = PrunedLayers(checkpoint, kept, fitted.replacements(kept.layers), stream.reader)
-                run_layers(stream, pruned.layers(kept.layers), context.reporting("comparison", len(kept.layers)))
+                stream.run_layers(context.reporting("comparison", len(kept.layers)), pruned.layers(kept.layers))
                 (finalists_kl[name],) = mean_divergences(stream, dense, [stream.states])
             best = min(finalists_kl, key=finalists_kl.__getitem__)
             following = with_fewer_layers(best)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -17,7 +16,6 @@ from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError, naming
-from hfprune_dist.models.single_layer import run
 
 DENSE = "dense"
 
@@ -58,10 +56,7 @@ def write_dense_states(stream: LayerStream, folder: Path, world: World, after_ea
         UserError: if the states are NaN or infinite, since nothing can be compared with them.
     """
     world.on_rank0(lambda: save_windows(stream.windows_ST, folder))
-    for number, layer in stream.reader.layers(range(stream.num_layers)):
-        stream.advance(partial(run, layer))
-        del layer
-        after_each(number + 1)
+    stream.run_layers(after_each)
     is_finite = True
     for index, hidden_BTC in stream.final_hidden():
         with naming(file := _file(folder, index)):

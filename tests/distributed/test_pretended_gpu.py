@@ -49,7 +49,7 @@ from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
 from hfprune_dist.refit.cheap_fits import Scored
 from hfprune_dist.refit.low_rank import compress_layers
-from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes, run_layers
+from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes
 from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.scoring.accumulation import Accumulation
@@ -309,7 +309,7 @@ def stream_in(folder, variant="llama", size=MICRO_BATCH):
 
 
 def dense_states(stream):
-    run_layers(stream, stream.reader.layers(range(stream.num_layers)), nothing)
+    stream.run_layers(nothing)
     return dict(stream.final_hidden())
 
 

@@ -37,7 +37,7 @@ from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.kinds.training import training_need
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import checkpoint_activations, use_memory_efficient_backward
-from hfprune_dist.refit.measurement import PrunedLayers, run_layers
+from hfprune_dist.refit.measurement import PrunedLayers
 from hfprune_dist.refit.norms_refit import NormGradients
 from hfprune_dist.refit.output_refit import refit_on_dense
 from hfprune_dist.refit.refitted_layers import RefittedLayers
@@ -92,7 +92,7 @@ def test_a_calibration_pass(tmp_path, monkeypatch, criteria, kinds, checkpointin
         batch = Batch(torch.ones(2, 48, dtype=torch.int64), range(2), 264, 0, (0.4, 0.2))
         score_batch(scored, batch, sums)
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
-    need = scoring(criteria, kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=checkpointing)
+    need = scoring(criteria, kinds, 2, 2, 48).passes_over(checkpoint, 2, 48, 2, checkpointing=checkpointing)
     check(need.on_each_gpu(1, whole=True) / MARGIN, counted.peak)
 
 
@@ -105,7 +105,7 @@ def test_matrices_of_a_calibration_pass(tmp_path, monkeypatch, kinds):
             monkeypatch.setattr(module, "OWN_TERMS_BYTES", limit)
         matrices = summed_matrices(checkpoint, checkpoint.pruned_kinds(kinds), [CRITERIA["surgeon"]])
         reduced.append(Accumulation(1, tmp_path / "sums", SoloWorld(size=2), matrices)._has_own_terms)
-        need = scoring(["surgeon"], kinds, 2, 2, 48).pass_over(checkpoint, checkpointing=False)
+        need = scoring(["surgeon"], kinds, 2, 2, 48).passes_over(checkpoint, 2, 48, 2, checkpointing=False)
         everything = bytes_of(matrices)
         assert (need.shared, need.unreduced) == (everything, everything if reduced[-1] else 0)
         limit = everything - 1
@@ -152,7 +152,7 @@ def test_a_refit_of_norms(tmp_path, monkeypatch, dtype):
     shape = {**SHAPE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 16}
     checkpoint, windows = open_checkpoint(save_tiny(tmp_path / "model", **shape)), torch.randint(16, (4, 64))
     dense, stream = (LayerStream(checkpoint, windows, getattr(torch, dtype), 4, SoloWorld()) for _ in range(2))
-    run_layers(dense, dense.reader.layers(range(3)), lambda _done: None)
+    dense.run_layers(lambda _done: None)
     pruned = PrunedLayers(checkpoint, Kept((0, 1, 2)), {}, stream.reader)
     gradients = NormGradients(pruned, stream, dict(dense.final_hidden()), lambda _done: None)
     with PeakBytes() as counted:
@@ -211,7 +211,7 @@ def test_what_is_too_large_for_a_gpu_is_sharded_and_more_ranks_take_less(monkeyp
     monkeypatch.setattr(Sizes, "from_checkpoint", lambda sizes: sizes_of(*sizes))
     small, large = (4096, 32, 11008, 6.7e9), (8192, 80, 28672, 69e9)
     for model, whole in ((small, True), (large, False)):
-        need = scoring(["entropy"], ["neurons"], 64, 1, 1024).pass_over(model, checkpointing=False)
+        need = scoring(["entropy"], ["neurons"], 64, 1, 1024).passes_over(model, 64, 1024, 1, checkpointing=False)
         assert [place(need, Gpus(ranks, 80 * GIB), "auto").fits for ranks in (1, 8)] == [whole, True]
         of_ranks = [need.on_each_gpu(ranks, whole=False) for ranks in (2, 8, 64)]
         assert of_ranks == sorted(of_ranks, reverse=True)

@@ -11,7 +11,7 @@ from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.refit.cheap_fits import Scored, cheap_fits, kept_of
-from hfprune_dist.refit.measurement import mean_divergences, measure_shapes, run_layers
+from hfprune_dist.refit.measurement import mean_divergences, measure_shapes
 from hfprune_dist.structures.kept import Shape
 
 WINDOWS = windows_of(3)
@@ -35,7 +35,7 @@ def stream_of(checkpoint, world, windows_ST=WINDOWS, dtype=torch.float32, size=1
 
 def dense_states(checkpoint, world, dtype=torch.float32):
     stream = stream_of(checkpoint, world, dtype=dtype)
-    run_layers(stream, stream.reader.layers(range(checkpoint.num_layers)), nothing)
+    stream.run_layers(nothing)
     return dict(stream.final_hidden())
 
 

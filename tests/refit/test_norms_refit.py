@@ -16,7 +16,7 @@ from hfprune_dist.core.memory_limits import NORM_TOKENS
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.norm_factors import norms_of_layers
-from hfprune_dist.refit.measurement import PrunedLayers, run_layers
+from hfprune_dist.refit.measurement import PrunedLayers
 from hfprune_dist.refit.norms_refit import RIDGE, NormGradients, curvature_of, fit_norms, windows_of_norms
 from hfprune_dist.structures.kept import Kept
 
@@ -30,7 +30,7 @@ def factors_of(shape, seed=0):
 
 def gradients_of(checkpoint, kept, windows_ST, *, new=None, dtype=F64, world=WORLD, after_each=nothing):
     stream, of_dense = (LayerStream(checkpoint, windows_ST, dtype, 2, world) for _ in range(2))
-    run_layers(of_dense, of_dense.reader.layers(range(checkpoint.num_layers)), nothing)
+    of_dense.run_layers(nothing)
     pruned = PrunedLayers(checkpoint, kept, new or {}, stream.reader)
     return NormGradients(pruned, stream, dict(of_dense.final_hidden()), after_each)
 

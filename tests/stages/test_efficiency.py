@@ -1,4 +1,4 @@
-"""The efficiency stage: its figures for a pruned model and for the dense one, on any number of ranks."""
+"""The efficiency stage: its figures for a pruned model and for the dense one."""
 
 import json
 import time
@@ -9,9 +9,8 @@ import pytest
 import torch
 import transformers
 from engine_marks import python_of
-from ranks import metrics_of, run_here
+from ranks import run_here
 from tiny import save_tiny
-from worlds import Ranks, run_in_threads
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.engines import process
@@ -46,10 +45,9 @@ def stage_of(source, model="pruned", **changes):
     return made_stages.stage_of("efficiency", "tiny", PARAMS | changes, inputs)
 
 
-def test_both_models_are_measured_under_every_workload_on_the_first_rank(source, tmp_path):
+def test_both_models_are_measured_under_every_workload(source, tmp_path):
     store, stage = Store(tmp_path), stage_of(source)
-    run_in_threads(store, stage, Ranks(2))
-    metrics = metrics_of(store, stage)
+    metrics = run_here(store, stage)
     sizes = [(run["batch_size"], run["prompt_tokens"], run["new_tokens"]) for run in metrics["runs"]]
     assert sizes == [(1, 4, 3), (1, 9, 3), (3, 4, 3), (3, 9, 3)]
     assert metrics["engine"] == f"transformers {transformers.__version__}" and metrics["device"] == cpu_model()
@@ -72,8 +70,7 @@ def test_both_models_are_measured_under_every_workload_on_the_first_rank(source,
 
 def test_the_dense_model_is_as_fast_as_itself(source, tmp_path):
     store, stage = Store(tmp_path), stage_of(source, "dense")
-    run_in_threads(store, stage, Ranks(1))
-    for run in metrics_of(store, stage)["runs"]:
+    for run in run_here(store, stage)["runs"]:
         assert run["decode_speed"] == run["first_token_speed"] == {"median": 1.0, "min": 1.0, "max": 1.0}
         assert run["model"] == run["dense"]
 
@@ -97,8 +94,7 @@ def test_in_an_engine_the_same_is_measured_but_memory(source, tmp_path, answers,
     ] * 4
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     store, stage = Store(tmp_path), stage_of(source, engine="vllm", packages={})
-    run_in_threads(store, stage, Ranks(2))
-    metrics, asked = metrics_of(store, stage), answers["asked"]
+    metrics, asked = run_here(store, stage), answers["asked"]
     assert metrics["threads"] == asked["threads"] == 7
     assert metrics["engine"] == "vllm 1" and asked["engine"] == "vllm" and asked["repeats"] == asked["new_tokens"] == 3
     assert metrics["dense"]["flops_per_token"] > metrics["model"]["flops_per_token"]
@@ -117,7 +113,7 @@ def test_in_an_engine_the_same_is_measured_but_memory(source, tmp_path, answers,
 def test_an_engine_that_does_not_run_a_model_fails_its_stage(source, tmp_path, answers):
     answers["error"] = "ValueError: no such shape"
     with pytest.raises(UserError, match="vllm 1 doesn't run it: ValueError: no such shape"):
-        run_in_threads(Store(tmp_path), stage_of(source, "dense", engine="vllm"), Ranks(1))
+        run_here(Store(tmp_path), stage_of(source, "dense", engine="vllm"))
     assert answers["asked"]["models"].keys() == {"dense"}, "which isn't measured twice"
 
 
@@ -125,7 +121,7 @@ def test_a_shape_that_an_engine_does_not_hold_is_told_before_it_starts(source, t
     save_tiny(tmp_path / "pruned", "llama-tied-biases", output_biases=["mlp.down_proj"])
     stage = stage_of(source, str(tmp_path / "pruned"), engine="vllm")
     with pytest.raises(UserError, match=r"pruned: vllm won't load it: it has no biases .*refit: bias"):
-        run_in_threads(Store(tmp_path), stage, Ranks(1))
+        run_here(Store(tmp_path), stage)
     assert not answers["asked"]
 
 
