@@ -149,7 +149,7 @@ class Text(NamedTuple):
     where: str  # its name in the stages' messages
     beginning: Beginning[Any] | None  # its first texts; None if they come from the hub
     sequence_length: int  # tokens per window, or per row to train on
-    windows: int  # number of windows that are cut from it; 0 if it is pairs to train on
+    windows: int  # number of windows that are cut from it; 0 if it is to train on
     add_bos_token: bool
     answer_tokens: int = 0  # that an answer of the dense model to an instruction takes
 

@@ -4,7 +4,7 @@ They take float32 or float64 logits [tokens, vocabulary], which they overwrite, 
 each token, in nats, and its gradient.
 
 Random numbers depend on the sweep's seed and the window's number alone: chunks of tokens, micro-batches and ranks don't
-change them. A CPU draws signs from torch's generator, which other devices don't have: they make theirs by counting, so
+change them. A CPU draws signs from a Mersenne Twister, which other devices don't have: they make theirs by counting, so
 that nothing waits for the host. Both are fair coins, but other ones.
 """
 

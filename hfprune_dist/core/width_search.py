@@ -108,13 +108,13 @@ class ReweightedShapes:
     def _with_total(self, widths: list[int], total: int) -> list[int]:
         """Change widths by single steps, from the first layer on, until they add up to ``total`` up to rounding."""
         multiple_of, excess = self.neurons[0].multiple_of, sum(widths) - total
-        for layer in itertools.cycle(range(len(widths))):
-            if abs(excess) <= multiple_of // 2:
-                return widths
-            ladder, width = self.neurons[layer], widths[layer]
+        turns = itertools.cycle(enumerate(self.neurons))
+        while abs(excess) > multiple_of // 2:
+            layer, ladder = next(turns)
+            width = widths[layer]
             widths[layer] = ladder.above(width) if excess < 0 else ladder.below(width)
             excess += widths[layer] - width
-        raise AssertionError("a model without layers")
+        return widths
 
 
 def search_shapes(

@@ -26,7 +26,7 @@ class AnswersParameters(StageParameters):
     seed: int
 
     @classmethod
-    def of_training(cls, training: Training, seed: int) -> AnswersParameters:
+    def from_training(cls, training: Training, seed: int) -> AnswersParameters:
         text = TrainingText(**training.model_dump(include={*TrainingText.model_fields}))
         return cls(recovery=text, dtype=training.dtype, seed=0 if text.path and not text.answer_temperature else seed)
 

@@ -119,8 +119,8 @@ class Passes(NamedTuple):
 
 
 def passes(need: Callable[[int], Need], setting: PositiveOrAuto, most: int, gpus: Gpus, sharding: Sharding) -> Passes:
-    """Decide by memory: for ``auto``, as many windows at once, a power of two, as fit without sharding, or running
-    again, what need not be for a single one.
+    """Decide by memory: for ``auto``, the largest power of two of windows at once that fits, without sharding weights
+    or running layers again where a single window needs neither.
 
     Args:
         need: windows at once -> what they need.

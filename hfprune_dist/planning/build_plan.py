@@ -302,7 +302,7 @@ class _Planner:
             text = self._text("text", training)
             if training.answers == "given":
                 return inputs | text, []
-            settings = AnswersParameters.of_training(training, self._config.seed)
+            settings = AnswersParameters.from_training(training, self._config.seed)
             answers = self._stage("answers", variant.model, settings, {"model": variant.dense} | text)
             return inputs | {"answers": answers.as_input()}, [answers]
         assert importance is not None

@@ -52,7 +52,7 @@ Context = AnyContext[ImportanceParameters]
 PARTIAL = "partial.safetensors"
 # How windows pass the model, there too.
 PASSES = "passes.json"
-# ``auto`` leaves at least so many shards, whatever the number of ranks: their scores then have the same bits.
+# ``auto`` leaves at least so many shards, whatever the number of ranks, so that scores have the same bits.
 LEAST_SHARDS = 8
 
 
@@ -75,7 +75,7 @@ def run(context: Context) -> None:
 
     world.on_rank0(write)
     losses = [loss for loss in losses_of(criteria) if loss.in_nats]
-    means = {f"mean_{it.name}_nats": float(totals.sums[it.name]) / len(windows_ST) for it in losses}
+    means = {f"mean_{loss.name}_nats": float(totals.sums[loss.name]) / len(windows_ST) for loss in losses}
     context.commit(draft, {"tokens": windows_ST.numel(), **means})
 
 
@@ -86,7 +86,7 @@ def _prepare_windows(context: Context) -> None:
     settings = context.params.calibration
     sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
-    sources = [(it.text.model_dump(), context.own_file(it.role), it.windows) for it in settings.shares()]
+    sources = [(each.text.model_dump(), context.own_file(each.role), each.windows) for each in settings.shares()]
     if settings.mixture is None:
         windows_ST = read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
     else:

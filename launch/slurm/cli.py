@@ -16,7 +16,7 @@ from hfprune_launch.slurm.decide import StageState, to_submit
 from hfprune_launch.slurm.launcher import SHARE, Event, Launcher, NewJobs
 from hfprune_launch.slurm.observe import Observer, served_by
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.slurm.script import Request, batch_script, default_threads
+from hfprune_launch.slurm.script import JobRequest, batch_script, default_threads
 from hfprune_launch.slurm.snapshot import take_snapshot
 from hfprune_launch.slurm.status import stage_statuses, status_table
 from hfprune_launch.sweep_folder import Sweep
@@ -183,7 +183,7 @@ def show_jobs(
         needs = {first[need] for stage_id in chain for need in stages[stage_id].needs if need in first} - {chain[0]}
         resources = profile.of_job([kind_of(stage_id) for stage_id in chain])
         # <...> stands for what is known only when it is submitted.
-        request = Request(
+        request = JobRequest(
             resources=resources,
             folders=[sweep.store.root.resolve() / "attempts" / stage_id / "<n>" for stage_id in chain],
             job_name=f"hfprune-{chain[0].replace('/', '-')[:-12]}-<n>-<token>",

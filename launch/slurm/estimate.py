@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from hfprune_launch.screen import plain_table
 from hfprune_launch.slurm.profile import Profile, Resources
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
@@ -58,7 +58,7 @@ def show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     """Print the estimates as a table that says that nothing in it was measured."""
     if not estimates:
         return
-    lines = Table("stage", "for", "memory per GPU", "host memory", "fits", box=None, pad_edge=False)
+    lines = plain_table("stage", "for", "memory per GPU", "host memory", "fits")
     for each in estimates:
         verdict = "no" if each.problems else "yes" if each.fits else "? (gpu_memory_gib)"
         host = f"~{each.host_memory / GIB:,.1f} GiB" if each.host_memory else ""

@@ -28,7 +28,7 @@ from hfprune_launch.slurm.commands import (
 from hfprune_launch.slurm.decide import Do, about_job, job_to_wait_for, to_submit
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
-from hfprune_launch.slurm.script import Request, default_threads, write_submission
+from hfprune_launch.slurm.script import JobRequest, default_threads, write_submission
 from hfprune_launch.stage.run import Provenance, write_stage_file
 
 from hfprune_dist.errors import UserError
@@ -273,7 +273,7 @@ class Launcher:
             attempt = self.ledger.begin(stage, time_minutes=resources.time_minutes, leader=leader, needs=needs)
             write_stage_file(self.store.handle(stage.id), stage, new.provenance, attempt.intent.number)
             attempts.append(attempt)
-        request = Request(
+        request = JobRequest(
             resources=resources,
             folders=[attempt.folder for attempt in attempts],
             job_name=attempts[0].intent.job_name,

@@ -33,7 +33,7 @@ UNHEARD = 128 + signal.SIGUSR2
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """One job to submit.
 
     Attributes:
@@ -59,7 +59,7 @@ def refuse_unusable_path(out: Path) -> None:
             )
 
 
-def batch_script(request: Request) -> str:
+def batch_script(request: JobRequest) -> str:
     """Return the batch script, as submitit writes it."""
     resources = request.resources
     gpus = f"{resources.gpu_type or ''}:{resources.gpus_per_node}".removeprefix(":")
@@ -88,7 +88,7 @@ def batch_script(request: Request) -> str:
     return text
 
 
-def write_submission(request: Request) -> Path:
+def write_submission(request: JobRequest) -> Path:
     """Write the batch script and what it sources into the attempt's folder; return the script."""
     folder = request.folders[0]
     write_text(folder / ENVIRONMENT, environment_script(request), mode=0o600)
@@ -104,7 +104,7 @@ class _TextExecutor(SlurmExecutor):  # type: ignore[misc]
         return 2
 
 
-def _setup(request: Request) -> list[str]:
+def _setup(request: JobRequest) -> list[str]:
     """Return the shell lines before srun, among them the profile's setup and environment."""
     snapshot, *folders = (shlex.quote(str(path)) for path in (request.snapshot, *map(Path.resolve, request.folders)))
     return [
@@ -128,7 +128,7 @@ def _setup(request: Request) -> list[str]:
     ]
 
 
-def environment_script(request: Request) -> str:
+def environment_script(request: JobRequest) -> str:
     """Return the profile's setup and environment as shell lines; the first line of setup that fails ends the job and is
     named in its record; one that exits ends it too.
 

@@ -10,7 +10,7 @@ from hfprune_launch import sweep
 from hfprune_launch.slurm.profile import Resources
 from hfprune_launch.slurm.script import (
     ENVIRONMENT,
-    Request,
+    JobRequest,
     batch_script,
     environment_script,
     write_submission,
@@ -24,7 +24,7 @@ env -0 >{folder}/environment
 
 
 def request(folder, stages=("attempt",), **resources):
-    return Request(
+    return JobRequest(
         resources=Resources(**resources),
         folders=[folder / stage for stage in stages],
         job_name="hfprune-test",
