@@ -159,8 +159,8 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
     own = out / CONFIG_FILE
     if not files and not own.is_file() and "models" not in overrides and (out / SWEEP_FILE).is_file():
         raise UserError(f"{own} is missing, the configuration of this folder's last run; give --config or --models")
-    if own.is_file() and not (out / "store").is_dir():
-        raise UserError(f"{own}: no sweep's, which would replace it; rename it, or choose another folder")
+    if own.is_file() and not ((out / "store").is_dir() or (out / SWEEP_FILE).is_file()):
+        raise UserError(f"{own}: not a sweep's, and a sweep would replace it; rename it, or choose another folder")
     if files or not own.is_file():
         return load_config(files, overrides, PROJECT.configs), ""
     laid_over = ", with this command's settings over it" if overrides else ""

@@ -21,7 +21,7 @@ _PLAIN_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*$", re.MULT
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool = True) -> None:
-    """Refuse tasks that lm-eval doesn't know or that run code, and, unless ``data`` is False, plain ones whose data are
+    """Refuse tasks that lm-eval doesn't know, and plain ones that run code or, unless ``data`` is False, whose data are
     neither on the hub nor cached.
     """
     known = _open_index(tuple(tasks), include_path).task_index

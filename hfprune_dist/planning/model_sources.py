@@ -15,12 +15,13 @@ import struct
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import LICENCE_PATTERNS, TOKENIZER_FILES, Checkpoint, open_checkpoint
-from hfprune_dist.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
+from hfprune_dist.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE, read_headers
 from hfprune_dist.config.load import absolute_path, is_hub_id, parse
 from hfprune_dist.config.schema import ModelAlias, SweepConfig
 from hfprune_dist.config.yaml_text import read_yaml
@@ -146,15 +147,12 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, download: b
     is_here = is_known = True
     try:
         try:
-            try:
-                folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
-            except errors.IncompleteSnapshotError as error:  # offline; perhaps nothing lacks that is read here
-                folder = Path(error.snapshot_path)
-            if not download:
-                open_checkpoint(folder)  # of which an earlier dry run, too, leaves but a part
-        except (errors.LocalEntryNotFoundError, UserError):
-            if download:
+            folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
+        except errors.LocalEntryNotFoundError as error:  # perhaps nothing that is read here is missing
+            folder = Path(getattr(error, "snapshot_path", os.devnull))
+            if download and not _has_weights(folder):
                 raise
+        if not (download or _has_weights(folder)):  # of a model, an earlier dry run leaves its config.json there
             folder, is_here = _stand_in(hub_id, revision), False
     except refusals as error:
         # Otherwise the hub is out of reach, or keeps the model from whoever has no licence.
@@ -171,6 +169,12 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, download: b
     # The last part of a snapshot's folder is the commit that the revision stood for.
     identity = digest_of([hub_id, checkpoint.path.name])
     return ModelSource(name, checkpoint, identity, spelling, "commit", is_here, is_known)
+
+
+def _has_weights(folder: Path) -> bool:
+    with suppress(UserError):
+        return bool(read_headers(folder))
+    return False
 
 
 def _assumed_header() -> Header:

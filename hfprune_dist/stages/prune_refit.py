@@ -61,7 +61,7 @@ def refitted(context: Context, checkpoint: Checkpoint, kept: Kept) -> Replacemen
         return {}
     windows_ST = context.calibration_windows()
     if context.params.refit == "bias":  # those that make up for what goes
-        found = RefittedLayers(checkpoint, context.work / "biases")
+        found = _refits(context, checkpoint, kept, "biases")
         kinds = checkpoint.pruned_kinds(context.params.structures)
         after_each = context.reporting("biases", checkpoint.num_layers)
         find_biases(kept, kinds, stream_of(context, checkpoint, windows_ST), found, after_each)
@@ -91,8 +91,7 @@ def refit_layers(
         phase: its name in progress reports.
         whole_mlp: whether all weights of an MLP are refitted, not only its output projection.
     """
-    shape = digest_of(asdict(kept.shape))[:8]  # elsewhere, a search that is repeated may come to another one
-    fitted = RefittedLayers(checkpoint, context.work / f"{folder}-{shape}")
+    fitted = _refits(context, checkpoint, kept, folder)
     kinds = checkpoint.pruned_kinds(context.params.structures)
     stream, after_each = stream_of(context, checkpoint, windows_ST), context.reporting(phase, checkpoint.num_layers)
     if context.params.refit == "dense":
@@ -108,6 +107,11 @@ def refit_layers(
         refit = SequentialRefit(kept, kinds, stream, dense, fitted, iterations=iterations if whole_mlp else None)
         refit.run(after_each)
     return fitted
+
+
+def _refits(context: Context, checkpoint: Checkpoint, kept: Kept, folder: str) -> RefittedLayers:
+    """Refitted layers of a shape: a search that is repeated elsewhere may come to another one."""
+    return RefittedLayers(checkpoint, context.work / f"{folder}-{digest_of(asdict(kept.shape))[:8]}")
 
 
 def _redrawn(context: Context, checkpoint: Checkpoint, windows_ST: Tensor) -> Tensor:

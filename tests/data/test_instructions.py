@@ -110,7 +110,7 @@ MARKED = (
 )
 # As those of Qwen3 and Mistral do, these write the last turn of an assistant, or of a user, in their own way.
 OF_THE_LAST = PLAIN.replace("{{ m.content }}", "{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}")
-OF_THE_FIRST = PLAIN.replace("{{ m.content }}", "{{ '!' if loop.revindex == 1 and m.role == 'user' }}{{ m.content }}")
+OF_A_QUESTION = PLAIN.replace("{{ m.content }}", "{{ '!' if loop.revindex == 1 and m.role == 'user' }}{{ m.content }}")
 TURNS = [("system", "s"), ("user", "ab"), ("assistant", "cd"), ("user", "e"), ("assistant", "f")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 
@@ -121,12 +121,12 @@ def examples_in(folder, *records, **fields):
     return list(read_examples(TrainingText().model_dump() | fields, file, 0))
 
 
-@pytest.mark.parametrize("template", [OF_THE_LAST, OF_THE_FIRST])
-def test_turns_that_a_template_writes_otherwise_once_others_follow_are_trained(tmp_path, template):
+@pytest.mark.parametrize(("template", "said"), [(OF_THE_LAST, "cd;!f;"), (OF_A_QUESTION, "cd;f;")])
+def test_turns_that_a_template_writes_otherwise_once_others_follow_are_trained(tmp_path, template, said):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     (chat,) = encode(tokenizer, examples_in(tmp_path, {"messages": MESSAGES}), 256)
-    assert tokenizer.decode(chat.input_ids_T[chat.trained_T]) == "cd;f;"
+    assert tokenizer.decode(chat.input_ids_T[chat.trained_T]) == said
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by what turns add", "by the template's marks"])

@@ -54,7 +54,7 @@ from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.scoring.accumulation import Accumulation
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, summed_matrices
-from hfprune_dist.stages import prune_refit
+from hfprune_dist.stages import importance, prune_refit
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.kept import Shape
@@ -275,7 +275,7 @@ def test_windows_at_once_are_decided_by_the_memory_of_the_first_attempt(tmp_path
     with pretended_gpu():
         run_here(store, by_hand, WORLD)
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-            patch.setattr(Accumulation, "add_round", raising(RuntimeError("killed")))
+            patch.setattr(importance, "_stop_if_agreed", raising(RuntimeError("killed")))  # after a round
             run_here(store, auto, WORLD)
         monkeypatch.setattr(frozen_model, "free_bytes", lambda _world: 0.0)
         metrics = run_here(store, auto, WORLD)

@@ -50,6 +50,11 @@ def test_tasks_groups_and_tags_are_known(own):
         check_tasks(tasks, own, data=False)
 
 
+def test_tasks_that_run_code_are_refused(own):
+    with pytest.raises(UserError, match=r"evaluation.tasks: humaneval: they run code"):
+        check_tasks(["arc_easy", "humaneval"], own, data=False)
+
+
 def test_unknown_names_are_listed_with_close_ones(own):
     with pytest.raises(UserError) as caught:
         check_tasks(["quite", "qqqq", "a"], own)

@@ -47,7 +47,7 @@ def refused(main, *arguments, folders=()):
         ("--models=someone/nothing", "can't be downloaded"),
         # Folders.
         ("--out={inputs}/alpha", "stages read what is in"),
-        ("--out=other", "other/config.yaml: no sweep's"),
+        ("--out=other", "other/config.yaml: not a sweep's"),
         ("--out=~nobody-of-this-name/x", "no such user"),
         ("--out=/etc/passwd/x", "/etc/passwd is not a folder"),
         ("--out=a\nb\x1b", "a\\nb\\x1b': its name can't be printed"),
