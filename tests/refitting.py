@@ -29,12 +29,11 @@ def checkpoint_in(folder, variant="llama", layers=3):
     return open_checkpoint(save_tiny(folder, variant, **heads, **sizes, **biases))
 
 
-def to_prune(folder, variant, layers):
+def to_prune(folder, variant, layers, **of_mixture):
     """Return a checkpoint and what stays of it: some units of these layers, or of each MLP in a mixture of
-    experts with so many layers, or its usual ones."""
+    experts of its usual or other sizes."""
     if variant in EXPERTS:
-        sizes = {"num_hidden_layers": len(layers), "mlp_only_layers": []} if layers else {}
-        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264, **sizes))
+        checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264, **of_mixture))
         return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
     return checkpoint_in(folder, variant, layers[-1] + 1), some_kept(layers)
 

@@ -106,7 +106,7 @@ def test_the_host_waits_before_it_reads_what_is_on_its_way(read):
 
 def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
     """The forward and backwards of one micro-batch."""
-    checkpoint, _ = to_prune(folder / "model", variant, tuple(range(layers)))
+    checkpoint, _ = to_prune(folder / "model", variant, tuple(range(layers)), num_hidden_layers=layers)
     used = [CRITERIA[name] for name in criteria]
     matrices = summed_matrices(checkpoint, [checkpoint.structures[kind] for kind in kinds], used)
     totals = Accumulation(2, folder / "sums", WORLD, matrices) if matrices else None
@@ -120,7 +120,8 @@ def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
 
 
 def refitted(folder, layers, gpu, method, variant="llama", **options):
-    checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)))
+    sizes = {"num_hidden_layers": layers, "mlp_only_layers": []}
+    checkpoint, kept = to_prune(folder / "model", variant, tuple(range(layers)), **sizes)
     with counting(gpu):
         refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE, **options)
 
