@@ -67,7 +67,7 @@ def _require_current_folder() -> None:
 
 
 def folder(argument: str) -> Path:
-    """Argument type of what isn't the current folder if empty, as of an unset variable: that is refused."""
+    """Argument type for what must be named: if empty, as of an unset variable, it would mean the current folder."""
     if not argument:
         raise UserError("an argument that names a file or folder is empty; give one (. for the current folder)")
     return place(argument)

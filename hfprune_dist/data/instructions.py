@@ -127,9 +127,10 @@ def _encode_chat(tokenizer: Any, example: Example) -> tuple[list[int], list[bool
             # Templates may write a turn, or what is before it, otherwise once others follow.
             other = [*messages[:number], {**message, "content": OTHER}, *messages[number + 1 :]]
             other_ids, ends = _chat_ids(tokenizer, other), _chat_ids(tokenizer, messages[: number + 1])
-            begin, behind = _in_common(other_ids, whole), _in_common(other_ids[::-1], whole[::-1])
-            asked = _chat_ids(tokenizer, messages[:number], next_turn=True) if number else whole
-            begin = min(begin, len(asked)) if whole[: len(asked)] == asked else begin  # with how it begins to think
+            asked = _chat_ids(tokenizer, messages[:number], next_turn=True) if number else []
+            is_beginning = bool(asked) and whole[: len(asked)] == asked
+            begin = len(asked) if is_beginning else _in_common(other_ids, whole)
+            behind = _in_common(other_ids[::-1], whole[::-1])
             end = max(min(len(whole) - behind + 1, len(whole)), _in_common(ends, whole))
             trained[begin:end] = [True] * (end - begin)
     return whole, trained

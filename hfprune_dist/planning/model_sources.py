@@ -148,11 +148,11 @@ def _hub_model(name: str, hub_id: str, revision: str, spelling: str, download: b
     try:
         try:
             folder = Path(snapshot_download(hub_id, **wanted, local_files_only=not download))
-        except errors.LocalEntryNotFoundError as error:  # perhaps nothing that is read here is missing
+        except errors.LocalEntryNotFoundError as error:  # what others have fetched may be enough
             folder = Path(getattr(error, "snapshot_path", os.devnull))
             if download and not _has_weights(folder):
                 raise
-        if not (download or _has_weights(folder)):  # of a model, an earlier dry run leaves its config.json there
+        if not (download or _has_weights(folder)):  # an earlier dry run leaves but a config.json
             folder, is_here = _stand_in(hub_id, revision), False
     except refusals as error:
         # Otherwise the hub is out of reach, or keeps the model from whoever has no licence.

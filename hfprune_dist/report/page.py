@@ -14,7 +14,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.report.charts import QUALITY, Chart, charts, figure
 from hfprune_dist.results.formats import counted
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
-from hfprune_dist.results.rows import DONE, Row
+from hfprune_dist.results.rows import DONE, NOT_RUN, Row
 from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import DONE as SUCCESS
@@ -119,9 +119,7 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
         for stage, attempt, end in attempts
         if end is None and (attempt.runs() or not attempt.intent.job_name)  # but for jobs that wait
     ]
-    lacking = [
-        (row["cause"].endswith("has not run yet"), f"{row['label']}: {row['cause']}") for row in rows if row["cause"]
-    ]
+    lacking = [(row["cause"].endswith(NOT_RUN), f"{row['label']}: {row['cause']}") for row in rows if row["cause"]]
     notes = {
         "failed": [line for is_waiting, line in lacking if not is_waiting],
         "missing": [*running, *(line for is_waiting, line in lacking if is_waiting), *not_comparable(rows)],

@@ -29,9 +29,9 @@ def compare_methods(sweeps: Sequence[Sequence[Row]], reference: str) -> list[Row
     groups: dict[tuple[str, float, str, str], list[tuple[Row, Row | None]]] = {}
     for rows in sweeps:
         done = [row for row in rows if row["status"] == DONE]
-        others = [row for row in done if row["method"] == reference]
-        references = {_place(row, OWN): row for row in reversed(others) if row["recovery"] != NONE}
-        references |= {_place(row): row for row in others}
+        of_reference = [row for row in done if row["method"] == reference]
+        references = {_place(row, OWN): row for row in reversed(of_reference) if row["recovery"] != NONE}
+        references |= {_place(row): row for row in of_reference}
         for row in done:
             key = (row["model"], row["ratio"], row["method"] or "dense", row["recovery"])
             groups.setdefault(key, []).append((row, references.get(_place(row))))

@@ -37,7 +37,7 @@ def count(value: float | None) -> str:
 
 
 def rough(value: float | None) -> str:
-    """The same in two digits."""
+    """A number of anything, in two digits."""
     return count(None if value is None else float(f"{value:.2g}"))
 
 

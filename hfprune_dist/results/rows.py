@@ -24,6 +24,7 @@ from hfprune_dist.structures.units import plural_of
 Row = dict[str, Any]
 # Values of a row's status: it has its result; a stage behind it failed or was damaged; or it hasn't been made yet.
 DONE, FAILED, MISSING = "done", "failed", "missing"
+NOT_RUN = "has not run yet"  # how the cause of what is only missing ends
 # Key of what a check in engines found, by engine; and of a sentence on what more training would give.
 ENGINES, OUTLOOK = "engines", "outlook"
 
@@ -149,7 +150,7 @@ class _Rows:
         if handle.manifest() is None and (verdict := handle.verify()).state == "corrupt":
             return FAILED, f"{handle.artifact}: {verdict.reason}; run the sweep again, which makes it anew"
         waiting_for = next((need for need in stage.needs if not self._store.handle(need).is_committed()), None)
-        return self._cause(waiting_for) if waiting_for else (MISSING, f"{stage.kind} has not run yet")
+        return self._cause(waiting_for) if waiting_for else (MISSING, f"{stage.kind} {NOT_RUN}")
 
     def _costs(self, cell: Cell, manifests: Mapping[str, Manifest | None]) -> Row:
         """Seconds of each stage behind a row, and in total; the highest peak of a rank; and what making the row's

@@ -59,8 +59,7 @@ def summed_matrices(
     if any(criterion.needs_moments for criterion in criteria):
         sizes |= {units.kind: [(hidden_size, hidden_size) for _ in layers] for units in kinds}
         channels = {units.kind: [count * units.channels_per_unit for count in units.counts] for units in kinds}
-        inputs: dict[str, list[Size]] = {}
-        inputs |= {inputs_of(kind): [(size, size) for size in row] for kind, row in channels.items()}
+        inputs: dict[str, list[Size]] = {inputs_of(kind): [(n, n) for n in row] for kind, row in channels.items()}
         if bytes_of(sizes | inputs) <= OWN_TERMS_BYTES:
             sizes |= inputs
     if any(criterion.observes == "weight_gradients" for criterion in criteria):

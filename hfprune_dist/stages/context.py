@@ -164,8 +164,8 @@ class Context(Generic[P]):
         """
 
         def check() -> None:
-            ends = [end.cause for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
-            self.require_artifacts(thorough=not {*ends} <= {DONE, INTERRUPTED})
+            ends = [end for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
+            self.require_artifacts(thorough=any(end.cause not in (DONE, INTERRUPTED) for end in ends))
             for left in listed(self.work, "tmp*"):  # an engine's files, of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
             self._discard_progress_with_other_artifacts()

@@ -110,7 +110,7 @@ def refit_layers(
 
 
 def _refits(context: Context, checkpoint: Checkpoint, kept: Kept, folder: str) -> RefittedLayers:
-    """Refitted layers of a shape: a search that is repeated elsewhere may come to another one."""
+    """Where the layers refitted for a shape are kept: a search that is repeated elsewhere may find another shape."""
     return RefittedLayers(checkpoint, context.work / f"{folder}-{digest_of(asdict(kept.shape))[:8]}")
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 
 DEVICES = Path("/dev")
-# Windows' driver, which shows one device for all GPUs to a Linux inside of it.
-WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")
 CPU_INFO = Path("/proc/cpuinfo")
 # What names a GPU in CUDA_VISIBLE_DEVICES; other words name none: NoDevFiles of older Slurm, void, none.
 DEVICE = re.compile(r"\s*(\d|GPU-|MIG-)")
@@ -28,7 +26,7 @@ def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len(list(itertools.takewhile(DEVICE.match, visible.split(","))))  # as CUDA reads it
-    return sum(map(_can_open, DEVICES.glob("nvidia[0-9]*"))) or int(WSL_DRIVER.exists())
+    return sum(map(_can_open, DEVICES.glob("nvidia[0-9]*")))
 
 
 def _can_open(device: Path) -> bool:
