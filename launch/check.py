@@ -1,4 +1,4 @@
-"""Run three prompts on a checkpoint in an engine that serves models, and compare log-probabilities and tokens with
+"""Run three prompts on a checkpoint in an inference engine, and compare log-probabilities and tokens with
 transformers', in float32. What it finds takes the place of the engine's line in the checkpoint's card. Copies that the
 engine needs are made in $TMPDIR, else /tmp, and removed.
 

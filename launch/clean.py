@@ -9,9 +9,9 @@ Removed: artifacts and progress of rows that were removed (--forget) or replaced
 ended early, artifacts that failed verification, and files that stages share, which are made again when needed. Kept:
 rows, tables, named checkpoints and logs.
 
---intermediates removes checkpoints that finished rows went on from: pruned ones, also those in store/prune/ that a card
-names as its adapter's base, and trained ones of earlier rounds. They are made again only if something needs them, such
-as another recovery of the same pruned model. Scores of calibration passes stay, so another ratio costs as much as
+--intermediates removes checkpoints that finished rows were made from: pruned ones, also those in store/prune/ that a
+card names as its adapter's base, and trained ones of earlier rounds. They are made again only if something needs them,
+such as another recovery of the same pruned model. Scores of calibration passes stay, so another ratio costs as much as
 before. Large files in checkpoints/ share their bytes with the store, so these are free only once both are gone.
 
 exit codes: 0 done; 2 a stage runs or is queued, something can't be removed, or bad input
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Remove what nothing refers to, and list it."""
     parser = make_parser(__doc__)
     parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
-    also = "also remove the files of checkpoints, pruned or of earlier rounds, that finished rows went on from"
+    also = "also remove the files of checkpoints, pruned or of earlier rounds, that finished rows were made from"
     parser.add_argument("--intermediates", action="store_true", help=also)
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")
     arguments = parser.parse_args(argv)

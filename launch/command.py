@@ -33,7 +33,7 @@ def command(body: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return SIGPIPE_EXIT_CODE
         except KeyboardInterrupt as interruption:
-            print(*interruption.args or ["interrupted; run the same command again to go on"], file=sys.stderr)
+            print(*interruption.args or ["interrupted; run the same command again to resume"], file=sys.stderr)
             return 130
 
     return main

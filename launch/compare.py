@@ -2,8 +2,8 @@
 
 example:  python launch/compare.py runs/fidelity/0 runs/fidelity/1 runs/fidelity/2 --out runs/fidelity
 
-The last runs in their folders must have the same settings, but for the seed and which models, ratios and methods they
-are of; --forget rows of other settings. Writes comparison.md and comparison.json: for each method, the mean and
+The last runs in their folders must have the same settings, except for the seed, models, ratios and methods; --forget
+rows with other settings. Writes comparison.md and comparison.json: for each method, the mean and
 standard deviation of KL to the dense model, agreement, perplexity and the average of tasks, and time and memory.
 """
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = named or REFERENCE
     methods = compare_methods(sweeps, reference)
     if not methods:
-        raise UserError(f"{given}: no cell is finished; run the sweeps first")
+        raise UserError(f"{given}: no row is finished; run the sweeps first")
     names = sorted({row["method"] for row in methods} - {"dense"})
     if named is not None and named not in names:
         raise UserError(f"--reference: no method {named!r}{did_you_mean(named, names)}; valid: {', '.join(names)}")

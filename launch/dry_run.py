@@ -125,4 +125,4 @@ def _show_outlooks(prepared: Prepared) -> None:
             unknown |= {(tokens, least)} if TRIALS[-1] * least < tokens else set()
     for tokens, least in sorted(unknown):
         shorter = ", ".join(count(float(f"{times * least:.2g}")) for times in TRIALS)
-        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three shorter trainings, such as {shorter}")
+        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three shorter runs, such as {shorter}")

@@ -1,5 +1,5 @@
 """Write a checkpoint in another engine's format: one GGUF file for llama.cpp and what is built on it, or DeciLM
-(nemotron-nas), in which vLLM has a class of its own for layers of different widths. What can't be held is refused.
+(nemotron-nas), for which vLLM has a class of its own, with layers of different widths. What can't be held is refused.
 
 examples:
   python launch/export.py smaller smaller.gguf --to gguf --dtype q8_0
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint, pruned or not")
-    parser.add_argument("out", metavar="OUT", help="the file (gguf) or folder (decilm) to write; not there yet")
+    parser.add_argument("out", metavar="OUT", help="the file (gguf) or folder (decilm) to write; must not exist")
     parser.add_argument("--to", choices=("gguf", "decilm"), required=True, help="the format")
     told = "of a GGUF file's matrices; default: the checkpoint's, which changes no number"
     parser.add_argument("--dtype", choices=("f32", "f16", "bf16", "q8_0"), help=told)

@@ -23,7 +23,7 @@ COMMANDS = {
     "sweep": "prune, recover and evaluate models; the same command resumes",
     "prune": "prune one model: a checkpoint in, a smaller one out",
     "export": "write a checkpoint as GGUF (llama.cpp) or DeciLM (vLLM)",
-    "check": "run a checkpoint in an engine that serves models, against transformers",
+    "check": "compare a checkpoint in an inference engine with transformers",
     "report": "write and show the tables of a sweep again",
     "compare": "compare methods over sweeps that differ in their seed",
     "clean": "remove what no row of a sweep refers to any more",

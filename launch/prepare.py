@@ -120,7 +120,7 @@ def prepare(request: Request, *, download: bool) -> Prepared:
         request.tell(f"note: {remark}")
     for model in models:
         if not model.is_here:
-            unasked = "neither here nor can the hub be asked for its shape; ids of its stages will change"
+            unasked = "not here, and the hub can't be asked for its shape; ids of its stages will change"
             told = "it is downloaded when the sweep runs; only its config.json and its tensors' shapes were looked up"
             request.tell(f"note: model {model.name!r}: {told if model.has_known_shape else unasked}")
     verdicts = {stage_id: store.handle(stage_id).verify() for stage_id in plan.stages}

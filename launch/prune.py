@@ -1,12 +1,12 @@
 """Prune one model: a checkpoint in, a smaller one out. OUT has weights, tokenizer, config.json and a card, and needs
-nothing else. The same command goes on where it was interrupted; another ratio uses the scores that are there.
+nothing else. The same command resumes after an interruption; another ratio reuses the scores.
 
 examples:
   python launch/prune.py runs/demo-assets/llama smaller --ratio 0.3 --config configs/demo.yaml
   python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.3 --text notes.txt
   python launch/prune.py Qwen/Qwen2.5-0.5B smaller --ratio 0.2 --recover --set calibration.samples=128 --dry-run
 
-Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder for each model, free to be removed.
+Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder for each model, safe to delete.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     parser = make_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, an alias (configs/models), or a hub id")
-    parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty, or not there")
+    parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty or nonexistent")
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
-    text = "text to prune on; its end is held out to compare; default: --config's, else C4"
+    text = "calibration text, whose end is held out for comparison; default: --config's, else C4"
     parser.add_argument("--text", metavar="FILE", type=folder, help=text)
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
-    engines = f"keep to shapes that these load, if they have the model's family: {', '.join(ENGINES)}"
+    engines = f"keep to shapes that these load, if they support the model's family: {', '.join(ENGINES)}"
     parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
     parser.add_argument("--recover", metavar="FILE", type=folder, nargs="?", const=True, default=False, help=told)
@@ -96,7 +96,7 @@ def prune(
     Args:
         out: empty, or not there.
         text: on which the model is pruned and, at its end, compared; by default, that of ``config``, else C4.
-        engines: those whose shapes to keep to, if they have the model's family.
+        engines: those whose shapes to keep to, if they support the model's family.
         recover: whether to train with LoRA afterwards; or a file of pairs to train on.
         config, settings: files, and keys such as ``calibration.samples``, of a sweep (``config/schema.py``).
         dry_run: tell what would run, and run nothing.
@@ -155,7 +155,7 @@ def prune(
     request.tell(f'to load it: {model_class}.from_pretrained("{out}"{code})')
     if text is not None:
         parts = Path(overrides["calibration.path"]).parent
-        request.tell(f"to make it again, put beside {RECIPE} the files in {parts}")
+        request.tell(f"to make it again, put the files in {parts} beside {RECIPE}")
     return out
 
 

@@ -11,7 +11,7 @@ examples:
   python launch/sweep.py --config configs/demo.yaml --profile mine.yaml     on a Slurm cluster
   python launch/sweep.py --config configs/demo.yaml --status | --cancel     from a second terminal
 
-exit codes: 0 every cell has its result; 1 a stage failed; 2 bad input, also if it is found by a running stage;
+exit codes: 0 every row has its result; 1 a stage failed; 2 bad input, even if a running stage finds it;
 130 interrupted
 """
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run_to_tables(prepare(request, download=True))
     except SlurmUnavailableError as error:
-        print(f"error: Slurm does not answer: {error}; run the same command again to go on", file=sys.stderr)
+        print(f"error: Slurm does not answer: {error}; run the same command again to resume", file=sys.stderr)
         return 1
 
 
@@ -159,7 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--ratios", "R,R", ratios, type=numbers)
     methods = "hfprune,surgeon-plain, which are the published one and ours"
     several("--methods", "A,B", f"pruning methods (configs/methods) or YAML files; default: {methods}", type=names)
-    engines = f"keep to shapes that these load, if they have the model's family: {', '.join(ENGINES)}"
+    engines = f"keep to shapes that these load, if they support the model's family: {', '.join(ENGINES)}"
     several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
     several("--config", "FILE", files, type=place, default=[])
@@ -168,7 +168,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     out = (
         "folder for results and store; default: runs/<name of the first config>, or runs/default. Without --config, a "
-        "folder in which a sweep has run uses its own config.yaml, with the other flags laid over it. Rows of earlier "
+        "folder in which a sweep has run uses its own config.yaml, overridden by the other flags. Rows of earlier "
         "runs stay in its tables"
     )
     add("--out", metavar="DIR", type=folder, help=out)

@@ -163,7 +163,7 @@ def configuration(out: Path, files: Sequence[Path], overrides: Mapping[str, Any]
         raise UserError(f"{own}: not a sweep's, and a sweep would replace it; rename it, or choose another folder")
     if files or not own.is_file():
         return load_config(files, overrides, PROJECT.configs), ""
-    laid_over = ", with this command's settings over it" if overrides else ""
+    laid_over = ", overridden by this command's settings" if overrides else ""
     return load_config([own], overrides), f"configuration: {own}, of the last run in this folder{laid_over}"
 
 

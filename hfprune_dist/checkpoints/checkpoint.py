@@ -186,7 +186,7 @@ def _described(path: Path, whole: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with this config.json, after checking that its files hold what it states."""
     file, vision = path / "config.json", has_vision(whole)
     if vision and whole.get("model_type") not in KNOWN:
-        why = f"it is a model of images and text (vision_config), of which {', '.join(KNOWN)} are pruned"
+        why = f"it is a vision-language model (vision_config), of which {', '.join(KNOWN)} can be pruned"
         raise not_supported(whole, str(file), why)
     config = normalized(decoder_config(whole) if vision else whole)
     refuse_other_kinds({**whole, **config}, str(file))

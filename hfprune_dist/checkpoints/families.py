@@ -151,7 +151,7 @@ class Family:
 # Keys of a config.json, and their values, that rule a model out -> why.
 _SEES_AHEAD = "its tokens see those that follow, so that no output predicts the next one"
 _RULED_OUT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("audio_config", lambda value: value is not None, "it is a model of sound and text"),
+    ("audio_config", lambda value: value is not None, "it is an audio-text model"),
     ("is_encoder_decoder", bool, "it is an encoder-decoder"),
     ("is_causal", lambda value: value is False, _SEES_AHEAD),
     ("use_bidirectional_attention", lambda value: value in (True, "all"), _SEES_AHEAD),
@@ -203,6 +203,6 @@ def refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
 def not_supported(config: Mapping[str, Any], where: str, why: str) -> UserError:
     """The error to raise for a model that can't be pruned."""
     return UserError(
-        f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Pruned are decoders whose "
+        f"{where}: model_type {str(config.get('model_type'))!r} is not supported: {why}. Supported: decoders whose "
         "layers have one MLP, or gated experts (hfprune_dist/checkpoints/README.md lists those that are tested)"
     )

@@ -87,7 +87,7 @@ class Method(Section):
     is taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step, of as many iterations
     as the dense MLPs are wider than those that are left, at most four. thorough: layers are measured again after each
     that goes; the closest shapes are fitted layer by layer before one is taken; the refit also sees a copy of each
-    window in which half of the tokens are redrawn from the dense model's distribution of the next token, which brings
+    window in which half of the tokens are resampled from the dense model's distribution of the next token, which brings
     some of what more text would; ``block`` takes a step of four iterations, and one of six on all windows; and after
     ``layerwise`` and ``block``, the weights of all norms are refitted: a factor for each channel, found by a few
     steps that lower the divergence from the dense model's distribution of the next token."""

@@ -110,8 +110,8 @@ class FidelityConfig(HeldOutText):
     dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
-    """Number of held-out windows from each text, cut as those of calibration. Standard errors take them for
-    independent: with far fewer documents than windows they are too small."""
+    """Number of held-out windows from each text, cut as those of calibration. Standard errors assume they
+    are independent: with far fewer documents than windows they are too small."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[TextName, HeldOutText], Field(min_length=1)] | None = None

@@ -171,7 +171,7 @@ def require_trainable(encoded: Sequence[object], sequence_length: int, where: st
     if not any(encoded):
         raise UserError(
             f"{where}: none of {len(encoded)} records has a response token within recovery.sequence_length "
-            f"{sequence_length}: responses are empty, or begin later, behind the template and the instruction (with "
+            f"{sequence_length}: responses are empty, or begin later, after the template and the instruction (with "
             "answers dense, in its second half); give others, or raise it"
         )
 

@@ -158,7 +158,7 @@ def _read_files(path: Path, fields: Sequence[str]) -> Iterator[Placed]:
                     text = stream.read()
                     if "\0" in text or len(fields) > 1:
                         raise UserError(
-                            f"{file}: is no plain text, or has no fields ({', '.join(fields)}); {SUPPORTED}"
+                            f"{file}: is not plain text, or has no fields ({', '.join(fields)}); {SUPPORTED}"
                         )
                     yield str(file), {fields[0]: text}
 

@@ -59,6 +59,6 @@ def require_chat(tokenizer: Any, where: Path) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
     except Exception as error:  # a template is a program: anything can happen
         raise UserError(
-            f"{where}: the tokenizer's chat template can't be rendered ({type(error).__name__}: {error}); mend it, or "
+            f"{where}: the tokenizer's chat template can't be rendered ({type(error).__name__}: {error}); fix it, or "
             "set evaluation.apply_chat_template to false"
         ) from None

@@ -28,7 +28,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None, *, data: bool =
     unknown = [f"unknown task {name!r}{did_you_mean(name, known)}" for name in tasks if name not in known]
     if unknown:
         where = f" and {include_path}" if include_path else " (evaluation.include_path names a folder with more)"
-        raise UserError("evaluation.tasks:\n  " + "\n  ".join(unknown) + f"\nknown are the tasks of lm-eval{where}")
+        raise UserError("evaluation.tasks:\n  " + "\n  ".join(unknown) + f"\nvalid: the tasks of lm-eval{where}")
     if unsafe := [name for name in tasks if (known[name].cfg or {}).get("unsafe_code")]:
         said = "they run code that a model writes, which isn't done here; leave them out"
         raise UserError(f"evaluation.tasks: {', '.join(unsafe)}: {said}")

@@ -25,7 +25,7 @@ def require_family(checkpoint: Checkpoint, families: Iterable[str], written: str
     """
     own, config = str(checkpoint.whole["model_type"]), checkpoint.config
     if own not in families:
-        raise UserError(f"{checkpoint.path}: {written} is written of {', '.join(families)}, not of a {own}; {others}")
+        raise UserError(f"{checkpoint.path}: {written} is written for {', '.join(families)}, not for a {own}; {others}")
     if checkpoint.ranks:
         raise UserError(f"{checkpoint.path}: {written} can't hold attention of low rank; transformers loads it")
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window", own == "mistral") else None

@@ -51,7 +51,7 @@ class _Tensor:
             raise UserError(f"{self.name} has values beyond float16's; choose --dtype bf16")
         if self.kind == Kind.Q8_0 and not (whole / 127).half().isfinite().all():  # its scales are float16
             raise UserError(
-                f"{self.name} has values beyond q8_0's; choose --dtype bf16, or mend those that aren't finite"
+                f"{self.name} has values beyond q8_0's; choose --dtype bf16, or fix those that aren't finite"
             )
         return np.asarray(gguf.quants.quantize(whole.contiguous().numpy(), self.kind))
 

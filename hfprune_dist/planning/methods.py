@@ -116,7 +116,7 @@ MODEL_RULES = (
     ),
     ModelRule(lambda model: not model.family.experts and "has no experts", {"structures": OF_NEURONS}),
     ModelRule(
-        lambda model: model.family.has_vision and "is a model of images and text, which must stay plain",
+        lambda model: model.family.has_vision and "is a vision-language model, which must stay plain",
         {"allocation": ["uniform", "plain"], "refit": NO_BIAS},
     ),
     ModelRule(

@@ -31,7 +31,7 @@ def remarks_on_texts(config: SweepConfig, methods: Mapping[str, Method]) -> list
     compared_on = config.evaluation.fidelity.texts or {FIRST: config.evaluation.fidelity}
     return [
         f"{f'evaluation.fidelity.texts.{name}' if name else 'evaluation.fidelity'} and {other} read the same text: "
-        "pruned models seem closer to the dense model on it than they are on text that they weren't made on"
+        "pruned models seem closer to the dense model on it than they are on unseen text"
         for name, held_out in compared_on.items()
         for other, text in made_on.items()
         if _overlap(text, held_out)

@@ -94,7 +94,7 @@ def _rows_table(rows: Sequence[Row], out: Path) -> str:
     # Cells are hidden by position: marking each one would take megabytes.
     hidden = f"#rows-section:not(:has(#all-columns:checked)) :is(th,td):nth-child(n+{len(few) + 1}){{display:none}}"
     return (
-        "<p>A click on a header sorts. <label><input type=checkbox id=all-columns> all columns</label></p>"
+        "<p>Click a header to sort. <label><input type=checkbox id=all-columns> all columns</label></p>"
         f"<style>{hidden}</style><div class=wide><table id=rows><thead><tr>{''.join(heads)}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div><p>{escape(told)}; ±: standard error.</p>"
     )
@@ -114,7 +114,7 @@ def _summary(rows: Sequence[Row], plan: Plan, store: Store, attempts: Attempts) 
     made = [manifest for stage_id in plan.stages if (manifest := store.handle(stage_id).manifest())]
     hours = sum(manifest.get("wall_time_s") or 0.0 for manifest in made) / 3600
     running = [
-        f"begun, without an end: {stage.kind} {stage.label}, last sign of life: "
+        f"started, not ended: {stage.kind} {stage.label}, last sign of life: "
         f"{store.handle(stage.id).heartbeat() or 'none'}"
         for stage, attempt, end in attempts
         if end is None and (attempt.runs() or not attempt.intent.job_name)  # but for jobs that wait

@@ -170,7 +170,7 @@ class Card:
         cell, base = self.cell, self.base
         model = f"[{escaped(base.hub_id)}](https://huggingface.co/{base.hub_id})" if base.hub_id else code(base.name)
         if cell.ratio is None:
-            return f"{model} with the fine-tuning that its pruned versions get: the control that they are held against."
+            return f"{model} with the fine-tuning that its pruned versions get: the control to compare them with."
         trained = ", while it was" if cell.recovery == OWN else ", then"
         ways = {"lora": "with LoRA ", "parts": "in parts "}
         trainings = [stage.params.to_json()["recovery"] for stage in self.stages if KINDS[stage.kind].trains]
@@ -259,7 +259,7 @@ class Card:
         if config := read_object(self.made.artifact / "config.json"):
             found = {name: escaped(Check(**found).line()) for name, found in self.row[ENGINES].items()}
             lines = [f"- {name}: {told}" for name, told in (loads_in(config) | found).items()]
-            yield "\n".join(["## What loads it", "", f"Of engines that have a `{config['model_type']}`:", "", *lines])
+            yield "\n".join(["## What loads it", "", f"For engines that support `{config['model_type']}`:", "", *lines])
 
     def _how_it_was_made(self) -> str:
         made: Mapping[str, Any] = self.manifest.get("provenance", {})
@@ -271,7 +271,7 @@ class Card:
         recipe, names = self.recipe()
         if not recipe:
             return f"{text}, by settings that were not recorded."
-        also = f" It reads, beside itself, {', '.join(map(code, names.values()))}." if names else ""
+        also = f" It reads, besides itself, {', '.join(map(code, names.values()))}." if names else ""
         command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
         return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 

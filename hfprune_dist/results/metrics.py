@@ -61,7 +61,7 @@ def _form(form: str) -> Callable[[float | None], str]:
 
 
 _KL = "mean divergence of the next token's distribution from the dense model's, nats per token"
-_SPEED = "tokens per second after the first, as a multiple of the dense model's in turn"
+_SPEED = "tokens per second after the first, relative to the dense model's, measured in turn"
 _OWN = "of a row's own stages"
 METRICS = {
     metric.key: metric
@@ -70,7 +70,7 @@ METRICS = {
         Metric("parameters", "params", "", count),
         Metric("share_kept", "kept%", "parameters in % of the dense model's", percent, brief=""),
         Metric("kl", "KL", _KL, _form("z.3f"), "lower", "from the dense model, in nats per token, lower is better"),
-        Metric("top1_agreement", "agree", "share of tokens with its most likely next token", _form("z.3f"), "higher"),
+        Metric("top1_agreement", "agree", "share of tokens with the dense model's top token", _form("z.3f"), "higher"),
         Metric("perplexity", "ppl", "perplexity per token", _form("z.2f"), "lower"),
         Metric("average", "avg", "mean of the tasks' scores in %", percent, "higher", "mean of the tasks' scores in %"),
         Metric("weight_bytes", "size", "of the weights on disk", byte_count, brief=""),

@@ -139,7 +139,7 @@ def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:
     how = {"kl": _held_out(rows), "average": _tasks_told(rows), "decode_speed": _measured_on(rows)}
     recoveries = {word for row in rows for word in row["recovery"].split()}
     lines = ["recovery own: units go while LoRA trains"] if OWN in recoveries else []
-    lines += [f"{VIA}: pruned to these ratios, and trained there, before"] if VIA in recoveries else []
+    lines += [f"{VIA}: first pruned and trained at these ratios"] if VIA in recoveries else []
     lines += [f"{metric.header}: {metric.told}{how.get(metric.key, '')}" for metric in shown if metric.meaning]
     lines += [*checked, "width: of MLPs; ±: standard error; a task without a share of right answers: its perplexity"]
     return lines

@@ -178,7 +178,7 @@ def smaller(placement: Placement, task: FineTuning, sharding: Sharding, world: W
         return replace(placement, whole=False)
     rows = f"{task.settings.least_at_once} x {task.tokens} tokens"
     raise torch.OutOfMemoryError(
-        f"out of memory, although layers run again in backward; lower recovery.micro_batch_size or the sequence_length "
+        f"out of memory even with gradient checkpointing; lower recovery.micro_batch_size or the sequence_length "
         f"of rows ({rows}), or take more GPUs"
     )
 

@@ -114,7 +114,7 @@ class LocalBackend:
 
     def _require_wanted(self) -> None:
         if self._cancellation.is_requested():
-            raise KeyboardInterrupt("cancelled by another command; run the same command again to go on")
+            raise KeyboardInterrupt("cancelled by another command; run the same command again to resume")
 
     def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
         """Wait for all ranks and return their exit codes; end them if interrupted, cancelled or without the claim."""

@@ -59,8 +59,8 @@ MEMORY = "it ran out of memory; give the stage more nodes or memory"
 STATES = {
     **dict.fromkeys(("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED"), (Cause.KILLED, "its node failed")),
     "PREEMPTED": (Cause.INTERRUPTED, "it was preempted"),
-    "DEADLINE": (Cause.INPUT, "it met the deadline that the profile's sbatch sets; set a later one"),
-    "BadConstraints": (Cause.INPUT, "no node suits; check the profile"),
+    "DEADLINE": (Cause.INPUT, "it hit the deadline that the profile's sbatch sets; set a later one"),
+    "BadConstraints": (Cause.INPUT, "no node qualifies; check the profile"),
     "OUT_OF_MEMORY": (Cause.OUT_OF_MEMORY, MEMORY),
 }
 # Words of Slurm and of drivers, for which ranks have none of their own, and of ranks that could record none.
@@ -68,7 +68,7 @@ WORDS = (
     (
         "no space left on device|disk quota exceeded|read-only file system",
         Cause.INPUT,
-        "it could not write; mend that, and run the same command again",
+        "it could not write; fix that, and run the same command again",
     ),
     (r"oom[-_ ]kill|Out Of Memory|exceeded (job |step )?memory limit", Cause.OUT_OF_MEMORY, MEMORY),
     (
@@ -107,7 +107,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     if how == "cancelled" or state == "CANCELLED":
         return _cancelled(ledger, attempt, reason, has_started=bool(runs))
     if attempt.intent.leader and not (runs or attempt.logs() or attempt.exit_record()):
-        return Cause.INTERRUPTED, f"{name} ended before it came to this stage"
+        return Cause.INTERRUPTED, f"{name} ended before it reached this stage"
     if how == "done":
         return Cause.LOST_INPUT, f"{name} made its artifact, which has been damaged or removed since"
     if how == "duplicate":
@@ -162,7 +162,7 @@ def _cancelled(ledger: Ledger, attempt: Attempt, reason: str, has_started: bool)
     lacks = not waited and any(not ledger.store.handle(need).is_done() for need in needs)
     if lacks or (reason == NEVER and needs):
         return Cause.INTERRUPTED, f"{name} was dropped, as a job on which it depends did not succeed"
-    return Cause.CANCELLED, f"{name} was cancelled; run the same command again to go on"
+    return Cause.CANCELLED, f"{name} was cancelled; run the same command again to resume"
 
 
 def log_tail(logs: Sequence[Path], lines: int = LOG_TAIL_LINES) -> str:

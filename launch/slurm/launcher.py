@@ -288,7 +288,7 @@ class Launcher:
         try:
             # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
             if new.cancellation.is_requested():
-                raise NotNowError("another command has cancelled this; run the same command again to go on")
+                raise NotNowError("another command has cancelled this; run the same command again to resume")
             job_id = self.slurm.submit(script)
         except SubmissionRefusedError as error:
             for stage, attempt in zip(chain, attempts, strict=True):

@@ -34,7 +34,7 @@ REFUSED = {
     "gemma4_text": "its layers differ in heads",
     "youtu": "its attention keeps one latent vector for all heads",
     "mixtral": "allocation: low_rank isn't possible; valid: uniform, local",
-    "llava": "is a model of images and text, which must stay plain",
+    "llava": "is a vision-language model, which must stay plain",
 }
 # One for each kind of norms, MLP, biases and names.
 every_kind = pytest.mark.parametrize(

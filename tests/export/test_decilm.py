@@ -85,7 +85,7 @@ def test_a_decilm_computes_what_the_checkpoint_does(tmp_path, variant, units, op
             {},
             "layers that differ in heads need --to gguf",
         ),
-        ("qwen3", WIDTHS, {}, "written of llama, mistral, qwen2, not of a qwen3"),
+        ("qwen3", WIDTHS, {}, "written for llama, mistral, qwen2, not for a qwen3"),
         ("mistral", WIDTHS, {"sliding_window": 64}, "no sliding_window, here 64"),
         (
             "llama",

@@ -54,7 +54,7 @@ def test_what_was_trained_is_scored_pruned_and_trained_again(config, tmp_path):
         assert f"in rounds: 10% went first, and {told}" in card
         cut = stage_of["prune", LAST.format(method)]["fingerprint"]
         assert re.search(f"the pruned model before it, which .* leaves in its sweep's `store/prune/{cut}`", card)
-    assert "- via: pruned to these ratios, and trained there, before" in (out / "results.md").read_text()
+    assert "- via: first pruned and trained at these ratios" in (out / "results.md").read_text()
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_dry_run_shows_the_stages_and_a_job_runs_a_round_at_a_time(config, tmp
         ("64, text: calibration}", 64 * 32, "8.2k, 25k, 82k"),
     ):
         code, shown, _ = in_process(*dry_run, longer + setting)
-        assert code == 0 and f"outlook on 3M tokens: after three shorter trainings, such as {shorter}\n" in shown
+        assert code == 0 and f"outlook on 3M tokens: after three shorter runs, such as {shorter}\n" in shown
         runs = [Run(-(-Training(tokens=each).tokens // step) * step, 1.0, 1.0, 1.0) for each in shorter.split(", ")]
         assert _farthest(runs) >= 3_000_000, "they are enough, of whole steps"
     code, shown, _ = in_process(*dry_run, longer + "2}", "--set", "ratios=[]")

@@ -218,7 +218,7 @@ def test_without_a_config_the_folder_has_its_own(config, tmp_path, monkeypatch):
     assert len(labels(out)) == 8
     fill(out, planned(config, ratios=[0.25])[1])
     code, shown, _ = run("--out", out, "--ratios", "0.25")
-    assert code == 0 and "with this command's settings over it" in shown and len(labels(out)) == 10
+    assert code == 0 and "overridden by this command's settings" in shown and len(labels(out)) == 10
     for written in ((out / "config.yaml").read_text(), run("--out", out, "--show-config")[1]):
         assert yaml.safe_load(written)["ratios"] == [0.25]
     for instead in (["--status"], ["--logs", "alpha 0.25 surgeon-uniform-block + lora"], ["--dry-run"]):

@@ -53,7 +53,7 @@ def test_a_model_of_images_is_not_of_its_decoders_family(tmp_path):
     model = open_checkpoint(save_model(tmp_path / "model", "smolvlm", intermediate_size=512))
     with pytest.raises(UserError, match=r"llama.cpp .* won't load it"):
         check_ratios(model, [0.3], Method(criterion="entropy", for_engines=["llama.cpp"]), "m")
-    with pytest.raises(UserError, match="not of a smolvlm"):
+    with pytest.raises(UserError, match="not for a smolvlm"):
         require_family(model, ["llama"], "GGUF", "")
 
 
