@@ -40,8 +40,8 @@ ENGINES: dict[EngineName, Engine] = {
     "openvino": Engine(differ="widths"),
     "mlx": Engine(
         multiple_of=64,
-        whole_heads="apertus cohere cohere2 ernie4_5_moe glm4 granite granitemoe internlm3 mixtral nanochat olmo phi "
-        "phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2",
+        whole_heads="apertus cohere cohere2 exaone granite granitemoe internlm3 mixtral nanochat olmo phi phimoe qwen2 "
+        "qwen2_moe starcoder2",
     ),
     "ctranslate2": Engine(whole_heads="llama phi qwen2"),
 }
