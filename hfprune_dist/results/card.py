@@ -22,7 +22,7 @@ from hfprune_dist.config.yaml_text import to_yaml
 from hfprune_dist.engines.check import Check
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, recovery_name
 from hfprune_dist.results.checkpoints import Contents, File, checkpoint_names
-from hfprune_dist.results.markdown import code, code_block, escaped, table
+from hfprune_dist.results.markdown import code, escaped, table
 from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import DONE, ENGINES, DenseModel, Row, collect_rows
 from hfprune_dist.results.table import columns, notes
@@ -230,12 +230,14 @@ class Card:
         needs_code = NEEDS_CODE in files
         auto = "AutoModelForImageTextToText" if self.dense.has_vision else "AutoModelForCausalLM"
         lines = [
+            "```python",
             f"from transformers import {auto}, AutoTokenizer",
             "",
             f'model = {auto}.from_pretrained("{self.name}"{trust if needs_code else ""})  # this folder, or its hub id',
             f'tokenizer = AutoTokenizer.from_pretrained("{self.name}")',
+            "```",
         ]
-        text = "## How to load it\n\n" + code_block("python", "\n".join(lines))
+        text = "## How to load it\n\n" + "\n".join(lines)
         if needs_code:
             text += (
                 "\n\nNo class of transformers has its shape (layers of different sizes, matrices of low rank, biases): "
@@ -272,7 +274,7 @@ class Card:
         if not recipe:
             return f"{text}, by settings that were not recorded."
         also = f" It reads, besides itself, {', '.join(map(code, names.values()))}." if names else ""
-        command = code_block("bash", f"python launch/sweep.py --config {RECIPE}")
+        command = f"```bash\npython launch/sweep.py --config {RECIPE}\n```"
         return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 
 

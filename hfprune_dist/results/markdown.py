@@ -14,7 +14,6 @@ T = TypeVar("T")
 
 # Underscores within a word, as in intermediate_size, are no markup, nor are asterisks between spaces.
 _MARKUP = re.compile(r"[\\`\[<&~#]|(?<! )\*|\*(?! )|(?<!\w)_+|_+(?!\w)")
-_BACKTICKS = re.compile("`+")
 
 
 def escaped(text: str) -> str:
@@ -23,19 +22,9 @@ def escaped(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A code span."""
+    """A code span, or plain text if that has a backtick."""
     line = on_one_line(text)
-    runs = {len(run) for run in _BACKTICKS.findall(line)}
-    marks = "`" * next(length for length in range(1, len(runs) + 2) if length not in runs)
-    room = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{marks}{room}{line}{room}{marks}"
-
-
-def code_block(language: str, text: str) -> str:
-    """Lines of code, without a trailing newline."""
-    lines = text.rstrip("\n")
-    marks = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
-    return f"{marks}{language}\n{lines}\n{marks}"
+    return escaped(line) if "`" in line else f"`{line}`"
 
 
 @dataclass(frozen=True)
