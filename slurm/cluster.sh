@@ -237,12 +237,6 @@ down() {
 
 # The command line.
 
-require_number() {
-    local name=$1 value=$2 least=$3 most=$4
-    [[ $value =~ ^(0|[1-9][0-9]{0,5})$ ]] && ((value >= least && value <= most)) ||
-        fail "$name '$value': must be a whole number from $least to $most"
-}
-
 case ${1:-} in
     install) wanted=1 ;;
     up | down) wanted=2 ;;
@@ -255,8 +249,6 @@ if [ "$command" = install ]; then
     install_packages
     exit
 fi
-require_number PORT_BASE "$PORT_BASE" 1024 65531 # and four more ports
-require_number CPUS "$CPUS" 1 100000
 DIR=$(realpath -m -- "$FOLDER")
 if [ "$command" = up ]; then
     [[ $DIR != *[[:space:]\"\'\#%\\]* ]] ||

@@ -72,21 +72,15 @@ def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
+    ("arguments", "expected"),
     [
-        (["upp", "cluster"], {}, "unknown command 'upp'; valid: install, up"),
-        (["up", "cluster", "soon"], {}, "usage: see the top of this file; up takes 1 argument(s)"),
-        (["down", "cluster"], {}, "cluster: no cluster there"),
-        (["up", "my cluster"], {}, "white space"),
-        (["up", "cluster"], {"PORT_BASE": "http"}, "PORT_BASE 'http': must be a whole number from 1024 to 65531"),
-        (["down", "cluster"], {"PORT_BASE": "017000"}, "PORT_BASE '017000': must be a whole number"),
-        (["down", "cluster"], {"CPUS": "two"}, "CPUS 'two': must be a whole number from 1 to 100000"),
+        (["upp", "cluster"], "unknown command 'upp'; valid: install, up"),
+        (["up", "cluster", "soon"], "usage: see the top of this file; up takes 1 argument(s)"),
+        (["down", "cluster"], "cluster: no cluster there"),
+        (["up", "my cluster"], "white space"),
     ],
 )
-def test_the_cluster_refuses_what_can_not_be(tmp_path, arguments, environment, expected):
-    environment = {**os.environ, **environment}
-    result = subprocess.run(
-        [CLUSTER, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+def test_the_cluster_refuses_what_can_not_be(tmp_path, arguments, expected):
+    result = subprocess.run([CLUSTER, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr
     assert list(tmp_path.iterdir()) == [], "nothing is written"
