@@ -17,8 +17,7 @@ from hfprune_dist.errors import UserError, did_you_mean
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import duration
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import listed, modified_at
-from hfprune_dist.store.attempts import Ledger
+from hfprune_dist.store.attempts import Ledger, local_log
 from hfprune_dist.store.stage import Stage
 
 # States of stages that have yet to begin.
@@ -135,16 +134,11 @@ def row_logs(plan: Plan, store: Store, local_logs: Path, name: str, lines: int) 
     """Return the ends of the newest logs of all stages behind a row (label) or of one stage (id or fingerprint)."""
     ledger, parts = Ledger(store), []
     for stage_id in _stages_of(plan, name):
-        stage, jobs = plan.stages[stage_id], ledger.jobs_of(stage_id)
-        here = sorted(listed(local_logs, f"{stage.kind}-{stage.fingerprint}.*.log"), key=_written)
-        newest = max(here[-1:], jobs[-1].logs() if jobs else [], key=lambda logs: max(map(_written, logs), default=0.0))
-        shown = log_tail(newest, lines) or f"  no log ({' '.join(_state(stage, ledger, None)).strip()})"
+        stage, attempts = plan.stages[stage_id], reversed(ledger.attempts_at(stage_id))
+        tails = (log_tail([*each.logs(), local_log(local_logs, each.intent)], lines) for each in attempts)
+        shown = next(filter(None, tails), f"  no log ({' '.join(_state(stage, ledger, None)).strip()})")
         parts.append(f"{stage.kind} {stage.label} ({stage_id})\n{shown}")
     return "\n".join(parts)
-
-
-def _written(log: Path) -> float:
-    return modified_at(log) or 0.0
 
 
 def _stages_of(plan: Plan, name: str) -> list[str]:

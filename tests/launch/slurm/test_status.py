@@ -17,7 +17,7 @@ from made_stages import failed, stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
-from hfprune_dist.store.attempts import End, Ledger, Run
+from hfprune_dist.store.attempts import End, Ledger, Run, local_log
 from hfprune_dist.store.claims import Holder
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.stage import Input
@@ -108,16 +108,19 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
     def shown_log():
         return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
+    def log_in_job(line):
+        (Ledger(store).begin(STAGE, time_minutes=1).folder / "7_0_log.out").write_text(f"{line}\n")
+
     assert shown_log() == "no log (missing)"
-    attempt = Ledger(store).begin(STAGE, time_minutes=1)
-    (attempt.folder / "7_0_log.out").write_text("in a job\n")
+    log_in_job("in a job")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()
-    local = tmp_path / "logs" / f"importance-{STAGE.fingerprint}.1.log"
-    local.write_text("here\n")
-    for at, shown in ((60, "here"), (-60, "in a job")):
-        os.utime(local, (attempt.intent.created + at,) * 2)
-        assert shown_log() == shown
+    local_log(tmp_path / "logs", Ledger(store).begin(STAGE).intent).write_text("here\n")
+    assert shown_log() == "here"
+    log_in_job("in another")
+    assert shown_log() == "in another"
+    Ledger(store).begin(STAGE, time_minutes=1)
+    assert shown_log() == "in another", "as long as the next job waits"
 
 
 def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted(store, fake, tmp_path, monkeypatch):
