@@ -30,7 +30,7 @@ from hfprune_launch.demo import text
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
 from hfprune_launch.screen import make_console, say
 
-from hfprune_dist.store.atomic_files import locked, read_object, write_json
+from hfprune_dist.store.atomic_files import locked, read_object, write_json, write_jsonl
 
 # Raise this when the code makes different assets, so that older ones are made again.
 VERSION = "4"
@@ -70,8 +70,8 @@ def build(root: Path) -> None:
         reference, library = text.reference_prose(), text.standard_library()
         for name, prose in (("text", reference), ("papers", text.paper_prose())):
             for part, documents in prose.items():
-                text.write_jsonl(root / name / f"{part}.jsonl", ({"text": document} for document in documents))
-        text.write_jsonl(root / "instructions.jsonl", text.instruction_pairs(library))
+                write_jsonl(root / name / f"{part}.jsonl", ({"text": document} for document in documents))
+        write_jsonl(root / "instructions.jsonl", text.instruction_pairs(library))
         text.write_tasks(root / "tasks", reference["heldout"], library)
         write_llama(weights, root / "llama")
         write_qwen(root / "llama", root / "qwen")

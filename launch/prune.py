@@ -11,7 +11,6 @@ Work is kept in $XDG_CACHE_HOME/hfprune, else ~/.cache/hfprune: a sweep's folder
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -44,7 +43,7 @@ from hfprune_dist.planning.plan import Cell
 from hfprune_dist.results.card import CARD, NEEDS_CODE, RECIPE, Card
 from hfprune_dist.results.checkpoints import CHECKPOINTS, made_checkpoint
 from hfprune_dist.results.metrics import METRICS
-from hfprune_dist.store.atomic_files import publish, write_text
+from hfprune_dist.store.atomic_files import publish, write_jsonl, write_text
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
 METHOD = "surgeon-plain"
@@ -174,7 +173,7 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
     for section, part, end in (("calibration", kept, ""), ("evaluation.fidelity", held_out, "-end")):
         file = at / f"{text.absolute().stem}{end}.jsonl"  # which cards name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, "".join(json.dumps({"text": piece}) + "\n" for piece in part if piece))
+        write_jsonl(file, ({"text": piece} for piece in part if piece))
         overrides |= {f"{section}.path": str(file), f"{section}.text_field": "text"}
     return overrides
 

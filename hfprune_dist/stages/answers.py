@@ -6,7 +6,6 @@ vLLM, and keeps that in the work folder: a killed stage goes on with the batches
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -30,7 +29,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.answers import ANSWERS, AnswersParameters
 from hfprune_dist.kinds.memory import ITEMSIZE, generation, passes
 from hfprune_dist.stages.context import Context as AnyContext
-from hfprune_dist.store.atomic_files import read_json, read_object, write_json, write_text
+from hfprune_dist.store.atomic_files import read_json, read_object, write_json, write_jsonl
 from hfprune_dist.store.hashing import digest_of
 
 Context = AnyContext[AnswersParameters]
@@ -80,7 +79,7 @@ def run(context: Context) -> None:
                 f"recovery: of {asked} instructions, {len(found)} leave room for answers, and the dense model gives "
                 "none; raise sequence_length, or set answers to given"
             )
-        write_text(draft / ANSWERS, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+        write_jsonl(draft / ANSWERS, records)
         counts = {"pairs": len(records), "dropped_pairs": asked - len(records)}
         counts["unfinished_pairs"] = sum(record["unfinished"] for record in records)
         return {**counts, "engine": ", ".join(sorted({each["engine"] for each in kept}))}

@@ -39,11 +39,12 @@ from hfprune_dist.kinds.answers import ANSWERS
 from hfprune_dist.kinds.training import LOSSES, RecoverParameters
 from hfprune_dist.stages.context import Context
 from hfprune_dist.stages.shape_metrics import shape_metrics
+from hfprune_dist.store.atomic_files import write_jsonl
 from hfprune_dist.store.hashing import FileHashes, digest_of
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.training.loraprune import UnitMasks
-from hfprune_dist.training.snapshot import Snapshot, write_losses
+from hfprune_dist.training.snapshot import Snapshot
 from hfprune_dist.training.teacher_states import DenseStates
 from hfprune_dist.training.trainer import FineTuning, fine_tune
 
@@ -117,7 +118,7 @@ def write_trained(
     """
 
     def write_rest() -> None:
-        write_losses(draft / LOSSES, trained.losses)
+        write_jsonl(draft / LOSSES, trained.losses)
         config = checkpoint.config if kept is None else pruned_config(checkpoint, kept.shape)
         write_companions(checkpoint, draft, config)
         if kept is not None:

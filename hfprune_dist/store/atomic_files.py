@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +64,11 @@ def write_text(file: Path, text: str, *, mode: int = 0o666, durable: bool = True
 def write_json(file: Path, value: Any, *, sort_keys: bool = True, durable: bool = True) -> None:
     """Replace ``file`` atomically with a JSON value of finite numbers; ``durable`` as for ``write_text``."""
     write_text(file, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n", durable=durable)
+
+
+def write_jsonl(file: Path, values: Iterable[Any]) -> None:
+    """Replace ``file`` atomically with a line of JSON for each value; numbers are finite."""
+    write_text(file, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
 
 
 def read_json(file: Path) -> Any:

@@ -11,7 +11,7 @@ Shares are written first, so the first file has those of its step. Rows, learnin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from hfprune_dist.checkpoints.tensor_files import is_usable, load_tensors, save_tensors
 from hfprune_dist.distributed.world import World
 from hfprune_dist.kinds.training import LOSSES
-from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.atomic_files import write_jsonl
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
@@ -91,7 +91,7 @@ class Snapshot:
             told = {name: getattr(self, name) for name in ("step", "losses", "shapes", "notes")} | {"shares": shares}
             texts = {name: json.dumps(value, allow_nan=False) for name, value in told.items()}
             save_tensors(self.tensors, file, texts)
-            write_losses(file.with_name(LOSSES), self.losses)
+            write_jsonl(file.with_name(LOSSES), self.losses)
             kept = [_share_file(file, self.step, number) for number in range(shares)]
             for other in {*file.parent.glob(f"{file.stem}-*-*.safetensors")}.difference(kept):
                 other.unlink()
@@ -113,11 +113,6 @@ class Snapshot:
         found = cls.read(file)
         mine = found.shares[world.rank :: world.size]
         return found if all(world.all_gather(all(map(is_usable, mine)))) else cls()
-
-
-def write_losses(file: Path, losses: Sequence[LossLine]) -> None:
-    """Write a line for each optimizer step."""
-    write_text(file, "".join(json.dumps(line, allow_nan=False) + "\n" for line in losses))
 
 
 def _share_file(file: Path, step: int, number: int) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import json
 import random
 import re
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import write_text
+from hfprune_dist.store.atomic_files import write_jsonl, write_text
 
 # About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
 DOCUMENT_CHARACTERS = 3600
@@ -181,11 +180,6 @@ def _is_sentence(paragraph: str) -> bool:
 
 def _checksum(text: str) -> int:
     return zlib.crc32(text.encode())  # unlike hash(), the same in every process
-
-
-def write_jsonl(file: Path, records: Iterable[object]) -> None:
-    """Write one JSON object per line."""
-    write_text(file, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
 # Two tasks for lm-eval that need no network, as YAML files next to their data.
