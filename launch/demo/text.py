@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.results.markdown import on_one_line
 from hfprune_dist.store.atomic_files import write_jsonl, write_text
 
 # About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
@@ -63,7 +64,7 @@ def paper_prose() -> dict[str, list[str]]:
 
 def _description(block: str) -> str:
     """Return a README's paragraph on one line; empty if it isn't English prose."""
-    line = re.sub(r"^(\**Abstract\**:\**|>) *", "", one_line(block)).strip('`"> ')
+    line = re.sub(r"^(\**Abstract\**:\**|>) *", "", on_one_line(block)).strip('`"> ')
     words = line.split()
     is_prose = len(words) >= DESCRIPTION_WORDS and "://" not in line and DESCRIPTION.fullmatch(line)
     return line if is_prose and sum(word in FREQUENT_WORDS for word in words) * 6 >= len(words) else ""
@@ -105,11 +106,6 @@ def paragraphs(text: str) -> list[str]:
     return [block.rstrip() for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
-def one_line(text: str) -> str:
-    """Return the text with every run of white space replaced by one space."""
-    return " ".join(text.split())
-
-
 # Docstrings.
 
 
@@ -145,7 +141,7 @@ def _definitions(node: ast.Module | ast.ClassDef, prefix: str, is_for_tasks: boo
             shown = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
             signature = f"def {child.name}({', '.join(shown)})"
         if docstring := ast.get_docstring(child):
-            yield Documented(name, signature, [*map(one_line, paragraphs(docstring))], is_for_tasks)
+            yield Documented(name, signature, [*map(on_one_line, paragraphs(docstring))], is_for_tasks)
         if isinstance(child, ast.ClassDef):
             yield from _definitions(child, name, is_for_tasks)
 
@@ -229,7 +225,7 @@ metadata: {{version: 1.0}}
 def write_tasks(folder: Path, held_out: Sequence[str], library: Sequence[Documented]) -> None:
     """Write two tasks: which words continue a held-out passage, and which summary belongs to a definition."""
     end = CONTEXT_WORDS + CONTINUATION_WORDS
-    lines = (one_line(block) for document in held_out for block in document.split("\n\n"))
+    lines = (on_one_line(block) for document in held_out for block in document.split("\n\n"))
     words = [line.split() for line in lines if SENTENCE.fullmatch(line) and len(line.split()) >= end]
     continuations = [(" ".join(line[:CONTEXT_WORDS]), " ".join(line[CONTEXT_WORDS:end])) for line in words]
     docstrings = [(f'{signature}:\n    """', summary) for signature, summary in summaries(library, SUMMARY_WORDS)]
