@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.screen import plain_table
@@ -14,8 +13,6 @@ from hfprune_launch.sweep_folder import NO_RUN, measured_hours
 from rich.console import Console
 from rich.markup import escape
 
-from hfprune_dist.data.examples import read_examples
-from hfprune_dist.data.text import read_beginning
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, sizes_of
 from hfprune_dist.results.formats import count, counted
@@ -88,12 +85,8 @@ def _remarks(prepared: Prepared) -> Iterator[str]:
         texts = (f"{share.windows} of {share.text.path or share.text.dataset}" for share in shares)
         yield f"calibration windows: {', '.join(texts)}"
     for stage in (prepared.sweep.plan.stages[stage_id] for stage_id in prepared.todo if kind_of(stage_id) == "answers"):
-        settings = stage.params.to_json()["recovery"]
-        most = f"up to {settings['samples']}"
-        if not settings["samples"]:  # else a data set is refused
-            found = read_beginning(read_examples(settings, Path(stage.inputs["text"].location), 0))
-            most = f"{len(found.records)}{'' if found.is_all else ' or more'}"
-        yield f"{stage.label}, the dense model, answers {most} instructions"
+        samples = stage.params.to_json()["recovery"]["samples"]
+        yield f"{stage.label}, the dense model, answers {f'up to {samples}' if samples else 'all'} instructions"
     for model in (model for model in prepared.models if model.has_known_shape):
         for name, method in prepared.methods.items():
             yield from remarks_on_method(model.checkpoint, method, place_of(model.name, name))

@@ -6,7 +6,7 @@ from sweeps import finish, in_process, make_inputs, results
 from hfprune_dist.store.atomic_files import read_json
 
 
-@pytest.mark.parametrize(("samples", "told"), [("null", "40"), (7, "up to 7")])
+@pytest.mark.parametrize(("samples", "told"), [("null", "all"), (7, "up to 7")])
 def test_a_dry_run_tells_how_many_instructions_are_answered(tmp_path, samples, told):
     from hfprune_launch.sweep import main
 
