@@ -95,7 +95,7 @@ def apportioned(total: int, weights: list[float]) -> list[int]:
 
 
 class HeldOutText(TextSource):
-    """Text that no other stage reads."""
+    """Text to which nothing is fitted."""
 
     split: str = "validation"
 

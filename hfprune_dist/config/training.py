@@ -117,7 +117,8 @@ class Recipe(TrainingText):
     curve's file, and the report's chart of quality against tokens; three trainings with other ``tokens`` give an
     outlook on longer ones. null: not before the evaluation."""
     patience: Positive | None = None
-    """Training ends early after so many of these evaluations in a row without a lower KL; null: never."""
+    """Training ends early after so many of these evaluations in a row without a lower KL, on the text whose KL rows
+    report; null: never."""
     dtype: Dtype = "bfloat16"
     """Compute dtype, to which weights are rounded when training begins; the optimizer's weights and states are float32
     from there on."""

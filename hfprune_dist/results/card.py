@@ -217,13 +217,13 @@ class Card:
                         yield section, text, stage.inputs.get(f"{role} {place}" if texts else role)
 
     def _scores(self) -> str:
-        """What the tables of the sweep say of the row, beside the dense model's if that was measured alike."""
+        """What the tables of the sweep say of the row, beside its base model's if that was measured alike."""
         rows = [self.row, *([self.dense_row] if self.dense_row else [])]
         measured = [column for column in columns(rows, wide=True) if not column.is_text]
         lines = [[escaped(column.header), *(escaped(column.show(row)) for row in rows)] for column in measured]
         told = "\n".join(f"- {escaped(note)}" for note in notes(rows, wide=True))
         unmeasured = "" if self.row["status"] == DONE else "Not evaluated yet.\n\n"
-        return f"{unmeasured}{table(['', 'this model', 'dense'][: 1 + len(rows)], lines)}\n\n{told}"
+        return f"{unmeasured}{table(['', 'this model', 'base model'][: 1 + len(rows)], lines)}\n\n{told}"
 
     def _how_to_load(self) -> str:
         files, trust = self.manifest["files"], ", trust_remote_code=True"

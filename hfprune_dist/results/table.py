@@ -109,19 +109,25 @@ def findings(rows: Sequence[Row]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         done = [row for row in rows if row["model"] == model and row["status"] == DONE and row["kl"] is not None]
         dense = next((row for row in done if not row["ratio"] and row["recovery"] == NONE), None)
-        alike = [row for row in done if row["ratio"] and dense and row["measured_as"] == dense["measured_as"]]
-        ratios = sorted({row["ratio"] for row in alike})
+        alike = [row for row in done if dense and row["measured_as"] == dense["measured_as"]]
+        controls = {row["recovery"]: row for row in alike if not row["ratio"]}
+        ratios = sorted({row["ratio"] for row in alike if row["ratio"]})
         best = [min((row for row in alike if row["ratio"] == ratio), key=lambda row: row["kl"]) for ratio in ratios]
         if dense and best:
-            found.append(f"{model}: {'; '.join(_kept(row, dense) for row in best)}.")
+            # The control of "lora via 0.3" is lora's.
+            sentences = (_kept(row, controls.get(row["recovery"].split()[0], dense)) for row in best)
+            found.append(f"{model}: {'; '.join(sentences)}.")
     return found
 
 
 def _kept(row: Row, dense: Row) -> str:
-    """How much a row keeps of the dense model: of its average score, else of its most likely tokens."""
+    """How much a row keeps of the dense model: of its average score after the same training, if that was measured, so
+    that training's gain isn't credited to pruning; else of its most likely next tokens.
+    """
     share, error, of_what = row["top1_agreement"], row["top1_agreement_stderr"], "most likely next tokens"
     if row["average"] is not None and dense["average"]:
         share, error, of_what = row["average"] / dense["average"], None, "average score"
+        of_what += "" if dense["recovery"] == NONE else " after the same training"
         if row["average_stderr"] is not None and dense["average_stderr"] is not None:  # as if they were independent
             error = math.hypot(row["average_stderr"], share * dense["average_stderr"]) / dense["average"]
     name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")
