@@ -1,4 +1,4 @@
-"""Measure this machine and what the project takes, in a unit of time that depends little on the machine.
+"""Measure this machine and what the project takes, in a unit that makes times depend little on the machine.
 
 The unit, u, is the time of one forward of 4,096 tokens (16 windows of 256) through the body of the demo's Llama, by
 plain transformers in float32, on all cores or on one GPU. It needs the demo's files (demo_assets.py). Shown in u: a

@@ -40,7 +40,7 @@ PERIODS = {"expert_layer_period": "expert_layer_offset", "attn_layer_period": "a
 
 
 def undroppable_layers(config: Mapping[str, Any]) -> dict[int, str]:
-    """Layers that can't be dropped, as config.json doesn't list what differs between layers; each with the reason."""
+    """Layers that can't be dropped, each with the reason, such as settings that tell layers apart by their number."""
     layers, model_type = range(int(config["num_hidden_layers"])), str(config.get("model_type"))
     by_number = [f"{key} {config[key]}" for key in PERIODS if config.get(key)]
     unlisted = [key for key, stated in _INTERVALS.items() if config.get(key) and not config.get(stated)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The model_types for which tests show that images do the same to a pruned decoder as to a masked one.
+# The model_types for which tests show that a pruned decoder computes the same from images as a masked one.
 KNOWN = ("gemma3", "idefics3", "llava", "mistral3", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm")
 # Beginnings of the names of a text decoder's modules, and of extra layers, which predict further tokens and aren't part
 # of the model.

@@ -84,8 +84,8 @@ class Method(Section):
     """How far a search and a refit by least squares go. quick: layers are ordered by what dropping each alone costs;
     of shapes, those with every other number of layers and more than half of the KV groups are measured, after fits on
     half of the calibration windows, and of those that come within 7 % of the closest, the one with the fewest layers
-    is taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step, of as many iterations
-    as the dense MLPs are wider than those that are left, at most four. thorough: layers are measured again after each
+    is taken; the refit sees the calibration windows, and ``block`` takes one Gauss-Newton step of one to four
+    iterations: the dense MLPs' width divided by that of what is left. thorough: layers are measured again after each
     that goes; the closest shapes are fitted layer by layer before one is taken; the refit also sees a copy of each
     window in which half of the tokens are resampled from the dense model's distribution of the next token, which brings
     some of what more text would; ``block`` takes a step of four iterations, and one of six on all windows; and after
@@ -97,8 +97,8 @@ class Method(Section):
     is at most 1.25 % of the model's parameters; if there is none, 32 for models whose intermediate_size is at least
     1,024, otherwise 1; always 1 for experts."""
     for_engines: list[EngineName] = Field(default=[])
-    """Engines that restrict shapes, of families that they have: widths suit their kernels and quantized weights, KV
-    groups stay in plain shapes where one ignores head_dim, and what none of this brings about is refused."""
+    """Engines that must load the result, if they have its family: widths suit their kernels and quantized weights, and
+    plain shapes keep their KV groups where one ignores head_dim; a shape that one still wouldn't load is refused."""
 
     @property
     def without_effect(self) -> set[str]:

@@ -109,7 +109,7 @@ class EfficiencyConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How stages run, in no fingerprint. Only an engine's version (``engine_pythons``) changes more than rounding."""
+    """How stages run; in no fingerprint: only an engine's version (``engine_pythons``) changes more than rounding."""
 
     ranks: Positive | None = None
     """Processes per stage; null: one per GPU, or 1 without a GPU."""

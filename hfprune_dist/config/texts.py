@@ -43,8 +43,8 @@ class CalibrationConfig(TextSource):
     """Tokens per window, the beginning-of-sequence token included."""
     micro_batch_size: PositiveOrAuto = "auto"
     """Windows per forward pass of one rank, in calibration and refits. auto: on a CPU 1; on GPUs as many as keep them
-    busy and fit the memory that is free when a stage begins. The manifest has the number. Others change results by
-    rounding; numbers given here also change which windows refits hold out: whole micro-batches."""
+    busy and fit the memory that is free when a stage begins. The manifest has the number. Another one changes results
+    by rounding; a number given here also changes which windows refits hold out: whole micro-batches."""
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     add_bos_token: bool | None = None

@@ -50,9 +50,9 @@ class TrainingText(TextSource):
     """Field that holds the response; the loss is computed on its tokens only."""
     answers: Literal["given", "dense"] = "given"
     """Whose responses to instructions are learnt. given: the text's. dense: the dense model's, written once for all of
-    its rows, of a data set with ``samples``, by vLLM if ``runtime.engine_pythons`` names one and it loads the model on
-    one GPU, else by transformers; the text's aren't read, and a chat ends with the first. An answer takes up to half of
-    sequence_length; what is cut is learnt without an end, and instructions that leave less are left out."""
+    the model's rows (a data set needs ``samples``), by vLLM if ``runtime.engine_pythons`` names one and it loads the
+    model on one GPU, else by transformers; the text's own aren't read, and a chat stops where its first would come. An
+    answer takes up to half of sequence_length; one cut short has no end token, and longer instructions are left out."""
     answer_temperature: Annotated[float, Field(ge=0)] = 0.0
     """answers dense: the temperature at which tokens are drawn; 0 takes the most likely."""
     samples: Positive | None = None
@@ -86,7 +86,7 @@ class Recipe(TrainingText):
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the rows, if neither tokens nor max_steps is set."""
     tokens: TokenCount | None = None
-    """Tokens of all rows that are trained on, each as often as it is: 300k, 20M, 1.5B; the last step is a whole one;
+    """Tokens to train on, where a row counts each time that it is seen: 300k, 20M, 1.5B; the last step is a whole one;
     overrides epochs."""
     max_steps: Positive | None = None
     """Number of optimizer steps after which training stops; overrides epochs and tokens."""
@@ -96,7 +96,7 @@ class Recipe(TrainingText):
     """Rows per forward pass of one rank. auto: on a CPU 1; on GPUs as many as keep them busy and fit the memory that is
     free when training begins. The manifest has the number, and training that is resumed keeps it. If a step's rows are
     no multiple of it times the number of ranks, some ranks are idle for a part of it. With dropout, another number
-    draws others."""
+    drops other activations."""
     learning_rate: LearningRate | None = None
     """Peak learning rate; it decays to zero along a cosine. null: 4e-4 for lora on labels, 1e-3 for lora that distills,
     1e-4 for full and parts."""
@@ -105,7 +105,7 @@ class Recipe(TrainingText):
     weight_decay: WeightDecay | None = None
     """AdamW weight decay of matrices (norms and biases have none); null: 0 for lora, 0.05 for full and parts."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this norm, of all of them together."""
+    """Gradients are clipped to this norm, which is that of all of them together."""
     rank: Positive = 32
     """LoRA rank r."""
     alpha: Positive = 64

@@ -99,8 +99,8 @@ def allocate_globally(ladders: Sequence[Ladder], removals: int) -> list[int]:
     return [ladder.after(count) for ladder, count in zip(ladders, steps, strict=True)]
 
 
-def layer_mean_one(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Divide scores by their layer's mean, so that layers compare even if the criterion's unit of measure doesn't."""
+def relative_to_mean(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Divide scores [units] by their layer's mean, so that layers compare whatever the criterion's unit of measure."""
     return [scores_D / scores_D.mean().clamp(min=torch.finfo(torch.float64).tiny) for scores_D in scores]
 
 

@@ -25,7 +25,7 @@ class Loss:
 
     Attributes:
         of_batch: micro-batch -> function of some of its tokens' logits: the loss per token, and its gradient there.
-        is_mean: whether the mean or the sum over a window's tokens is differentiated.
+        is_mean: whether the mean over a window's tokens is differentiated, rather than the sum.
         of_student: whether it takes the outputs of a student that lacks some units, with the dense model as its
             teacher. Units are then observed in the student.
         unlabelled: number of tokens at the end of a window that have no loss.
@@ -48,13 +48,13 @@ class Criterion:
         units: the kinds of units that have scores.
         observes: the argument of ``reduce``, which is called several times and whose results are added up.
             "inputs": some tokens' h [tokens, channels]. "effects": their effects on the loss, to first order: h * dL/dh
-            added up over each unit's channels [tokens, units]. "expert_outputs": the outputs of the experts of tokens
+            added up over each unit's channels [tokens, units]. "expert_outputs": what experts put out for their tokens
             [tokens, hidden_size], and their routing weights [tokens]. "weights": a micro-batch's weights of one layer
             that the units own, with the factors of their gradients (``core.linear_observer.OwnedRows``).
             "weight_gradients": nothing; gradients are summed over the whole pass, for ``score``. "nothing": no pass is
             needed.
-        reduce: what is observed -> terms of sums over tokens [tokens, sums], of which ``score`` makes the scores of the
-            layer's units, or of one expert's; of weights, the sums themselves.
+        reduce: what is observed -> terms [tokens, sums], which are added up over a layer's tokens, or each expert's;
+            for "weights", the sums themselves. ``score`` makes the units' scores of the sums.
         score: the sums and the layer -> scores, float64 [units]; None if the sums are the scores.
         loss: L, if gradients are observed.
         needs_moments: whether ``score`` needs the layer's Gram matrix and curvature, which may cost a second pass.
@@ -110,8 +110,8 @@ class ScoredLayer:
         """Return the norms of ``parts`` equal consecutive parts of the output projection's columns, float64."""
         return norms(self.read_columns().unflatten(1, (parts, -1)), dim=(0, 2))
 
-    def of_units(self, values_D: Tensor) -> Tensor:
-        """Return the sum of each unit's channels."""
+    def summed_per_unit(self, values_D: Tensor) -> Tensor:
+        """Return the sum of values over each unit's channels [units]."""
         sums_U: Tensor = values_D.unflatten(0, (self.units, -1)).sum(dim=1)
         return sums_U
 

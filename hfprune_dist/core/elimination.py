@@ -3,7 +3,7 @@
 If the other units of a layer are refitted by least squares, removing unit u leaves an error along its columns W_u of
 the output projection: the part of its channels h_u that the others can't express, with second moments
 E_u = ([G^-1]_uu)^-1, G = E[h h^T]. With F = E[g g^T], g the gradient of log p(y) at the projection's output, y drawn
-from p, the cost in KL divergence per token is, to second order and with F and G taken as independent,
+from p, the cost in KL divergence per token is, to second order and with g and h taken as independent,
 
     cost_u = 1/2 tr(E_u W_u^T F W_u)    (nats)
 
@@ -11,7 +11,7 @@ For a unit of one channel, E_u = 1 / [G^-1]_uu is a number. The columns that sta
 change from removal to removal. Costs of different layers are in the same unit of measure and can be compared. Source:
 The LLM Surgeon (arXiv 2312.17244), after Hassibi and Stork (1992).
 
-F and G aren't quite independent. The exact Fisher score of a unit, E[(h_u . dlog p(y)/dh_u)^2], would be
+g and h aren't quite independent. The exact Fisher score of a unit, E[(h_u . dlog p(y)/dh_u)^2], would be
 tr(G_uu W_u^T F W_u) if they were; where it differs, W_u^T F W_u of the original columns is scaled to the geometric mean
 of the two, since scaling all the way would trust a noisy estimate too much.
 """
@@ -59,8 +59,8 @@ def elimination_scores(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor,
 
 
 def eliminate(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove all units, always the cheapest next; return their order, and the cost of each removal when it happens.
-
+    """Remove all units, the cheapest first, ``BLOCK`` channels between two updates of the costs. Return their order,
+    int64 [units], and their costs in that order, float64, nats per token; raises as ``elimination_scores``.
     All is computed in the weight's ``wide_dtype``. What a removal subtracts from a diagonal entry of G^-1 is never more
     than that entry, so float32 keeps its digits.
     """

@@ -140,7 +140,7 @@ class GaussNewtonSums:
     """Approximation of J^T J without the terms between different neurons in gate and up, or different outputs in down.
 
     Attributes:
-        rows_K: sum over tokens of the squared derivative of the outputs by each neuron's gate, and by its up.
+        rows_K: sum over tokens of the outputs' squared derivatives with respect to each neuron's gate, and to its up.
         inputs_CC, hidden_KK: sums of x x^T and h h^T over so many ``tokens``.
     """
 
@@ -158,7 +158,7 @@ class GaussNewtonSums:
         )
 
     def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
-        """Return a function that multiplies with approximately (J^T J)^-1, damped."""
+        """Return a function that multiplies by about (J^T J)^-1, damped; raises as ``damped_inverse``."""
         by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING)
         by_hidden_KK = damped_inverse(self.hidden_KK.float(), DAMPING)
         rows_K = [row_K + damping_of(row_K, DAMPING) for row_K in self.rows_K]
@@ -170,19 +170,19 @@ class GaussNewtonSums:
 
 def solve_normal_equations(
     product: Callable[[MlpWeights], MlpWeights],
-    length: Callable[[MlpWeights], Tensor],
+    squared_length: Callable[[MlpWeights], Tensor],
     right: MlpWeights,
     curvature: GaussNewtonSums,
     iterations: int,
 ) -> MlpWeights:
     """Return an approximate solution x of (J^T J + DAMPING (diag + its mean)) x = right, with diag the approximate
-    diagonal of J^T J, by preconditioned conjugate gradients from x = 0.
+    diagonal of J^T J, by preconditioned conjugate gradients from x = 0; raises UnresolvedError as ``damped_inverse``.
 
     Args:
         product: v -> J^T J v.
-        length: v -> ||J v||^2, which is all that the last iteration needs, at half of the price.
+        squared_length: v -> ||J v||^2, which is all that the last iteration needs, at half the price.
         right: J^T residual.
-        iterations: those after which the residual has vanished change nothing; a GPU's host waits for none of them.
+        iterations: how many; those after the residual has vanished change nothing. A GPU's host waits for none of them.
     """
     damping = MlpWeights.of(*(DAMPING * (diagonal + diagonal.mean()) for diagonal in curvature.diagonal().tensors()))
     inverse = curvature.inverse()
@@ -192,7 +192,7 @@ def solve_normal_equations(
     for following in reversed(range(iterations)):
         is_solved, damped = rho <= 0, damping.times(direction)  # up to rounding
         if not following:
-            step = rho / (length(direction) + direction.dot(damped))
+            step = rho / (squared_length(direction) + direction.dot(damped))
             solution = solution.plus(direction, step.masked_fill(is_solved, 0))
             break
         image = product(direction).plus(damped)

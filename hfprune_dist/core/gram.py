@@ -1,4 +1,4 @@
-"""Gram matrices of many vectors, on CPUs computed by halves since they are symmetric; and their damped inverses."""
+"""Gram matrices of many vectors, of which CPUs compute only one half, as they are symmetric; and damped inverses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hfprune_dist.core.portions import wide_dtype, wide_product, widened
 
 # Number of rows in a block: large enough for matrix products at full speed.
 BLOCK = 256
-# By these factors damping grows where less of it leaves a matrix that is not positive definite.
+# Factors on the damping, which are tried in turn until the damped matrix is positive definite.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 
 
 class UnresolvedError(ValueError):
-    """A Gram matrix is mostly rounding errors: those of sums with much larger channels."""
+    """A Gram matrix is mostly rounding errors, since some of its channels are so much larger than others."""
 
     def __init__(self) -> None:
         super().__init__("some are so large that others are lost in rounding")
@@ -29,7 +29,7 @@ def gram_matrix(vectors_ND: Tensor) -> Tensor:
 
 
 def add_gram(sum_DD: Tensor, vectors_ND: Tensor) -> None:
-    """Add ``gram_matrix`` to a sum that is to be ``mirrored`` in the end: a CPU adds half of the blocks."""
+    """Add the sum of v v^T over the rows to ``sum_DD``; CPUs add only its upper half: call ``mirrored`` in the end."""
     if vectors_ND.device.type != "cpu":
         sum_DD += wide_product(vectors_ND, vectors_ND)
         return
@@ -40,7 +40,7 @@ def add_gram(sum_DD: Tensor, vectors_ND: Tensor) -> None:
 
 
 def mirrored(sum_DD: Tensor) -> Tensor:
-    """Return a sum of ``add_gram`` itself, made whole by its blocks on and above the diagonal."""
+    """Complete a sum of ``add_gram`` in place, its lower triangle by its blocks above the diagonal, and return it."""
     for end in range(BLOCK, len(sum_DD), BLOCK):
         rows = slice(end - BLOCK, end)
         sum_DD[end:, rows] = sum_DD[rows, end:].T

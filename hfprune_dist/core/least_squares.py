@@ -2,7 +2,7 @@
 
 W' minimises E||y - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, where targets y
 are W h, or anything else. That needs only G = E[h h^T] and E[y h_S^T]:
-W' = (E[y h_S^T] + ridge' W_S) (G[S, S] + ridge' I)^-1. No bias or other parameter is added.
+W' = (E[y h_S^T] + r W_S) (G[S, S] + r I)^-1, r = ridge * mean(diag G[S, S]). No bias or other parameter is added.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LeastSquares:
 
     def solved(self, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return the refitted weight [hidden_size, kept], the old one if the kept channels are silent; and a scalar,
-        which isn't 0 if the weight means nothing: the Gram matrix, with the ridge, isn't positive definite then.
+        which isn't 0 if the Gram matrix with the ridge isn't positive definite: the weight is then meaningless.
         """
         mean = self.gram_KK.diagonal().mean()
         strength = (ridge * mean).where(mean != 0, 1.0)  # of silent channels, any ridge leaves the old weight
@@ -88,8 +88,8 @@ class Ridge(NamedTuple):
 def best_ridge(
     fitted: LeastSquares, held_out: LeastSquares, ridges: Sequence[float] = RIDGES, *, largest: Tensor | bool = False
 ) -> Ridge:
-    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others, the first of equals; or
-    the last of the ridges, if ``largest``.
+    """Return the ridge whose weight, fitted on some tokens, has the smallest error on others, the first of equals; or,
+    if ``largest``, the last of them, since they ascend.
 
     Ridges are left out with which the Gram matrix isn't positive definite; larger ones may do where smaller ones don't.
     """

@@ -36,11 +36,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class SeenLinear:
-    """A linear layer that backwards show. If there is no gradient graph yet, it begins at the layer's output.
+    """A linear layer to be observed in backward passes. If there is no gradient graph yet, it begins at its output.
 
     Attributes:
         see: called with its inputs [windows, tokens, in] and the gradients at its outputs [windows, tokens, out].
-        see_weight: called after ``see`` with its weight, as soon as that, which may be sharded until then, is there.
+        see_weight: called after ``see`` with its whole weight, as soon as that is gathered, where it is sharded.
     """
 
     module: nn.Module

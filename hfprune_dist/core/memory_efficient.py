@@ -57,8 +57,8 @@ class RmsNorm(Function):
 class FrozenLinear(Function):
     """x W^T + b, where neither W nor b gets a gradient. Keeps W itself, neither a view nor a copy of it.
 
-    So a weight that is sharded over ranks can be released after forward and gathered again for backward; and a
-    checkpointed layer needn't be rerun as far as a product that keeps nothing else.
+    So a weight that is sharded over ranks can be released after forward and gathered again for backward; and where a
+    checkpointed layer runs again, it can stop before this product, since backward needs nothing that it computes.
     """
 
     @staticmethod

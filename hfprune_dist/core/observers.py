@@ -38,7 +38,7 @@ SeeVectors = Callable[[str, int, Tensor], None]
 
 
 def inputs_of(kind: str) -> str:
-    """The name of the sum of h h^T, h being what the output projection of a kind of units reads."""
+    """The name under which h h^T is added up, h being what the output projection of a kind of units reads."""
     return f"{kind}.inputs"
 
 

@@ -14,7 +14,7 @@ HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def row_blocks(matrix_NV: Tensor, scratch_bytes: int = 4) -> Iterator[slice]:
-    """Yield slices over a matrix's rows, for so many bytes of temporary results per element; at least a row each."""
+    """Yield slices over a matrix's rows whose scratch, so many bytes per element, fits a cache; at least a row each."""
     rows, columns = matrix_NV.shape
     on_cpu = matrix_NV.device.type == "cpu"
     portion = CACHE_BYTES * torch.get_num_threads() if on_cpu else ACCELERATOR_BYTES
@@ -36,8 +36,8 @@ def widened(tensor: Tensor) -> Tensor:
 def wide_product(a_NK: Tensor, b_NM: Tensor) -> Tensor:
     """Return the sum of a b^T over the rows, in their ``wide_dtype`` [K, M].
 
-    Products of two bfloat16 numbers are exact in float32, and tensor cores add them up in it. There, an entry of a
-    float32 ``a_NK`` is the sum of two bfloat16 numbers, to 2**-17 of its size.
+    Products of two bfloat16 numbers are exact in float32, in which tensor cores add them up. For them, an entry of a
+    float32 ``a_NK`` is split into two bfloat16 numbers, whose sum is right to 2**-17 of its size.
     """
     if not (HAS_WIDE_PRODUCTS and a_NK.is_cuda and b_NM.dtype == torch.bfloat16):
         return widened(a_NK).T @ widened(b_NM)

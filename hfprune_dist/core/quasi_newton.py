@@ -14,10 +14,10 @@ from torch import Tensor
 
 # Root mean square of the first step's numbers.
 FIRST_STEP = 0.015
-# Where a step leads up, the next one goes this share of it.
+# After a step that leads up, the next one goes only this share of it.
 SHORTER = 0.25
-# Most places that are looked at. The search ends before if the next step would take off less than this share of the
-# value, as far as gradients can tell.
+# Most places that are looked at. The search ends earlier if the next step would lower the value by less than this share
+# of it, as far as gradients can tell.
 PASSES, LITTLE = 8, 3e-3
 
 
@@ -62,7 +62,7 @@ class QuasiNewton:
         self.is_over = gain <= LITTLE * min(self.values) or len(self.values) == PASSES
 
     def _downwards(self) -> Tensor:
-        """The step that leads to the minimum, as far as gradients can tell; zeros where the gradient is."""
+        """The step that leads to the minimum, as far as gradients can tell; zeros if the gradient is zero."""
         step_P = -self._gradient_P
         if not self._steps:
             step_P = step_P / self._curvature_P

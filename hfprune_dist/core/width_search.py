@@ -157,8 +157,8 @@ def _lowest(low: float, here: float, high: float) -> float:
 
 def drop_order(droppable: Sequence[int], count: int, measure: MeasureWithout, contenders: int) -> list[int]:
     """Return the ``count`` layers to remove, in order, or fewer if ``droppable`` has fewer: always the one whose
-    measured loss is smallest. So many ``contenders`` are measured again after each: those left whose removal by itself
-    costs least. If none are, that cost decides.
+    removal, on top of those before it, has the smallest measured cost. After each, only so many ``contenders`` are
+    measured again, those left that cost least by themselves; with 0 of them, the costs by themselves decide.
     """
     order: list[int] = []
     left = list(droppable)

@@ -24,8 +24,8 @@ def is_held_out(index: int, count: int) -> bool:
 
 
 def micro_batches_of(windows: int, size: int, merged: int = 1) -> list[list[int]]:
-    """The numbers of the windows in each micro-batch. So many as are to be ``merged`` become one, of those that are
-    either all fitted or all held out, but for a few at the end: ``is_held_out`` says of each what it says of its parts.
+    """The numbers of the windows in each micro-batch. Up to ``merged`` of them become one, all fitted or all held out,
+    but for a few at the end, which stay as they are: ``is_held_out`` says of each what it says of its parts.
     """
     parts = [list(range(start, min(start + size, windows))) for start in range(0, windows, size)]
     rounds = len(parts) // HOLD_OUT_EVERY if merged > 1 else 0
@@ -51,7 +51,7 @@ def unusable_activations(number: int, problem: object) -> UserError:
 
 @contextmanager
 def explaining(number: int) -> Iterator[None]:
-    """Have a Gram matrix that is mostly rounding errors be an error of the user that names the layer."""
+    """Within the context, turn an ``UnresolvedError`` into a ``UserError`` that names the layer."""
     try:
         yield
     except UnresolvedError as error:

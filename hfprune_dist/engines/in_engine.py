@@ -69,7 +69,7 @@ def _run_of(logits: Any, ids: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def _vllm(model: str, sequences: Sequences, new_tokens: int, **options: Any) -> Runs:
-    """It generates the new tokens itself."""
+    """vLLM gives no logits of a whole sequence: it generates the new tokens itself."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
     from vllm import LLM, SamplingParams
 

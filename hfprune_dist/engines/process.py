@@ -56,7 +56,7 @@ def ask(engine: EngineName, python: str, folder: Path, request: Mapping[str, Any
 
 
 def runs_of(engine: EngineName, python: str, scratch: Path, request: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """An engine's version, and the runs that it answers; ``scratch``: a folder for a while.
+    """An engine's version, and the runs that it answers; ``scratch``: where a temporary folder is made.
 
     Raises:
         UserError: if it can't run, or doesn't run the model.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def weight_norm(_sums: Tensor, layer: ScoredLayer) -> Tensor:
-    """Norm of all weights that a unit owns, its rows and its columns; biases don't count."""
+    """Norm of all weights that a unit owns, its rows and its columns, float64 [units]; biases don't count."""
     squares_U = layer.column_norms(layer.units).square()
     for weight in layer.read_rows():
         squares_U += norms(weight.reshape(layer.units, -1), dim=1).square()

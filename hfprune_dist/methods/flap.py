@@ -1,9 +1,9 @@
 """FLAP: units whose inputs fluctuate little go; biases make up for their mean (An et al. 2023, arXiv 2312.11983).
 
-WIFV: channel n has x_n = sum over tokens of (h_n - mean h_n)^2 * ||W[:, n]||^2, W the output projection, in standard
-deviations over the layer's channels. A unit of several channels has the mean of x_n^2, as the authors' code squares the
-scores of heads' channels again. With ``allocation: standardized`` the layer's mean is subtracted, and units of all
-layers compete (AL-AM); with ``refit: bias`` W times the mean input of what goes becomes a bias.
+WIFV: channel n has x_n = sum over tokens of (h_n - mean h_n)^2 * ||W[:, n]||^2, W the output projection; or its square,
+as in the authors' code for heads, if units have several channels. A unit's score is the mean over its channels, in
+standard deviations over the layer's channels. With ``allocation: standardized`` the layer's mean is subtracted, and
+units of all layers compete (AL-AM); with ``refit: bias`` W times the mean input of what goes becomes a bias.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def values_and_squares(h_ND: Tensor) -> Tensor:
-    """h and h^2 of each token and channel; float64, since the variance is a difference of their sums: even a channel
-    whose mean is a thousand standard deviations is known to ten digits.
+    """h and h^2 of each channel, side by side [tokens, 2 * channels]; float64, since the variance is a difference of
+    their sums: even where the mean is a thousand standard deviations, it is right to ten digits.
     """
     import torch
 
@@ -28,7 +28,7 @@ def values_and_squares(h_ND: Tensor) -> Tensor:
 
 
 def fluctuation(sums_N: Tensor, layer: ScoredLayer) -> Tensor:
-    """WIFV in standard deviations, from the sums of each channel."""
+    """WIFV in standard deviations, float64 [units], from the two sums of each channel."""
     sum_D, square_D = sums_N.unflatten(0, (-1, 2)).unbind(1)
     deviations_D = (square_D - sum_D.square() / layer.tokens).clamp(min=0)
     x_D = deviations_D * layer.column_norms(len(sum_D)).square()
@@ -36,7 +36,7 @@ def fluctuation(sums_N: Tensor, layer: ScoredLayer) -> Tensor:
     if channels > 1:
         x_D = x_D.square()
     spread = float(x_D.std()) if len(x_D) > 1 else 0.0
-    return layer.of_units(x_D) / channels / (spread or 1.0)
+    return layer.summed_per_unit(x_D) / channels / (spread or 1.0)
 
 
 CRITERIA = (

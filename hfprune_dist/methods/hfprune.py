@@ -1,8 +1,8 @@
 """HFPrune: neurons with little influence on the entropy of the model's own predictions go (arXiv 2603.08083).
 
 H = -sum_v p_v log p_v is the entropy of the next-token distribution p, averaged over a window's tokens. It needs no
-labels and no teacher. A neuron's score is the sum over tokens of |h * dH/dh|: what H changes by, to first order, where
-the neuron's activation h is put to 0.
+labels and no teacher. A neuron's score is the sum over tokens of |h * dH/dh|: how much H changes, to first order, when
+the neuron's activation h is set to 0.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def entropy(_batch: Batch) -> LogitGradient:
-    """H of each token, and dH/dz at the logits z."""
+    """Return a function of some tokens' logits z: H of each token [tokens], and dH/dz [tokens, vocabulary]."""
     from hfprune_dist.core.losses import entropy_gradient
 
     return lambda rows: entropy_gradient(rows.logits_NV)
 
 
 def absolute(effects_NU: Tensor) -> Tensor:
-    """|h * dL/dh| of each token, h * dL/dh added up over a unit's channels."""
+    """|h * dL/dh| [tokens, units], h * dL/dh added up over a unit's channels."""
     return effects_NU.abs()
 
 

@@ -1,4 +1,4 @@
-"""LLM-Pruner, first order: units whose weights do least to the loss go (Ma et al. 2023, arXiv 2305.11627).
+"""LLM-Pruner, first order: units whose weights matter least to the loss go (Ma et al. 2023, arXiv 2305.11627).
 
 CE is the loss on the text's own next tokens. A unit's score is the sum of |W * dCE/dW| over all weights that go with
 it, its rows and its columns (``param_first``, equation 5 to first order); biases don't count. The gradient is that of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def cross_entropy(batch: Batch) -> LogitGradient:
-    """CE of each token but the last, and its gradient at the logits."""
+    """Return a function of some tokens' logits: CE of each token but a window's last, and its gradient there."""
     from hfprune_dist.core.losses import cross_entropy_gradient
 
     labels_N = batch.labels()
@@ -30,7 +30,7 @@ def cross_entropy(batch: Batch) -> LogitGradient:
 
 
 def first_order(_sums: Tensor, layer: ScoredLayer) -> Tensor:
-    """Sum of |W * dCE/dW| over all rows and columns of weights that a unit owns."""
+    """Sum of |W * dCE/dW| over all rows and columns of weights that a unit owns, float64 [units] on the CPU."""
     *gradients, of_columns = layer.read_gradients
     scores_U: Tensor = _products(layer.read_columns(), of_columns()).unflatten(1, (layer.units, -1)).sum(dim=(0, 2))
     for weight, read in zip(layer.read_rows(), gradients, strict=True):

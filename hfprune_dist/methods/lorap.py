@@ -43,7 +43,7 @@ def low_rank_factors(weight_OI: Tensor, norms_I: Tensor, rank: int) -> tuple[Ten
 
 
 def neuron_scores(rows: Sequence[Tensor], down_CK: Tensor, read_C: Tensor, hidden_K: Tensor) -> Tensor:
-    """Return ||d * gate row|| + ||d * up row|| + d_n ||down column|| for each neuron n.
+    """Return ||d * gate row|| + ||d * up row|| + d_n ||down column|| for each neuron n, float64 [neurons].
 
     Args:
         rows: weights of gate and up, or only of up if the MLP has no gate; read_C is d of the channels that they read.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def routed_norms(output_NC: Tensor, weights_N: Tensor) -> Tensor:
-    """g * ||f|| of each token, and 1, which add up to an expert's number of tokens."""
+    """g * ||f|| of each token, and a 1 to count it, [tokens, 2]."""
     import torch
 
     norms_N = torch.linalg.vector_norm(output_NC, dim=-1)
@@ -24,7 +24,7 @@ def routed_norms(output_NC: Tensor, weights_N: Tensor) -> Tensor:
 
 
 def mean_over_tokens(sums_N: Tensor, _layer: ScoredLayer) -> Tensor:
-    """The mean for each expert, from both sums of each."""
+    """The mean for each expert, float64 [experts], from the two sums of each."""
     sum_U, tokens_U = sums_N.unflatten(0, (-1, 2)).unbind(1)
     mean_U: Tensor = sum_U / tokens_U.clamp(min=1)
     return mean_U

@@ -1,11 +1,11 @@
-"""SDMPrune: neurons go whose weights do least, times their gradients, to the loss of a student that already lacks a few
+"""SDMPrune: neurons go that matter least, by weight times gradient, to the loss of a student that already lacks a few
 neurons and has the dense model as its teacher (Zhu et al. 2025, arXiv 2506.11120).
 
 Neuron n of a gated MLP has three weights at hidden channel j: gate_nj, up_nj and down_jn. Removing all three at once
 lowers the loss, to first order, by the sum of their W * dL/dW, in which products of opposite sign cancel. The score is
 the sum over windows of the mean over j of that sum's absolute value.
 
-``coupled_taylor``, the start, has the loss on the text's next tokens. A student lacks the few neurons of each layer
+``coupled_taylor``, a first pass, has the loss on the text's next tokens. A student lacks the few neurons of each layer
 that score lowest by it. ``coupled_taylor_distilled`` scores the student with L = (1 - a) CE + a KL(dense || student),
 in which the dense model's logits are divided by a temperature. The student is a mask; what it lacks scores 0.
 """
@@ -58,13 +58,13 @@ def lacking(neurons: int, share: float) -> int:
 
 
 def student_keeps(scores_U: Tensor, share: float) -> Tensor:
-    """Mask of a layer's neurons that the student has, bool: all but the share with the lowest scores of the start."""
+    """Mask of a layer's neurons that the student has, bool: all but the share with the lowest first-pass scores."""
     lacks = scores_U.sort(stable=True).indices[: lacking(len(scores_U), share)]
     return scores_U.new_ones(len(scores_U)).bool().index_fill_(0, lacks, value=False)
 
 
 def labels_and_teacher(batch: Batch) -> LogitGradient:
-    """L of each token and its gradient at the student's logits.
+    """Return a function of some tokens' logits, the student's and the teacher's: L of each token, and its gradient.
 
     The mean over a window's labels, one fewer than its tokens, is scaled so that the mean over all tokens gives L.
     """

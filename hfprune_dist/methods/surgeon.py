@@ -1,13 +1,13 @@
 """Surgeon: units go whose removal costs least once the others have taken over their work.
 
 The cost is KL(dense || pruned) per token, to second order. With p the dense model's next-token distribution and random
-signs e = +-1 for each word, the loss is 2 sum_v e_v sqrt(p_v): of its gradient g at any place, the expectation of g g^T
-is that place's Fisher matrix. With F = E[g g^T] at the output projection's output and G = E[h h^T] at its input,
+signs e = +-1 for each word, the loss is 2 sum_v e_v sqrt(p_v): with g its gradient at any place in the model, E[g g^T]
+is the Fisher matrix there. With F = E[g g^T] at the output projection's output and G = E[h h^T] at its input,
 removing unit u costs 1/2 tr(F W_u ([G^-1]_uu)^-1 W_u^T) nats if the others are refitted by least squares (K-FAC; The
 LLM Surgeon, arXiv 2312.17244). ``core.elimination`` removes unit after unit, with F and G brought closer to the exact
 Fisher scores of each.
 
-``fisher_signs`` is that exact Fisher score: the cost of each unit by itself, E[(h * dlog p(y)/dh)^2], y drawn from p.
+``fisher_signs`` is that exact score, E[(h * dlog p(y)/dh)^2], y drawn from p: twice what removing a unit alone costs.
 
 Attention mixes tokens: the gradient at token s holds the effect on every later token t. Signs of different tokens are
 independent, so that terms of different t are uncorrelated, and the expected score is the sum over s and t: twice the
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def random_signs(batch: Batch) -> LogitGradient:
-    """2 sum_v e_v sqrt(p_v) of each token, and its gradient at the logits; e by the seed and the window's number."""
+    """Return a function of some logits: 2 sum_v e_v sqrt(p_v), e drawn by seed and window, and its gradient there."""
     from hfprune_dist.core.losses import random_signs_of
 
     return random_signs_of(batch)
@@ -40,7 +40,7 @@ def squares(effects_NU: Tensor) -> Tensor:
 
 
 def costs_of_removal(sums_U: Tensor, layer: ScoredLayer) -> Tensor:
-    """Nats per token that each removal costs after all cheaper ones."""
+    """Nats per token that each removal costs after all cheaper ones, float64 [units]; raises UnresolvedError."""
     from hfprune_dist.core.elimination import elimination_scores
 
     assert layer.gram_DD is not None and layer.curvature_CC is not None

@@ -22,7 +22,7 @@ def squares_of_inputs(h_ND: Tensor) -> Tensor:
 
 def times_weights(squares_D: Tensor, layer: ScoredLayer) -> Tensor:
     """||h_n|| * sum_i |W[i, n]|, added up over a unit's channels."""
-    return layer.of_units(squares_D.sqrt() * norms(layer.read_columns(), dim=0, order=1))
+    return layer.summed_per_unit(squares_D.sqrt() * norms(layer.read_columns(), dim=0, order=1))
 
 
 CRITERIA = (Criterion("activation_l1", ALL_KINDS, "inputs", squares_of_inputs, score=times_weights),)

@@ -17,8 +17,8 @@ from hfprune_dist.checkpoints.families import Family
 from hfprune_dist.core.memory_efficient import frozen_linear, gated_product, rms_norm
 
 SILU = tuple({type(ACT2FN[name]) for name in ("silu", "swish")})
-# Whether torch has a kernel each way for norms on GPUs, instead of many, as ours and transformers'. Where not, autograd
-# would keep float32 copies, which kinds.memory doesn't count.
+# Whether torch has one kernel for a norm's forward on GPUs and one for its backward; ours and transformers' take many.
+# If it hasn't, autograd would keep float32 copies, which kinds.memory doesn't count.
 FUSES_NORMS = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 

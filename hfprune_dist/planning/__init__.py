@@ -1,1 +1,1 @@
-"""Planning: the stages a sweep needs, the ratios a model can reach, and what fits on a GPU."""
+"""Planning: the stages that a sweep needs, the methods that a model takes, and the ratios and shapes it can reach."""

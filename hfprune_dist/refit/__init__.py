@@ -1,7 +1,7 @@
 """New weights for what stays of a model, and how far from the dense model it is with them.
 
-Refits of output projections, by least squares:
-    ``output_refit`` fits each layer on the dense model's activations;
+Refits, layer by layer:
+    ``output_refit`` fits output projections by least squares, each layer's on the dense model's activations;
     ``sequential_refit`` fits layer by layer on what the pruned model makes of the windows, and continues with
     ``gauss_newton_ranks``, which moves all weights of an MLP;
     ``bias_refit`` only adds biases;

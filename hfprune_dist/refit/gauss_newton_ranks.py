@@ -15,8 +15,8 @@ from hfprune_dist.distributed.sums import is_held_out, unusable_activations
 from hfprune_dist.distributed.world import World
 from hfprune_dist.refit.output_refit import Problems, Solution
 
-# Of every eight micro-batches, those on which a step's length is computed. It is then right to a few percent, which
-# costs only the square of that of what the step gains. Of two ranks, each has one of them.
+# Of every eight micro-batches, those on which a step's length is computed. It is then off by a few percent, and the
+# step loses only the square of that share of its gain. With two ranks, each has one of them.
 MEASURED = 0, 5
 # Shares of the step that are tried on held-out windows.
 STEP_LENGTHS = (0.0, 1.0, 0.5)
@@ -107,7 +107,7 @@ class Reconstruction:
             rounded = change.to(self._dtype)
             return MlpWeights.of(*self._sum(shapes, (at.backward(at.forward(rounded)).tensors() for at in around())))
 
-        def length(change: MlpWeights) -> Tensor:
+        def squared_length(change: MlpWeights) -> Tensor:
             rounded = change.to(self._dtype)
             squares = ((at.forward(rounded).square().sum(dtype=torch.float64),) for at in around(measured))
             return self._sum([[]], squares)[0] * (tokens / seen)
@@ -115,7 +115,7 @@ class Reconstruction:
         targets = map(self._target, indices)
         missing = (at.backward(next(targets) - at.output()).tensors() for at in around())
         right = MlpWeights.of(*self._sum(shapes, missing))
-        return solve_normal_equations(product, length, right, curvature, iterations)
+        return solve_normal_equations(product, squared_length, right, curvature, iterations)
 
     def _around(self, weights: MlpWeights, indices: Sequence[int]) -> Callable[..., Iterator[Linearized]]:
         """A function that yields the MLP, linearized around some weights, on each of some micro-batches, or on those

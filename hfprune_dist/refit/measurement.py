@@ -21,7 +21,7 @@ from hfprune_dist.models.single_layer import LayerReader, put_weights, run, weig
 from hfprune_dist.refit.cheap_fits import Scored, cheap_fits
 from hfprune_dist.structures.kept import Kept, Shape
 
-# Most tokens of several shapes that pass a layer together, or one window of each.
+# Most tokens that pass a layer together, those of several shapes' windows; but at least one window does.
 AT_ONCE = 2**10
 # What a layer keeps: the number of units of each kind; None if it goes.
 Size = tuple[int, ...] | None
@@ -67,7 +67,7 @@ def measure_shapes(
     *,
     every: int = 1,
 ) -> list[float]:
-    """The divergence of each shape from the dense model, after a cheap refit, as ``mean_divergences``.
+    """Each shape's ``mean_divergences`` from the dense model after a cheap refit; raises as that and ``cheap_fits``.
 
     Args:
         kinds: of the units that go.

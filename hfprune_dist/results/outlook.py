@@ -74,9 +74,9 @@ class Law:
 
 
 def foretold(points: Mapping[int, float], tokens: float) -> tuple[float, float]:
-    """KL after so many tokens, more than of any point, by ``Law.fitted`` of at least ``LEAST_RUNS`` points; and its
-    error: what a law without a floor says otherwise, or, if that is more, what the shorter runs' law missed the longest
-    by, for each time that D is multiplied as much.
+    """KL after so many tokens, more than any point's, by ``Law.fitted`` of at least ``LEAST_RUNS`` points; and its
+    error: the difference from a law without a floor or, if larger, the relative error of the shorter runs' law at the
+    longest run, times how much farther this one looks ahead (in logarithms of tokens).
     """
     law, plain = Law.fitted(points), Law.fitted(points, has_floor=False)
     *shorter, longest = points

@@ -76,7 +76,7 @@ class Accumulation:
         return self.next_shard >= self.shards
 
     def add_round(self, score: Callable[[int, bool], Mapping[str, Tensor]]) -> None:
-        """Add the sums of the next shards, one of each rank, and save if it is due. Collective.
+        """Add the sums of the next shards, one of each rank, and save if it is due; raises as ``save``. Collective.
 
         Ranks beyond the last shard repeat it, since forwards are collective; theirs doesn't count.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.core.allocation import Ladder, allocate_globally, layer_mean_one, standardized
+from hfprune_dist.core.allocation import Ladder, allocate_globally, relative_to_mean, standardized
 from hfprune_dist.core.width_search import Counts, ReweightedShapes
 from hfprune_dist.kinds.prune import PruneParameters
 from hfprune_dist.methods import CRITERIA
@@ -108,7 +108,7 @@ def _comparable(params: PruneParameters, checkpoint: Checkpoint, kinds: Sequence
     elif criterion.in_nats:
         return of_kinds
     else:  # on average, a parameter counts the same in every kind and layer
-        of_kinds = [layer_mean_one(scores) for scores in of_kinds]
+        of_kinds = [relative_to_mean(scores) for scores in of_kinds]
     per_unit = checkpoint.parameter_counts.units
     sizes = [per_unit[scored.units.kind] / per_unit[NEURONS] for scored in kinds]
     return [[scores_U * size for scores_U in scores] for size, scores in zip(sizes, of_kinds, strict=True)]

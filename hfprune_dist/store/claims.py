@@ -24,7 +24,7 @@ from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, read_object, write_json
 
 CLAIM_FILES = "claim.*"
-CANCELLED = "cancelled"  # in a store: a token, another for each cancellation of all that runs
+CANCELLED = "cancelled"  # file in a store with a random token, a new one each time that all that runs is cancelled
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
@@ -110,7 +110,7 @@ def keep_renewed(claim: Claim) -> threading.Event:
 
 
 def try_claim(folder: Path, job: str | None = None) -> Claim | Holder:
-    """Claim ``folder`` (created if needed), or return its holder; a batch ``job`` that was requeued succeeds itself."""
+    """Claim ``folder`` (created if needed), or return its holder; a requeued batch ``job`` takes over from itself."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # removed by a holder that finishes
         newest, record = _newest(folder)

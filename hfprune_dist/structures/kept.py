@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """How many layers and units of a model stay, these by kind in each of the layers; see ``Kept``."""
+    """Which layers of a model stay, how many units of each kind in each of them, and at which ranks; see ``Kept``."""
 
     layers: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Kept:
 
     @property
     def shape(self) -> Shape:
-        """The number of layers and units that stay."""
+        """The layers that stay, with the number of units in each instead of their indices."""
         units = {kind: tuple(len(row) for row in rows) for kind, rows in self.units.items()}
         return Shape(self.layers, units, self.ranks)
 

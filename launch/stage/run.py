@@ -124,7 +124,7 @@ def prepare_environment() -> None:
     # too, generating tokens took ten times as long; on idle cores, sleeping costs nothing that can be measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux" and not count_gpus():
-        # Linux clears the pages that it gives: for most tensors, unless up to so large a one's stay with the process.
+        # Linux clears each page that it hands out: for most tensors, unless those up to this size keep theirs.
         for option, number in ((-3, 2**25), (-1, -1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, number)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfprune_dist.core.allocation import Ladder, allocate_globally, layer_mean_one, standardized
+from hfprune_dist.core.allocation import Ladder, allocate_globally, relative_to_mean, standardized
 
 
 def scores(*layers):
@@ -21,9 +21,9 @@ def test_steps_of_a_ladder_end_at_its_floor_and_at_all_its_units():
 
 
 def test_normalised_layers_have_mean_one():
-    for layer in layer_mean_one(scores([1, 2, 3], [100, 200, 600])):
+    for layer in relative_to_mean(scores([1, 2, 3], [100, 200, 600])):
         assert layer.mean() == 1
-    assert torch.equal(layer_mean_one(scores([0, 0]))[0], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(relative_to_mean(scores([0, 0]))[0], torch.zeros(2, dtype=torch.float64))
 
 
 def test_standardized_layers_have_mean_zero_and_deviation_one_unless_they_are_in_deviations():
