@@ -27,6 +27,8 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import count_gpus, threads_allowed, usable_cores
 
 T = TypeVar("T")
+# Ranks that can't reach each other give up after so long; collectives, which wait for others' work, take longer.
+MEETING = datetime.timedelta(minutes=30)
 # Where Linux tells about devices, by their addresses.
 PCI = Path("/sys/bus/pci/devices")
 
@@ -112,15 +114,13 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
         stay_near(device, threads)
     torch.set_num_threads(threads)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if device.type == "cuda":
-        # NCCL connects the ranks' GPUs at once, so those that share one are told before.
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        require_own_gpus(device, rank, size, store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", timeout=timeout, store=store, rank=rank, world_size=size, device_id=device
-        )
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=min(timeout, MEETING)))
+    store.set_timeout(timeout)
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:  # NCCL connects the ranks' GPUs at once, so those that share one are told before
+        require_own_gpus(gpu, rank, size, store)
+    backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=gpu)
     local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), local_size, device)
 

@@ -44,8 +44,9 @@ CUT_OFF = "cut off"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
-    r"|\bsocket\b|timed out waiting|wait timeout|network error|distnetworkerror|failed to (recv|send|connect)"
-    r"|seconds waiting for clients|failed to pass monitoredBarrier|caught collective operation timeout",
+    r"|\bsocket\b(?!, malloc)|timed out waiting|wait timeout|network error|distnetworkerror"
+    r"|failed to (recv|send|connect)|seconds waiting for clients|failed to pass monitoredBarrier"
+    r"|caught collective operation timeout",
     re.IGNORECASE,
 )
 

@@ -209,7 +209,8 @@ def _is_whole_listing(text: str) -> bool:
 
 def _is_transient(result: subprocess.CompletedProcess[str]) -> bool:
     # A command may be hit by a signal that is meant for the job inside which it is called.
-    return result.returncode < 0 or TRANSIENT.search(result.stderr) is not None
+    # A site's own advice, above the last line, may be to try again.
+    return result.returncode < 0 or TRANSIENT.search(_last_line(result.stderr)) is not None
 
 
 def _last_line(text: str) -> str:

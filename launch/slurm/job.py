@@ -107,7 +107,8 @@ def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise NodeError(f"node {node} was allocated with GPUs, but torch finds none; check its driver")
+            built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use"
+            raise NodeError(f"node {node} has GPUs that {built}; if all nodes do, install a torch for an older CUDA")
 
 
 def run_rank(folder: Path, interruption: Interruption) -> int:

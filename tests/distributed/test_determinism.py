@@ -64,7 +64,7 @@ def test_flags_are_set_before_cuda_starts_and_only_where_they_are_needed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", start)
-    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    monkeypatch.setattr(worlds, "rendezvous", start)
     threads = torch.get_num_threads()
     with pytest.raises(StoppedError):
         worlds.join_world({"LOCAL_RANK": "0", "OMP_NUM_THREADS": str(threads)}, 1, reproducible=reproducible)

@@ -117,12 +117,17 @@ def test_a_rank_joins_with_its_own_gpu_and_memory_in_segments_that_grow(monkeypa
         for name, value in {**answers, "get_arch_list": ["sm_90"]}.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
-        patch.setattr(worlds_of_ranks, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+        patch.setattr(
+            worlds_of_ranks, "rendezvous", lambda *_, timeout: joined.update(met=timeout) or iter([(store, 0, 1)])
+        )
         patch.setattr(torch.distributed, "init_process_group", lambda backend, **options: joined.update(options))
         patch.setattr(torch.distributed, "get_rank", lambda: 0)
         patch.setattr(torch.distributed, "get_world_size", lambda: 1)
-        assert worlds_of_ranks.join_world(environment, 1).device == joined["device_id"] == torch.device("cuda", 1)
+        assert worlds_of_ranks.join_world(environment, 240).device == joined["device_id"] == torch.device("cuda", 1)
     segments = environment.get("PYTORCH_CUDA_ALLOC_CONF")
+    assert joined["met"].seconds == 30 * 60 and joined["timeout"].seconds == 240 * 60, (
+        "those that can't meet are told soon"
+    )
     assert joined["store"] is store and segments == (None if own else "expandable_segments:True")
 
 

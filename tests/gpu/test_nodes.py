@@ -1,6 +1,8 @@
 """Two nodes of a Slurm cluster: their network, the binding of ranks to GPUs, a large model (checks 8, 9 and 10)."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,21 +40,21 @@ def run(config, folder, **changes):
 
 
 @pytest.fixture
-def shared(tmp_path_factory):
-    """A new folder next to the profile, where all nodes see it."""
-    folder = Path(os.environ[PROFILE]).resolve().parent / tmp_path_factory.mktemp("gpu").name
-    folder.mkdir()
+def shared(real_assets):
+    """A new folder next to the profile, where all nodes see it, with the demo's model."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu-", dir=Path(os.environ[PROFILE]).resolve().parent))
+    shutil.copytree(real_assets / "llama", folder / "llama")
     return folder
 
 
 def test_nodes_talk_by_the_fast_network_and_by_addresses_that_others_reach(real_assets, shared):
-    run(write_config(shared, real_assets, real_assets / "llama"), shared)
+    run(write_config(shared, real_assets, shared / "llama"), shared)
     said = logs_of(shared)
     assert "NET/IB" in said and "127.0.1.1" not in said
 
 
 def test_ranks_whose_gpus_slurm_binds_find_theirs(real_assets, shared):
-    run(write_config(shared, real_assets, real_assets / "llama"), shared, srun_args=["--gpus-per-task=1"])
+    run(write_config(shared, real_assets, shared / "llama"), shared, srun_args=["--gpus-per-task=1"])
     said = logs_of(shared)
     assert "invalid device ordinal" not in said and "via P2P" in said
 

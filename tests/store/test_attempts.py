@@ -105,7 +105,8 @@ def test_of_a_long_log_only_the_end_is_read(tmp_path):
 
 
 # Causes and messages, the best explanation first.
-RECORDS = [("input", "no such text"), ("killed", "no GPU"), ("code", "wrong"), ("code", LOST)]
+NCCL = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error."
+RECORDS = [("input", "no such text"), ("killed", "no GPU"), ("code", NCCL), ("code", LOST)]
 
 
 @pytest.mark.parametrize(("better", "worse"), itertools.combinations(RECORDS, 2))

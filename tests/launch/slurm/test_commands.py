@@ -43,6 +43,7 @@ POLICY = f"{REFUSED} Job violates accounting/QOS policy (job submit limit, user'
         (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}", NotNowError),
         (f"sbatch: error: QOSMaxWallDurationPerJobLimit {POLICY}", SubmissionRefusedError),  # explained as the same
         (f"{REFUSED} Job dependency problem", NotNowError),
+        (f"sbatch: error: no account; set one and try again\n{REFUSED} Unspecified error", SubmissionRefusedError),
     ],
 )
 def test_whether_a_job_is_refused_for_now_or_for_good(fake, slurm, script, slept, says, error):
