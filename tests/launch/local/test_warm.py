@@ -81,7 +81,9 @@ def at_work(log, ranks=2):
     while not log.exists() or len(found := told(log)) < ranks:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
-    return [psutil.Process(pid) for pid in dict.fromkeys(pid for those in found for pid in those["processes"])]
+    alive = {process.pid: process for process in psutil.process_iter()}  # one that fails may be gone already
+    pids = dict.fromkeys(pid for those in found for pid in those["processes"])
+    return [alive[pid] for pid in pids if pid in alive]
 
 
 def all_gone(processes):
