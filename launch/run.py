@@ -15,7 +15,6 @@ from hfprune_launch.prepare import Prepared, require_runnable
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
 from hfprune_launch.slurm.cli import run_on_slurm
-from hfprune_launch.slurm.launcher import NewJobs
 from hfprune_launch.stage.run import Provenance
 from hfprune_launch.sweep_folder import REPORT, Sweep, read_sweep, record_run, write_page
 
@@ -88,8 +87,8 @@ def run_missing(prepared: Prepared) -> int | None:
             backend = LocalBackend(sweep.store, out / "logs", provenance, prepared.cancellation, warm)
             _run_here(prepared, backend, on_end)
         else:
-            jobs = partial(NewJobs, provenance, profile, prepared.cancellation)
-            code = run_on_slurm(request.console, sweep, prepared.todo, jobs, follow=request.follow, on_end=on_end)
+            settings = provenance, profile, prepared.cancellation
+            code = run_on_slurm(request.console, sweep, prepared.todo, *settings, follow=request.follow, on_end=on_end)
     hashes.save()
     return code
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfprune_launch.slurm import commands
-from hfprune_launch.slurm.launcher import Launcher, NewJobs
+from hfprune_launch.slurm.launcher import Launcher
 from hfprune_launch.slurm.profile import Profile, Resources
 from hfprune_launch.stage.run import Provenance
 from made_stages import being_made, stage_of
@@ -169,10 +169,9 @@ class FakeLauncher(Launcher):
 
     def __init__(self, store: Store, plan: Plan, max_running=None, clock=None, delays=(1.0, 2.0)):
         self.clock, self.told = clock or Clock(), []
-        cancellation, profile = Cancellation(store.root), Profile(RESOURCES, max_running)
-        new_jobs = NewJobs(Provenance(RuntimeConfig(), {}, {}), profile, cancellation, Path("/code"))
+        settings = Provenance(RuntimeConfig(), {}, {}), Profile(RESOURCES, max_running), Cancellation(store.root)
         slurm = commands.SlurmCommands(self.clock.sleep, delays)
-        super().__init__(store, plan, new_jobs, slurm, self.told.append, self.clock)
+        super().__init__(store, plan, *settings, Path("/code"), slurm, self.told.append, self.clock)
 
     def step_after(self, seconds: float) -> None:
         self.clock.sleep(seconds)

@@ -6,19 +6,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from time import sleep
 
 from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import ProgressLines, say
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState, to_submit
-from hfprune_launch.slurm.launcher import SHARE, Event, Launcher, NewJobs
+from hfprune_launch.slurm.launcher import SHARE, Event, Launcher
 from hfprune_launch.slurm.observe import Observer, served_by
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import JobRequest, batch_script, default_threads
 from hfprune_launch.slurm.snapshot import take_snapshot
 from hfprune_launch.slurm.status import stage_statuses, status_table
+from hfprune_launch.stage.run import Provenance
 from hfprune_launch.sweep_folder import Sweep
 from rich.console import Console
 from rich.live import Live
@@ -29,6 +29,7 @@ from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store, Verdict
 from hfprune_dist.store.atomic_files import require_own
 from hfprune_dist.store.attempts import Ledger
+from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.stage import kind_of
 
 EVENT_COLORS = {"done": "green", "ended": "red", "waiting": "yellow"}
@@ -48,14 +49,15 @@ def run_on_slurm(
     console: Console,
     sweep: Sweep,
     todo: Sequence[str],
-    new_jobs: Callable[[Path], NewJobs],
+    provenance: Provenance,
+    profile: Profile,
+    cancellation: Cancellation,
     *,
     follow: bool,
     on_end: Callable[[], None],
 ) -> int | None:
     """Submit missing stages and adopt running jobs, and stay until nothing more can be done; without ``follow``, return
-    the exit code at once. New jobs get their settings from ``new_jobs``, given the copy of the code that they run;
-    ``on_end`` is called after a round in which stages' jobs have ended.
+    the exit code at once. ``on_end`` is called after a round in which stages' jobs have ended.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
     require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
@@ -63,7 +65,7 @@ def run_on_slurm(
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version())
     screen = _Screen(console, sweep)
-    launcher = Launcher(store, sweep.plan, new_jobs(snapshot), SlurmCommands(), screen.tell)
+    launcher = Launcher(store, sweep.plan, provenance, profile, cancellation, snapshot, SlurmCommands(), screen.tell)
 
     def after_round() -> None:
         screen.refresh(launcher.observer.jobs)

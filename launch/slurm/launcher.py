@@ -59,23 +59,18 @@ class Event:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class NewJobs:
-    """Settings for new jobs; ``snapshot``: folder of the code that they run."""
+@dataclass
+class Launcher:
+    """Runs a sweep to its end, or as far as it can get; tells of every event, of waiting in every round. New jobs run
+    the code in the folder ``snapshot``.
+    """
 
+    store: Store
+    plan: Plan
     provenance: Provenance
     profile: Profile
     cancellation: Cancellation
     snapshot: Path
-
-
-@dataclass
-class Launcher:
-    """Runs a sweep to its end, or as far as it can get; tells of every event, of waiting in every round."""
-
-    store: Store
-    plan: Plan
-    new_jobs: NewJobs
     slurm: SlurmCommands
     tell: Callable[[Event], None]
     clock: Callable[[], float] = time.monotonic
@@ -117,7 +112,7 @@ class Launcher:
                     asked_at = self.clock()
                     self.step()
                     following = self._open()
-                    is_wanted = not self.new_jobs.cancellation.is_requested()
+                    is_wanted = not self.cancellation.is_requested()
                     is_over = not follow or not (following or (is_wanted and self._left()))
                 shown_at = self.clock()
                 show()
@@ -155,7 +150,7 @@ class Launcher:
 
     def _left(self) -> list[list[str]]:
         """Return the jobs that can be submitted by now, or later in a queue that is full at present."""
-        return to_submit(self.observer.states(self.plan), self.new_jobs.profile.allocation)
+        return to_submit(self.observer.states(self.plan), self.profile.allocation)
 
     # Act on jobs.
 
@@ -212,7 +207,7 @@ class Launcher:
     def _submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
         # Under a limit, other launchers must not submit between our look at the queue and our last submission.
-        with nullcontext() if self.new_jobs.profile.max_running is None else self.ledger.locked():
+        with nullcontext() if self.profile.max_running is None else self.ledger.locked():
             missing = self._left()
             try:
                 queue = self._queue() if missing else []
@@ -223,7 +218,7 @@ class Launcher:
 
     def _queue(self) -> list[str]:
         """Return the ids of the store's jobs that wait or run, in the order of their submission, if limited."""
-        if self.new_jobs.profile.max_running is None:
+        if self.profile.max_running is None:
             return []
         jobs = self.slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
         return sorted(
@@ -238,7 +233,7 @@ class Launcher:
         if None in jobs:
             return  # what it has to wait for was refused, or has no known id
         dependencies = sorted({f"afterok:{job_id}" for job_id in jobs})
-        if (before := job_to_wait_for(self.new_jobs.profile.max_running, queue)) is not None:
+        if (before := job_to_wait_for(self.profile.max_running, queue)) is not None:
             dependencies.append(f"afterany:{before}")
         with ExitStack() as claims:
             claimed = list(takewhile(partial(self._claim, claims), chain))
@@ -266,19 +261,19 @@ class Launcher:
         """Record the intent, submit, record the job and return its id; None if Slurm refuses it. If the launcher dies
         between any two of these steps, a later round repairs that.
         """
-        new, resources = self.new_jobs, self.new_jobs.profile.of_job([stage.kind for stage in chain])
+        resources = self.profile.of_job([stage.kind for stage in chain])
         attempts: list[Attempt] = []
         for stage in chain:
             leader = attempts[0] if attempts else None
             attempt = self.ledger.begin(stage, time_minutes=resources.time_minutes, leader=leader, needs=needs)
-            write_stage_file(self.store.handle(stage.id), stage, new.provenance, attempt.intent.number)
+            write_stage_file(self.store.handle(stage.id), stage, self.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = JobRequest(
             resources=resources,
             folders=[attempt.folder for attempt in attempts],
             job_name=attempts[0].intent.job_name,
-            snapshot=new.snapshot,
-            threads=default_threads(resources, new.provenance.runtime.threads_per_rank),
+            snapshot=self.snapshot,
+            threads=default_threads(resources, self.provenance.runtime.threads_per_rank),
             dependencies=dependencies,
         )
         script = write_submission(request)
@@ -287,7 +282,7 @@ class Launcher:
             fsync_folders(folder, self.store.root)
         try:
             # Only now: whoever cancels later finds the intent, and waits for what becomes of it.
-            if new.cancellation.is_requested():
+            if self.cancellation.is_requested():
                 raise NotNowError("another command has cancelled this; run the same command again to resume")
             job_id = self.slurm.submit(script)
         except SubmissionRefusedError as error:
