@@ -158,10 +158,6 @@ class Attempt:
         return job.get("job_id") or next((run.job_id for run in runs), None)
 
     @property
-    def script(self) -> Path:
-        return self._leader / SCRIPT
-
-    @property
     def end(self) -> End | None:
         return read_record(End, self.folder / END)
 

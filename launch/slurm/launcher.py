@@ -181,8 +181,7 @@ class Launcher:
                 if (found := self.slurm.jobs().get(attempt.intent.job_name)) is not None:
                     self._adopt(attempt, found.job_id)
                     return
-                if attempt.script.exists():  # otherwise its launcher died before sbatch
-                    self.slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
+                self.slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
             self._close(stage, attempt, job)
 
     def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
