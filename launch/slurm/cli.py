@@ -63,7 +63,7 @@ def run_on_slurm(
     require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
-    snapshot = take_snapshot(PROJECT, code.resolve(), PROJECT.code_version())
+    snapshot = take_snapshot(PROJECT, code.resolve())
     screen = _Screen(console, sweep)
     launcher = Launcher(store, sweep.plan, provenance, profile, cancellation, snapshot, SlurmCommands(), screen.tell)
 

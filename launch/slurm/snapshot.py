@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hfprune_launch.project import Project
 
 from hfprune_dist.errors import UserError
-from hfprune_dist.store.atomic_files import publish, write_json
+from hfprune_dist.store.atomic_files import publish
 from hfprune_dist.store.hashing import FileHashes, digest_of
 
 
-def take_snapshot(project: Project, folder: Path, code: Mapping[str, Any]) -> Path:
+def take_snapshot(project: Project, folder: Path) -> Path:
     """Copy the project's packages to ``<folder>/<digest of their content>-<random>``, or reuse an intact copy.
 
     A copy whose content no longer matches its name (cut off by a full disk, purged by a cleaner) is left to its jobs.
-    ``code``, its provenance (commit, digest of the uncommitted changes), is kept with the copy.
     """
     draft = folder / f".draft-{uuid.uuid4().hex[:8]}"
     try:
@@ -32,7 +29,6 @@ def take_snapshot(project: Project, folder: Path, code: Mapping[str, Any]) -> Pa
         for existing in sorted(folder.glob(f"{digest}-*")):
             if _is_intact(existing, digest):
                 return existing
-        write_json(draft / "provenance.json", dict(code))
         snapshot = folder / f"{digest}{draft.name.removeprefix('.draft')}"
         publish(draft, snapshot)
         return snapshot

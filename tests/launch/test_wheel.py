@@ -73,7 +73,7 @@ def test_a_wheel_has_all_configurations_profiles_and_code(installed, tmp_path):
         files = sorted(file.relative_to(ours) for file in ours.rglob("*.yaml"))
         assert files == sorted(file.relative_to(theirs) for file in theirs.rglob("*.yaml"))
         assert all((ours / file).read_bytes() == (theirs / file).read_bytes() for file in files)
-    ours, theirs = (take_snapshot(project, tmp_path / name, {}) for name, project in (("a", PROJECT), ("b", wheel)))
+    ours, theirs = (take_snapshot(project, tmp_path / name) for name, project in (("a", PROJECT), ("b", wheel)))
     assert ours.name.split("-")[0] == theirs.name.split("-")[0]
 
 

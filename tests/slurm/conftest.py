@@ -100,7 +100,7 @@ def finished(config, tmp_path_factory):
 def code(tmp_path_factory):
     """The code of jobs as an earlier sweep left it: whole, and compiled."""
     folder = tmp_path_factory.mktemp("code")
-    take_snapshot(PROJECT, folder, PROJECT.code_version())
+    take_snapshot(PROJECT, folder)
     return folder
 
 

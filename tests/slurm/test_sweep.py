@@ -74,7 +74,7 @@ def test_a_rank_is_killed(cluster, config, finished, without, stages, missing):
         assert read(folders[0] / "manifest.json")["world_size"] == 2
     assert [causes(out, stage) for stage in (*missing, SCORES)] == [["interrupted", "done"]] * (len(missing) + 1)
     snapshot = Path(re.search("--chdir=(.*)", (attempt_folders(out)[0] / "job.sh").read_text())[1])
-    assert snapshot.parent == (out / "code").resolve() and read(snapshot / "provenance.json")["git_commit"]
+    assert snapshot.parent == (out / "code").resolve() and snapshot.is_dir()
 
 
 def test_status_logs_and_cancel(cluster, config, without):

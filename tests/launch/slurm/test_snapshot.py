@@ -5,7 +5,6 @@ from hfprune_launch.project import Project
 from hfprune_launch.slurm.snapshot import take_snapshot
 from ranks import ROOT
 
-COMMIT = {"git_commit": "abc"}
 MODULES = {"hfprune_dist/__init__.py": "", "hfprune_dist/stages/prune.py": "x = 1\n", "launch/job.py": "print('job')\n"}
 
 
@@ -22,12 +21,11 @@ def assert_whole(snapshot):
     """Check a snapshot's files; the folder launch is named after its package."""
     found = {str(file.relative_to(snapshot)): file.read_text() for file in snapshot.rglob("*.py")}
     assert found == {name.replace("launch/", "hfprune_launch/"): text for name, text in MODULES.items()}
-    assert '"abc"' in (snapshot / "provenance.json").read_text()
 
 
 def test_every_file_of_the_library_is_in_its_snapshot(tmp_path):
     """The snapshot is all that jobs import and read of the project."""
-    snapshot = take_snapshot(Project.around(ROOT / "launch"), tmp_path, COMMIT)
+    snapshot = take_snapshot(Project.around(ROOT / "launch"), tmp_path)
     files = [file for file in (ROOT / "hfprune_dist").rglob("*") if file.is_file()]
     # Left out: READMEs, and the files that reports are made from, as jobs write none.
     library = [file for file in files if file.suffix not in (".pyc", ".md", ".css", ".js", ".png")]
@@ -40,19 +38,19 @@ def test_every_file_of_the_library_is_in_its_snapshot(tmp_path):
 def test_a_good_snapshot_is_used_as_it_is_and_other_code_gets_its_own(project, tmp_path):
     """Running jobs import from it, so neither it nor the files they have left there are touched."""
     folder = tmp_path / "code"
-    snapshot = take_snapshot(project, folder, COMMIT)
+    snapshot = take_snapshot(project, folder)
     assert_whole(snapshot)
     (snapshot / "core.4711").write_bytes(b"left by a job")
     before = {file: file.stat().st_ino for file in snapshot.rglob("*")}
-    assert take_snapshot(project, folder, {"git_commit": "another"}) == snapshot
+    assert take_snapshot(project, folder) == snapshot
     assert {file: file.stat().st_ino for file in snapshot.rglob("*")} == before and list(folder.iterdir()) == [snapshot]
     (tmp_path / "project" / "launch" / "job.py").write_text("print('new')\n")
-    assert take_snapshot(project, folder, COMMIT) != snapshot and snapshot.is_dir()
+    assert take_snapshot(project, folder) != snapshot and snapshot.is_dir()
 
 
 def test_a_damaged_snapshot_is_left_to_its_jobs_and_another_one_made(project, tmp_path):
-    snapshot = take_snapshot(project, tmp_path / "code", COMMIT)
+    snapshot = take_snapshot(project, tmp_path / "code")
     (snapshot / "hfprune_launch" / "torch.py").write_text("raise SystemExit\n")
-    another = take_snapshot(project, tmp_path / "code", COMMIT)
+    another = take_snapshot(project, tmp_path / "code")
     assert_whole(another)
-    assert another != snapshot and snapshot.is_dir() and take_snapshot(project, tmp_path / "code", COMMIT) == another
+    assert another != snapshot and snapshot.is_dir() and take_snapshot(project, tmp_path / "code") == another
