@@ -33,7 +33,7 @@ def show_dry_run(prepared: Prepared) -> None:
     for remark in _remarks(prepared):
         request.tell(f"note: {remark}")
     if request.profile is not None:
-        show_jobs(request.console, sweep, request.profile, prepared.config.runtime, prepared.verdicts)
+        show_jobs(request.console, sweep, request.profile, prepared.config.runtime, prepared.todo)
         show_estimates(request.console, prepared.estimates)
     _show_outlooks(prepared)
     _show_hours(prepared)

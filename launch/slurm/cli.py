@@ -26,7 +26,7 @@ from rich.markup import escape
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
-from hfprune_dist.store.artifacts import Store, Verdict
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import require_own
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.claims import Cancellation
@@ -168,15 +168,11 @@ def cancel_jobs(
     return sorted(cancelled, key=int), [*submitting, *(f"job {job.job_id}" for job in found)]
 
 
-def show_jobs(
-    console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, verdicts: Mapping[str, Verdict]
-) -> None:
-    """Show what would be submitted: every batch script."""
+def show_jobs(console: Console, sweep: Sweep, profile: Profile, runtime: RuntimeConfig, todo: Sequence[str]) -> None:
+    """Show what would be submitted to run the stages in ``todo``: every batch script."""
     stages, serves = sweep.plan.stages, served_by(sweep.plan)
-    done = {stage_id for stage_id in stages if verdicts[stage_id].state == "done"}
-    todo = sweep.plan.lacking(done.__contains__)
     states = {
-        stage.id: StageState(stage.id, tuple(stage.needs), serves[stage.id], stage.id in todo, stage.id in done)
+        stage.id: StageState(stage.id, tuple(stage.needs), serves[stage.id], stage.id in todo, stage.id not in todo)
         for stage in stages.values()
     }
     jobs = to_submit(states, profile.allocation)
