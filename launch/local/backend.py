@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_launch.local.warm import WarmProcess
@@ -43,31 +44,26 @@ NVIDIA = Path("/proc/driver/nvidia")
 OnHeartbeat = Callable[[Heartbeat | None], None]
 
 
+@dataclass
 class LocalBackend:
     """Runs stages on this machine, on ranks that the ``warm`` process starts. The folder ``logs`` gets a log per stage
     and attempt; ``cancellation`` tells whether stages are still wanted.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        logs: Path,
-        provenance: Provenance,
-        cancellation: Cancellation,
-        warm: WarmProcess,
-    ) -> None:
-        self._store = store
-        self._logs = logs
-        self._provenance = provenance
-        self._cancellation = cancellation
-        self._warm = warm
-        self.ranks = ranks_here(provenance.runtime)
+    store: Store
+    logs: Path
+    provenance: Provenance
+    cancellation: Cancellation
+    warm: WarmProcess
+
+    def __post_init__(self) -> None:
+        self.ranks = ranks_here(self.provenance.runtime)
 
     def run(self, stage: Stage, on_heartbeat: OnHeartbeat) -> End | None:
         """Claim a stage, run it on all ranks, and return why it failed; None if there is a verified artifact. Raises
         KeyboardInterrupt if another command has cancelled the sweep.
         """
-        handle = self._store.handle(stage.id)
+        handle = self.store.handle(stage.id)
         while isinstance(claim := handle.claim(), Holder):  # another sweep works on it
             self._require_wanted()
             on_heartbeat(handle.heartbeat())
@@ -77,26 +73,26 @@ class LocalBackend:
             if handle.is_done():  # another sweep was faster
                 return None
             ranks = 1 if KINDS[stage.kind].on_one_rank else self.ranks
-            attempt = Ledger(self._store).begin(stage)
-            write_stage_file(handle, stage, self._provenance, attempt.intent.number)
+            attempt = Ledger(self.store).begin(stage)
+            write_stage_file(handle, stage, self.provenance, attempt.intent.number)
             return self._run(stage, ranks, attempt, claim, on_heartbeat)
         finally:
             claim.release()
 
     def _run(self, stage: Stage, ranks: int, attempt: Attempt, claim: Claim, on_heartbeat: OnHeartbeat) -> End | None:
         """Run a stage on all ranks, record how it ended, and return why it failed."""
-        handle, log = self._store.handle(stage.id), local_log(self._logs, attempt.intent)
+        handle, log = self.store.handle(stage.id), local_log(self.logs, attempt.intent)
         # Ranks of this machine share its cores, and write their logs at once.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self._provenance.runtime, ranks))}
-        arguments = [str(self._store.root.resolve()), stage.id, claim.token]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self.provenance.runtime, ranks))}
+        arguments = [str(self.store.root.resolve()), stage.id, claim.token]
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
         cause, message = INTERRUPTED, "the launcher was interrupted; what was saved stays"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
-            self._warm.start(RUN, arguments, ranks, environment, log)
+            self.warm.start(RUN, arguments, ranks, environment, log)
             codes = self._watch(handle, claim, on_heartbeat)
-            full = unwritable(self._store.root)  # which may have no room for a rank to record its own reason
+            full = unwritable(self.store.root)  # which may have no room for a rank to record its own reason
             handle.discard_draft(claim)  # makes room for the end
             if handle.is_done():
                 cause, message = DONE, ""
@@ -113,14 +109,14 @@ class LocalBackend:
         return None if cause == DONE else end
 
     def _require_wanted(self) -> None:
-        if self._cancellation.is_requested():
+        if self.cancellation.is_requested():
             raise KeyboardInterrupt("cancelled by another command; run the same command again to resume")
 
     def _watch(self, handle: StageHandle, claim: Claim, on_heartbeat: OnHeartbeat) -> Mapping[int, int]:
         """Wait for all ranks and return their exit codes; end them if interrupted, cancelled or without the claim."""
         looked_at, _ = time.monotonic(), keep_renewed(claim)
         try:
-            while (codes := self._warm.ended(POLL_S)) is None:
+            while (codes := self.warm.ended(POLL_S)) is None:
                 on_heartbeat(handle.heartbeat())
                 if time.monotonic() - looked_at > CANCELLATION_POLL_S:
                     looked_at = time.monotonic()
@@ -129,7 +125,7 @@ class LocalBackend:
                         if not handle.is_committed():  # after which the claim goes with the work folder
                             claim.require_held()
         except BaseException:
-            self._warm.close()
+            self.warm.close()
             handle.discard_draft(claim)
             raise
         return codes

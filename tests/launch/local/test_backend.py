@@ -80,7 +80,7 @@ def backend(store, tmp_path):
 
 @pytest.fixture
 def ranks(backend):
-    return backend._warm
+    return backend.warm
 
 
 def run(backend):
@@ -103,7 +103,7 @@ def test_a_launcher_that_waits_for_anothers_stage_is_cancelled_with_it(backend, 
 
     with pytest.raises(KeyboardInterrupt, match="cancelled by another command"):
         backend.run(STAGE, cancel)
-    backend._cancellation = Cancellation(store.root)
+    backend.cancellation = Cancellation(store.root)
     ranks.meanwhile = lambda claim: commit(store, claim)
     assert run(backend) is None
 
