@@ -38,7 +38,7 @@ class UserError(Exception):
 
     EXIT_CODE = 2
     CAUSE = "input"
-    """Cause that a failed stage records; see ``store.attempts.End``."""
+    """Cause that a failed stage records; see ``store.attempts.Cause``."""
 
 
 class LostInputError(UserError):

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hfprune_launch.screen import make_console, plain_table, say
     from hfprune_launch.sweep_folder import read_sweep, recorded_sweep
 
-    from hfprune_dist.store.attempts import CUT_OFF, Ledger
+    from hfprune_dist.store.attempts import Cause, Ledger
 
     sweep, console = read_sweep(given) if given else recorded_sweep(DEMO), make_console()
     if not (ASSETS / "llama").is_dir():
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sweep is not None:
         ledger = Ledger(sweep.store)
         for stage in sweep.plan.stages.values():
-            ends = [(attempt, end) for attempt, end in ledger.ends(stage.id) if end and end.cause != CUT_OFF]
+            ends = [(attempt, end) for attempt, end in ledger.ends(stage.id) if end and end.cause != Cause.CUT_OFF]
             begun = [next((run.started for run in each.runs()), each.intent.created) for each, _ in ends]
             for name in (stage.kind, f"all of {sweep.out}") if ends else ():
                 took.setdefault(name, []).append(sum(end.at for _, end in ends) - sum(begun))

@@ -17,8 +17,7 @@ from hfprune_dist.results.metrics import METRICS, OF_TEXT
 from hfprune_dist.results.rows import DONE, NOT_RUN, Row
 from hfprune_dist.results.table import findings, flat_row, not_comparable
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import DONE as SUCCESS
-from hfprune_dist.store.attempts import INTERRUPTED, Attempt, End, Ledger, local_log
+from hfprune_dist.store.attempts import Attempt, Cause, End, Ledger, local_log
 from hfprune_dist.store.stage import Stage
 
 # Makes the browser refuse everything that would need the network.
@@ -142,7 +141,7 @@ def _failures(attempts: Attempts, out: Path) -> str:
     """HTML table of all attempts that failed."""
     lines = ""
     for stage, attempt, end in attempts:
-        if end is not None and end.cause not in (SUCCESS, INTERRUPTED):
+        if end is not None and end.cause not in (Cause.DONE, Cause.INTERRUPTED):
             job = f"job {attempt.job_id or 'unknown'}" if attempt.intent.job_name else ""
             nodes = "".join(f" on {run.nodes}" for run in attempt.runs()[-1:])
             found = [log for log in (*attempt.logs(), local_log(out / "logs", attempt.intent)) if log.exists()]

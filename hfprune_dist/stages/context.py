@@ -28,7 +28,7 @@ from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import listed, read_object, write_json
-from hfprune_dist.store.attempts import DONE, INTERRUPTED, Ledger
+from hfprune_dist.store.attempts import Cause, Ledger
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
@@ -165,7 +165,7 @@ class Context(Generic[P]):
 
         def check() -> None:
             ends = [end for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
-            self.require_artifacts(thorough=any(end.cause not in (DONE, INTERRUPTED) for end in ends))
+            self.require_artifacts(thorough=any(end.cause not in (Cause.DONE, Cause.INTERRUPTED) for end in ends))
             for left in listed(self.work, "tmp*"):  # an engine's files, of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
             self._discard_progress_with_other_artifacts()

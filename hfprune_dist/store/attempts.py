@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,6 @@ from hfprune_dist.store.stage import Stage
 
 INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
 FAILURES = "failure.*.json"
-# The cause of an attempt that made the artifact, and that of one whose end says nothing about the stage.
-DONE, INTERRUPTED = "done", "interrupted"
-# That of attempts whose ends nobody recorded, once there is a later one.
-CUT_OFF = "cut off"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
     r"closed by peer|connection (reset|refused)|broken pipe|remote process exited|recvvalue failed|gloo.*timeout"
@@ -49,6 +46,30 @@ LOST_RANK = re.compile(
     r"|caught collective operation timeout",
     re.IGNORECASE,
 )
+
+
+class Cause(StrEnum):
+    """Why an attempt ended. Some are also causes of failures that ranks report (``UserError.CAUSE``)."""
+
+    DONE = "done"
+    """The artifact is there and verified."""
+    INTERRUPTED = "interrupted"
+    """Nothing is wrong with the stage: its launcher on this machine was interrupted; or its job was preempted once all
+    was saved, met the time limit while it got further, or never began the stage (it did not reach Slurm, a job that it
+    needs did not succeed, or another process had the stage)."""
+    KILLED = "killed"
+    """From outside: a node died, or could not run the stage; a rank died without a message, or waited in vain for
+    another one; or the job met its time limit and got no further."""
+    LOST_INPUT = "lost input"
+    """An artifact that the stage reads, or has made, is damaged or gone; it is made again."""
+    OUT_OF_MEMORY = "out of memory"
+    CANCELLED = "cancelled"
+    INPUT = "input"
+    """The user can correct it, in the profile or on the disk too."""
+    CODE = "code"
+    """A mistake in this project."""
+    CUT_OFF = "cut off"
+    """Nobody recorded the end, and there is a later attempt."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +120,7 @@ class End:
     """The end of an attempt, as its launcher found it to be, or of one of its ranks that failed, as that says itself.
 
     Attributes:
-        cause: done; input (the user can fix it), lost input (an artifact must be made again), code (we must fix it),
-            out of memory, killed (from outside), interrupted (nothing is wrong with the stage), or cancelled.
+        cause: a ``Cause``.
         message: for the user.
         at: unix time, as far as the stage's heartbeat tells it; a launcher may learn of it days later.
         rank: the rank that failed; -1 for an attempt.
@@ -120,19 +140,19 @@ class End:
         has_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         lacks_memory = has_name or re.search("can(no|')t allocate memory|_STATUS_ALLOC_FAILED", str(error))
         message = "".join(traceback.format_exception(error)[-3:]).strip()
-        return cls("out of memory" if lacks_memory else "code", message, time.time(), rank)
+        return cls(Cause.OUT_OF_MEMORY if lacks_memory else Cause.CODE, message, time.time(), rank)
 
     @property
     def is_consequence(self) -> bool:
         """Whether the rank failed only because it waited for another one, which died or hangs."""
-        return self.cause == "code" and LOST_RANK.search(self.message) is not None
+        return self.cause == Cause.CODE and LOST_RANK.search(self.message) is not None
 
     @property
     def order(self) -> tuple[bool, bool, bool, float, int]:
         """Sorts ends of ranks, the best explanation first: bad input explains more than any error of ours, and errors
         that only report the loss of another rank explain least. Time decides only among equals: clocks of hosts differ.
         """
-        ours = self.cause == "code"
+        ours = self.cause == Cause.CODE
         return not self.cause.endswith("input"), ours, self.is_consequence, self.at, self.rank
 
     @property
@@ -267,7 +287,7 @@ class Ledger:
     def failure(self, stage_id: str) -> End | None:
         """Return why the last attempt at a stage failed; None if it has not failed."""
         end = self.last_end(stage_id)
-        return None if end is None or end.cause in (DONE, INTERRUPTED) else end
+        return None if end is None or end.cause in (Cause.DONE, Cause.INTERRUPTED) else end
 
     def ends(self, stage_id: str) -> list[tuple[Attempt, End | None]]:
         """Return the attempts at a stage, first to last, each with its end, also if nobody was there to record it; None
@@ -277,16 +297,18 @@ class Ledger:
         ends = [attempt.end for attempt in attempts]
         for number, attempt in enumerate(attempts):
             if ends[number] is None and manifest.get("attempts") == attempt.intent.number:
-                ends[number] = End(DONE, "", manifest["finished"])
+                ends[number] = End(Cause.DONE, "", manifest["finished"])
             elif ends[number] is None and attempt is not attempts[-1]:
-                ends[number] = End(CUT_OFF, "at the latest then; see its log", attempts[number + 1].intent.created)
+                ends[number] = End(
+                    Cause.CUT_OFF, "at the latest then; see its log", attempts[number + 1].intent.created
+                )
         return list(zip(attempts, ends, strict=True))
 
     def close_done(self, stage_id: str) -> None:
         """Record the end of an attempt that no launcher saw make its artifact, which has been verified."""
         if (attempt := self.open_job(stage_id)) is not None:
             manifest = self.store.handle(stage_id).manifest() or {}
-            attempt.close(End(DONE, "", manifest.get("finished", time.time())))
+            attempt.close(End(Cause.DONE, "", manifest.get("finished", time.time())))
 
 
 def report_failure(folder: Path, end: End) -> None:

@@ -21,7 +21,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import unwritable
-from hfprune_dist.store.attempts import DONE, INTERRUPTED, Attempt, End, Ledger, end_of_log, local_log
+from hfprune_dist.store.attempts import Attempt, Cause, End, Ledger, end_of_log, local_log
 from hfprune_dist.store.claims import Cancellation, Claim, ClaimLostError, Holder, keep_renewed
 from hfprune_dist.store.heartbeat import Heartbeat
 from hfprune_dist.store.machine import count_gpus, cpu_model, threads_allowed, usable_cores
@@ -86,7 +86,8 @@ class LocalBackend:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_a_rank(self.provenance.runtime, ranks))}
         arguments = [str(self.store.root.resolve()), stage.id, claim.token]
         head = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {stage.kind} {stage.label} ({stage.id}) on "
-        cause, message = INTERRUPTED, "the launcher was interrupted; what was saved stays"
+        cause: str = Cause.INTERRUPTED
+        message = "the launcher was interrupted; what was saved stays"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"{head}{counted(ranks, 'rank')}\n", encoding="utf-8")
@@ -95,18 +96,18 @@ class LocalBackend:
             full = unwritable(self.store.root)  # which may have no room for a rank to record its own reason
             handle.discard_draft(claim)  # makes room for the end
             if handle.is_done():
-                cause, message = DONE, ""
+                cause, message = Cause.DONE, ""
             else:
                 claim.require_held()
-                left = next(iter(attempt.failures()), End("input", full, time.time()) if full else None)
+                left = next(iter(attempt.failures()), End(Cause.INPUT, full, time.time()) if full else None)
                 cause, message = explain_death(left, codes, log)
         except ClaimLostError as lost:
-            cause, message = (DONE, "") if handle.is_done() else (INTERRUPTED, str(lost))
+            cause, message = (Cause.DONE, "") if handle.is_done() else (Cause.INTERRUPTED, str(lost))
         finally:
             end = End(cause, message, time.time())
             with contextlib.suppress(OSError):  # a full disk has no room for it
                 attempt.close(end)
-        return None if cause == DONE else end
+        return None if cause == Cause.DONE else end
 
     def _require_wanted(self) -> None:
         if self.cancellation.is_requested():
@@ -139,7 +140,7 @@ def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tupl
         codes: rank -> exit code, negative for a signal; empty if the process that started the ranks died with them.
         log: log of all ranks.
     """
-    if left is not None and left.cause != "code":
+    if left is not None and left.cause != Cause.CODE:
         return left.cause, left.message
     signals = {rank: signal.Signals(-code) for rank, code in sorted(codes.items()) if code < 0}
     is_from_outside = bool(set(signals.values()) - set(CRASHES))  # the surviving ranks then fail too, in a collective
@@ -151,7 +152,10 @@ def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tupl
     ends = [f"rank {rank} by {number.name}{', from outside' * is_from_outside}" for rank, number in signals.items()]
     ends = ends or [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code]
     how = ", ".join(ends) or ("all ended as if they had succeeded" if codes else "all, and what started them")
-    cause, message = "code" if signals and not is_from_outside else "killed", f"a rank died without a message: {how}"
+    cause, message = (
+        Cause.CODE if signals and not is_from_outside else Cause.KILLED,
+        f"a rank died without a message: {how}",
+    )
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
     return cause, message + ending

@@ -7,37 +7,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 
 from hfprune_launch.slurm.commands import DEPENDENCY, FORGOTTEN, NEVER, JobInfo
 
 from hfprune_dist.store.atomic_files import unwritable
-from hfprune_dist.store.attempts import Attempt, End, Ledger, end_of_log
+from hfprune_dist.store.attempts import Attempt, Cause, End, Ledger, end_of_log
 from hfprune_dist.store.stage import Stage
-
-
-class Cause(StrEnum):
-    """Why an attempt ended. Some are also causes of failures that ranks report (``UserError.CAUSE`` etc.)."""
-
-    DONE = "done"
-    """The artifact is there and verified."""
-    INTERRUPTED = "interrupted"
-    """Nothing is wrong with the stage: its job was preempted once all was saved, met the time limit while it got
-    further, or never began the stage (it did not reach Slurm, a job that it needs did not succeed, or
-    another process had the stage)."""
-    KILLED = "killed"
-    """From outside: a node died, or could not run the stage; a rank died without a message, or waited in vain for
-    another one; or the job met its time limit and got no further."""
-    LOST_INPUT = "lost input"
-    """An artifact that the stage reads, or has made, is damaged or gone; it is made again."""
-    OUT_OF_MEMORY = "out of memory"
-    CANCELLED = "cancelled"
-    INPUT = "input"
-    """The user can correct it, in the profile or on the disk too."""
-    CODE = "code"
-    """A mistake in this project."""
-
 
 # Cause -> how often a launcher tries again by itself; 0 for the others. A new run of the command always tries again.
 RETRIES: Mapping[str, int] = {

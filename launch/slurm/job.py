@@ -19,7 +19,7 @@ from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from hfprune_launch.slurm.causes import START, Cause
+from hfprune_launch.slurm.causes import START
 from hfprune_launch.slurm.commands import SlurmCommands, SlurmUnavailableError
 from hfprune_launch.stage.run import (
     CLAIM_LOST_EXIT_CODE,
@@ -33,7 +33,7 @@ from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import StageHandle, Store
 from hfprune_dist.store.atomic_files import listed, read_record
-from hfprune_dist.store.attempts import FAILURES, INTENT, Attempt, End, Intent, Run, report_failure
+from hfprune_dist.store.attempts import FAILURES, INTENT, Attempt, Cause, End, Intent, Run, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 
 if TYPE_CHECKING:

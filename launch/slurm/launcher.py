@@ -17,7 +17,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from hfprune_launch.slurm.causes import Cause, explain_end
+from hfprune_launch.slurm.causes import explain_end
 from hfprune_launch.slurm.commands import (
     JobInfo,
     NotNowError,
@@ -35,7 +35,7 @@ from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
-from hfprune_dist.store.attempts import Attempt, End, Ledger
+from hfprune_dist.store.attempts import Attempt, Cause, End, Ledger
 from hfprune_dist.store.claims import Cancellation, Holder, keep_renewed
 from hfprune_dist.store.stage import Stage
 

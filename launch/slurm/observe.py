@@ -14,7 +14,7 @@ from hfprune_launch.slurm.decide import StageState
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import DONE, Attempt, Ledger
+from hfprune_dist.store.attempts import Attempt, Cause, Ledger
 from hfprune_dist.store.stage import Stage
 
 PASSES = ("importance", "reference", "answers")  # kinds of work of a dense model alone, which its rows share
@@ -82,7 +82,7 @@ class Observer:
             job=job,
             lasts=self.clock() - self.since[job] if job is not None else 0.0,
             # One that was done and is wanted again has been found damaged, which is no failure of its own.
-            ends=tuple(cause for cause in ends if cause != DONE),
+            ends=tuple(cause for cause in ends if cause != Cause.DONE),
         )
 
 

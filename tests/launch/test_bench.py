@@ -10,7 +10,7 @@ from tiny import save_tiny
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import DONE, End, Ledger, Run
+from hfprune_dist.store.attempts import Cause, End, Ledger, Run
 
 
 def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
@@ -22,7 +22,7 @@ def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     sweep = Sweep(plan, Store(tmp_path / "out" / "store"), tmp_path / "out")
     Ledger(sweep.store).begin(stages[0])  # without an end: cut off
-    for stage, causes in zip(stages, [["killed", DONE], [DONE], []], strict=True):
+    for stage, causes in zip(stages, [[Cause.KILLED, Cause.DONE], [Cause.DONE], []], strict=True):
         for cause in causes:
             attempt = Ledger(sweep.store).begin(stage)
             attempt.record_run(Run("7", 0, "n1", attempt.intent.created + 100))  # after it had waited in a queue

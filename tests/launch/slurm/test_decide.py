@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from hfprune_launch.slurm.causes import RETRIES, Cause
+from hfprune_launch.slurm.causes import RETRIES
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo
 from hfprune_launch.slurm.decide import LAG_S, Do, StageState, about_job, job_to_wait_for, to_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hfprune_dist.store.attempts import Cause
 
 HELD = "launch failed requeued held"
 REASONS = ["None", "Priority", "Dependency", "DependencyNeverSatisfied", "PartitionDown", "JobHeldUser", HELD]
