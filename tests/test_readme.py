@@ -22,7 +22,6 @@ from hfprune_launch.sweep import overrides_of
 from hfprune_dist.config.load import load_config
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
-from hfprune_dist.planning.model_sources import shipped_aliases
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["hfprune_dist", "launch", "configs", "slurm", "tests"]
@@ -120,7 +119,7 @@ def _check_sweep(parsed):
 
 def _check_config(config):
     resolve_methods(config, ROOT / "configs" / "methods")
-    aliases = {**shipped_aliases(ROOT / "configs" / "models"), **config.aliases}
+    aliases = {*config.aliases, *(file.stem for file in (ROOT / "configs" / "models").glob("*.yaml"))}
     for model in config.models:
         if "/" not in model and model not in aliases:
             raise UserError(f"no model {model!r}")

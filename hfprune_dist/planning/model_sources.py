@@ -93,17 +93,13 @@ def resolve_models(config: SweepConfig, shipped: Path, hashes: FileHashes, downl
         shipped: folder with the alias files that come with the project.
         download: fetch hub models that are not in the local cache; otherwise stand-ins take their places.
     """
-    aliases: dict[str, ModelAlias | Path] = {**shipped_aliases(shipped), **config.aliases}
+    files = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}  # only those that are used are read
+    aliases: dict[str, ModelAlias | Path] = {**files, **config.aliases}
     sources = [_resolve(name, aliases, hashes, download) for name in config.models]
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise UserError(f"--models: two models are called {name!r}; give one of them an alias, or leave it out")
     return sources
-
-
-def shipped_aliases(folder: Path) -> dict[str, Path]:
-    """Alias -> its file, ``<alias>.yaml``; only those that are used are read."""
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def _resolve(name: str, aliases: Mapping[str, ModelAlias | Path], hashes: FileHashes, download: bool) -> ModelSource:
