@@ -50,10 +50,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None, to: str) -> str:
     require_folder(out.parent)
     new = out.with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of an export that died
-    try:
-        new.mkdir(parents=True)
-    except FileNotFoundError:  # in /proc, whatever root's permissions are
-        raise UserError(f"{out.parent}: no place for files; choose another one") from None
+    new.mkdir(parents=True)
     try:
         draft = new / out.name
         if to == "gguf":
