@@ -70,13 +70,11 @@ def parse(schema: type[SectionT], raw: Mapping[str, Any], where: str) -> Section
 def _explain(schema: type[BaseModel], raw: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
     """Turn an entry of ``ValidationError.errors`` into a line that says which key has it, and what is valid there."""
     location = _as_given(raw, problem["loc"])
-    if problem["type"] == "missing":
-        location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         valid = sorted(_fields_at(schema, location[:-1]))
         return f"unknown key {key!r}{did_you_mean(location[-1], valid)}; valid keys: {', '.join(valid)}"
-    if not key or problem["type"] in ("value_error", "missing"):
+    if not key or problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     message = re.sub("^(Input|String|List) should ", "must ", problem["msg"])
