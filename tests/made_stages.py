@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.config.parameters import Parameters, parameters_of
-from hfprune_dist.config.schema import EvaluationConfig
+from hfprune_dist.config.schema import EvaluationConfig, SweepConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import Training, TrainingText
 from hfprune_dist.store.artifacts import Store
@@ -63,7 +63,7 @@ def being_made(store: Store, stage: Stage, **record: Any) -> Iterator[Path]:
         assert claim is not None, handle.holder()
         draft = handle.open_draft(claim)
         yield draft
-        handle.commit(stage, draft, {"metrics": {}, **record}, claim)
+        handle.commit(stage, draft, {"metrics": {}, "config": SweepConfig().model_dump(mode="json"), **record}, claim)
     if not had_work:
         handle.discard_work()
 

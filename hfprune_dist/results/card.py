@@ -106,7 +106,7 @@ class Card:
         answers = next((store.handle(stage.id).manifest() for stage in self.stages if stage.kind == "answers"), None)
         self.answers: dict[str, Any] = answers["metrics"] if answers else {}
         # Of the run that evaluated it, else of the one that made it.
-        self.config = (store.handle(cell.evaluate).manifest() or self.manifest).get("config", {})
+        self.config = (store.handle(cell.evaluate).manifest() or self.manifest)["config"]
         self.base = BaseModel.from_input(cell.model, plan.stages[cell.evaluate].inputs["dense"])
         # The dense model's row, if it was measured in the same way.
         alike = (found for other, found in rows.items() if not other.producers and other.model == cell.model)
@@ -115,10 +115,8 @@ class Card:
 
     def recipe(self) -> tuple[str, dict[str, str]]:
         """The configuration of a sweep that makes the checkpoint again, with the same fingerprints: its text, and path
-        -> name of the files and folders that have to be beside it; empty if it wasn't recorded.
+        -> name of the files and folders that have to be beside it; empty if its method or its recipe was renamed since.
         """
-        if not self.config.get("methods"):
-            return "", {}
         cell, base, folder = self.cell, self.base, self.stages[-1].inputs["dense"].location
         alias = {"path": folder} if base.hub_id is None else {"hub_id": base.hub_id, "revision": base.revision}
         named = {Path(method).stem: method for method in self.config["methods"]}
@@ -132,7 +130,7 @@ class Card:
         recipes = config["recovery"].get("recipes") or {}
         own = {name: each for name, each in recipes.items() if recovery_name(name, cell.rounds) == cell.recovery}
         has_recipe = own or not recipes or cell.recovery in (NONE, OWN)
-        if cell.method not in (None, *named) or not has_recipe:  # renamed since it was made
+        if cell.method not in (None, *named) or not has_recipe:
             return "", {}
         if recipes:
             without = {"method": NONE} if cell.recovery == NONE else {}
@@ -272,7 +270,7 @@ class Card:
         text = f"## How it was made\n\nWith hfprune_dist {made.get('hfprune_dist', '')}{commit} ({used})"
         recipe, names = self.recipe()
         if not recipe:
-            return f"{text}, by settings that were not recorded."
+            return f"{text}, by a method or a recipe that has been renamed since."
         also = f" It reads, besides itself, {', '.join(map(code, names.values()))}." if names else ""
         command = f"```bash\npython launch/sweep.py --config {RECIPE}\n```"
         return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"

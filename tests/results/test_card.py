@@ -27,11 +27,16 @@ PROVENANCE = {"hfprune_dist": "0.1.0", "git_commit": "0123abc", "dirty_diff_sha2
 PROVENANCE |= {"packages": {"torch": "2.9"}}
 
 
-def fill(store, plan, config=None):
+def fill(store, plan, config):
     for stage in plan.stages.values():
         fidelity = SCORES["fidelity"] | ({"kl": 0.0} if stage.label == "alpha dense" else {})
         metrics = {**SHAPE, **SCORES, "fidelity": fidelity}
-        record = {"provenance": PROVENANCE, "config": config or {}, "world_size": 1, "wall_time_s": 1.0}
+        record = {
+            "provenance": PROVENANCE,
+            "config": config.model_dump(mode="json"),
+            "world_size": 1,
+            "wall_time_s": 1.0,
+        }
         with being_made(store, stage, metrics=metrics, **record) as draft:
             (draft / "adapter").mkdir()
             (draft / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null, "r": 4}')
@@ -43,15 +48,15 @@ def cards_of(config, out, **settings):
     """Map the name of each checkpoint of a sweep to its card."""
     made_by, plan = planned(config, **settings)
     store = Store(out / "store")
-    fill(store, plan, made_by.model_dump(mode="json"))
+    fill(store, plan, made_by)
     return {name: made.texts["README.md"] for name, made in contents_of_checkpoints(plan, store, DENSE).items() if made}
 
 
 @pytest.fixture(scope="module")
 def card_of(config, tmp_path_factory):
     """Return a function that writes the card of a row's checkpoint, which may have further files."""
-    plan, store = planned(config)[1], Store(tmp_path_factory.mktemp("made") / "store")
-    fill(store, plan)
+    (made_by, plan), store = planned(config), Store(tmp_path_factory.mktemp("made") / "store")
+    fill(store, plan, made_by)
     rows = dict(zip(plan.cells, collect_rows(plan, store, DENSE), strict=True))
 
     def card_of(label="alpha 0.2 surgeon-uniform-block + lora", files=(), dense=DENSE["alpha"], **carried):
@@ -142,7 +147,7 @@ def test_its_recipe_plans_the_same_stages(config, tmp_path, own_method):
         settings["recovery__recipes"] = {"none": {"method": "none"}, "lora": {}, "more": {"objective": "distill"}}
     made_by, plan = planned(config, methods=[method, "hfprune"], **settings)
     store = Store(tmp_path / "out" / "store")
-    fill(store, plan, config=made_by.model_dump(mode="json"))
+    fill(store, plan, made_by)
     cells = checkpoint_names(plan.cells)
     for name, made in contents_of_checkpoints(plan, store, DENSE).items():
         elsewhere, cell = tmp_path / "elsewhere" / name, cells[name]
@@ -171,7 +176,7 @@ def test_what_has_another_name_now_has_no_recipe(config, tmp_path, renamed):
         settings, plan = planned(config, methods=[method], recovery__recipes={recipe: {"rank": 8}})
         plans.append(plan)
         if name == "before":
-            fill(store, plan, config=settings.model_dump(mode="json"))
+            fill(store, plan, settings)
     made = contents_of_checkpoints(plans[1], store, DENSE)
     assert plans[0].stages.keys() == plans[1].stages.keys() and made
     assert not [name for name, contents in made.items() if "recipe.yaml" in contents.texts and "dense" not in name]
