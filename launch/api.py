@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hfprune_launch.command import folder, place
+from hfprune_launch.command import expanded_path, path_given
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.prune import prune
 from hfprune_launch.run import make, only, run_to_tables
@@ -46,12 +46,12 @@ class Session:
     """
 
     def __init__(self, out: str | Path, config: str | Path | None = None, **settings: Any) -> None:
-        files = [] if config is None else [place(str(config))]
+        files = [] if config is None else [expanded_path(str(config))]
         # A file that isn't there may be one of the project's own, which is found by its name.
         files = [file.absolute() if file.exists() else file for file in files]
         plain = json.dumps(settings, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
         overrides = from_command_line(json.loads(plain))
-        self._request = Request(folder(str(out)).absolute(), make_console(), files, overrides)
+        self._request = Request(path_given(str(out)).absolute(), make_console(), files, overrides)
 
     def score(self) -> dict[str, dict[str, list[NDArray[np.float64]]]]:
         """Score the neurons of the dense models.

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.machine import count_gpus, usable_cores
@@ -41,7 +41,7 @@ TESTS = Path("runs/tests.xml")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print a table."""
     parser = make_parser(__doc__)
-    parser.add_argument("sweep", metavar="DIR", type=folder, nargs="?", help=f"a sweep's folder; default: {DEMO}")
+    parser.add_argument("sweep", metavar="DIR", type=path_given, nargs="?", help=f"a sweep's folder; default: {DEMO}")
     given: Path | None = parser.parse_args(argv).sweep
     import torch
     from hfprune_launch.screen import make_console, plain_table, say

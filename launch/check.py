@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.command import command, expanded_path, make_parser, path_given
 from hfprune_launch.sweep_folder import SWEEP_FILE
 
 from hfprune_dist.checkpoints.engines import ENGINES
@@ -36,12 +36,12 @@ from hfprune_dist.store.atomic_files import write_text
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for."""
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=folder, help="a checkpoint's folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_given, help="a checkpoint's folder")
     parser.add_argument("--engine", required=True, choices=ENGINES, help="what is to load it")
     python = "the Python of an environment that has the engine; default: this one"
     parser.add_argument("--python", metavar="FILE", default=sys.executable, help=python)
     exported = "what the engine loads in its place; llama.cpp, by default: a GGUF file in float32, made for the check"
-    parser.add_argument("--exported", metavar="PATH", type=place, help=exported)
+    parser.add_argument("--exported", metavar="PATH", type=expanded_path, help=exported)
     arguments = parser.parse_args(argv)
     (found,) = check(arguments.checkpoint, {arguments.engine: arguments.python}, None, arguments.exported).values()
     print(f"{arguments.engine}: {found.line()}")

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 from hfprune_launch.screen import make_console, say
 from hfprune_launch.slurm.observe import stages_of_live_jobs
 from hfprune_launch.sweep_folder import Sweep, read_sweep
@@ -69,7 +69,7 @@ class Leftover:
 def main(argv: Sequence[str] | None = None) -> int:
     """Remove what nothing refers to, and list it."""
     parser = make_parser(__doc__)
-    parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
+    parser.add_argument("out", type=path_given, help="folder of a sweep, e.g. runs/demo")
     also = "also remove the files of checkpoints, pruned or of earlier rounds, that finished rows were made from"
     parser.add_argument("--intermediates", action="store_true", help=also)
     parser.add_argument("--dry-run", action="store_true", help="show what would be removed; removes nothing")

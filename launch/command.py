@@ -66,14 +66,14 @@ def _require_current_folder() -> None:
         raise UserError("the current folder has been deleted; change to another one") from None
 
 
-def folder(argument: str) -> Path:
+def path_given(argument: str) -> Path:
     """Argument type for what must be named: if empty, as of an unset variable, it would mean the current folder."""
     if not argument:
         raise UserError("an argument that names a file or folder is empty; give one (. for the current folder)")
-    return place(argument)
+    return expanded_path(argument)
 
 
-def place(argument: str) -> Path:
+def expanded_path(argument: str) -> Path:
     """Argument type for files and folders: shells leave the ``~`` in ``--out=~/runs`` as it is."""
     expanded = os.path.expanduser(argument)  # noqa: PTH111  pathlib drops the ./ of a file ./~name
     if expanded.startswith("~"):

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 from hfprune_launch.screen import make_console, say, show_table, table_of
 from hfprune_launch.sweep_folder import CONFIG_FILE, read_sweep, require_folder
 
@@ -41,8 +41,8 @@ MAY_DIFFER = r"(models|aliases|ratios|methods|importance\.criteria|runtime|effic
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the finished cells of several sweeps, write and show."""
     parser = make_parser(__doc__)
-    parser.add_argument("sweeps", metavar="SWEEP", type=folder, nargs="+", help="folders of sweeps")
-    parser.add_argument("--out", type=folder, required=True, help="folder for comparison.md and comparison.json")
+    parser.add_argument("sweeps", metavar="SWEEP", type=path_given, nargs="+", help="folders of sweeps")
+    parser.add_argument("--out", type=path_given, required=True, help="folder for comparison.md and comparison.json")
     parser.add_argument("--reference", help="the method whose KL the others are divided by; default: hfprune")
     arguments = parser.parse_args(argv)
     folders, out, named = arguments.sweeps, arguments.out, arguments.reference

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 from hfprune_launch.demo import text
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
 from hfprune_launch.screen import make_console, say
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build what is missing."""
     parser = make_parser(__doc__)
     default = Path("runs/demo-assets")
-    parser.add_argument("--out", metavar="DIR", type=folder, default=default, help=f"their folder; default: {default}")
+    told = f"their folder; default: {default}"
+    parser.add_argument("--out", metavar="DIR", type=path_given, default=default, help=told)
     arguments = parser.parse_args(argv)
     os.environ.update(QUIET_AND_OFFLINE)
     build(arguments.out)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 from hfprune_launch.sweep_folder import require_folder
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.to != "gguf" and arguments.dtype:
         parser.error("--dtype is for --to gguf; DeciLM keeps the weights as they are")
-    print(export(folder(arguments.checkpoint), folder(arguments.out).absolute(), arguments.dtype, arguments.to))
+    print(export(path_given(arguments.checkpoint), path_given(arguments.out).absolute(), arguments.dtype, arguments.to))
     return 0
 
 

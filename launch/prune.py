@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.command import command, expanded_path, make_parser, path_given
 from hfprune_launch.dry_run import show_dry_run
 from hfprune_launch.prepare import Request, prepare
 from hfprune_launch.project import PROJECT
@@ -59,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder for the smaller checkpoint; empty or nonexistent")
     parser.add_argument("--ratio", type=float, required=True, help="removed / all parameters of the model, in (0, 1)")
     text = "calibration text, whose end is held out for comparison; default: --config's, else C4"
-    parser.add_argument("--text", metavar="FILE", type=folder, help=text)
+    parser.add_argument("--text", metavar="FILE", type=path_given, help=text)
     parser.add_argument("--method", default=METHOD, help=f"one of configs/methods, or a YAML file; default: {METHOD}")
     engines = f"keep to shapes that these load, if they support the model's family: {', '.join(ENGINES)}"
     parser.add_argument("--for", metavar="A,B", dest="engines", type=lambda text: text.split(","), help=engines)
     told = "train with LoRA afterwards: on pairs in a file, or on the default data set"
-    parser.add_argument("--recover", metavar="FILE", type=folder, nargs="?", const=True, default=False, help=told)
-    parser.add_argument("--config", metavar="FILE", type=place, action="append", default=[], help="YAML settings")
+    parser.add_argument("--recover", metavar="FILE", type=path_given, nargs="?", const=True, default=False, help=told)
+    parser.add_argument(
+        "--config", metavar="FILE", type=expanded_path, action="append", default=[], help="YAML settings"
+    )
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any key of a sweep")
     parser.add_argument("--dry-run", action="store_true", help="show the stages, and the model's shape; runs nothing")
     arguments = vars(parser.parse_args(argv))
@@ -104,7 +106,7 @@ def prune(
         UserError: for bad input.
         StageFailedError: if a stage fails.
     """
-    out = folder(str(out)).resolve()
+    out = path_given(str(out)).resolve()
     for place_of_writing in (out, out.parent):  # it is written beside its place, and then renamed
         require_folder(place_of_writing)
     held = made_checkpoint(out)
@@ -113,7 +115,7 @@ def prune(
     if held is None and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not written by this command; choose another folder")
     config = [config] if isinstance(config, (str, Path)) else config
-    files = [PROJECT.configs / "prune.yaml", *(place(str(file)) for file in config)]
+    files = [PROJECT.configs / "prune.yaml", *(expanded_path(str(file)) for file in config)]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "hfprune"
     overrides = {**(settings or {}), "models": [str(model)], "ratios": [ratio], "methods": [method]}
     if engines is not None:
@@ -123,7 +125,7 @@ def prune(
         overrides |= {} if recover is True else {"recovery.path": str(recover)}
     if text is not None:
         overrides |= _parts_of(
-            place(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
+            expanded_path(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
         )
     configured = load_config(files, overrides, PROJECT.configs)
     resolve_methods(configured, PROJECT.configs / "methods")  # which takes no download

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser
+from hfprune_launch.command import command, make_parser, path_given
 from hfprune_launch.screen import make_console, say, show_results
 from hfprune_launch.sweep_folder import read_sweep
 
@@ -23,7 +23,7 @@ from hfprune_launch.sweep_folder import read_sweep
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and show the tables."""
     parser = make_parser(__doc__)
-    parser.add_argument("out", type=folder, help="folder of a sweep, e.g. runs/demo")
+    parser.add_argument("out", type=path_given, help="folder of a sweep, e.g. runs/demo")
     parser.add_argument("--wide", action="store_true", help="show all columns, however wide the table gets")
     arguments = parser.parse_args(argv)
     sweep, console = read_sweep(arguments.out), make_console()

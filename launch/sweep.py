@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
     start(__file__)
 
-from hfprune_launch.command import command, folder, make_parser, place
+from hfprune_launch.command import command, expanded_path, make_parser, path_given
 from hfprune_launch.dry_run import show_dry_run
 from hfprune_launch.local.backend import running_without_job, wait_until_cancelled
 from hfprune_launch.prepare import Request, prepare
@@ -162,7 +162,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     engines = f"keep to shapes that these load, if they support the model's family: {', '.join(ENGINES)}"
     several("--for", "A,B", engines, type=names, dest="engines")
     files = "YAML configuration; may be repeated, later files win key by key"
-    several("--config", "FILE", files, type=place, default=[])
+    several("--config", "FILE", files, type=expanded_path, default=[])
     values = "set any key, e.g. --set calibration.samples=64 (value in YAML); wins over files"
     several("--set", "KEY=VALUE", values, default=[])
     add = parser.add_argument
@@ -171,7 +171,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "folder in which a sweep has run uses its own config.yaml, overridden by the other flags. Rows of earlier "
         "runs stay in its tables"
     )
-    add("--out", metavar="DIR", type=folder, help=out)
+    add("--out", metavar="DIR", type=path_given, help=out)
     add("--ranks", metavar="N", type=int, help="processes per stage; default: one per GPU, or 1")
     add("--profile", metavar="NAME", help="run on Slurm, as slurm/profiles/NAME.yaml or a YAML file says")
     add("--max-running", metavar="N", type=int, help="run at most N jobs at once; default: the profile's")

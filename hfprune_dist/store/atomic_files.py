@@ -197,8 +197,8 @@ def unwritable(root: Path) -> str:
     return ""
 
 
-def require_own(*folders: Path) -> None:
-    """Check that not everybody can write to folders whose content decides what jobs run.
+def refuse_world_writable(*folders: Path) -> None:
+    """Refuse folders to which everybody can write, and whose content decides what jobs run.
 
     Raises:
         UserError: if everybody can.

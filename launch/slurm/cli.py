@@ -12,7 +12,7 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import ProgressLines, say
 from hfprune_launch.slurm.commands import JobInfo, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState, to_submit
-from hfprune_launch.slurm.launcher import SHARE, Event, Launcher
+from hfprune_launch.slurm.launcher import PAUSE_FACTOR, Event, Launcher
 from hfprune_launch.slurm.observe import Observer, served_by
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import JobRequest, batch_script, default_threads
@@ -27,7 +27,7 @@ from rich.markup import escape
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.results.formats import counted
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import require_own
+from hfprune_dist.store.atomic_files import refuse_world_writable
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.stage import kind_of
@@ -60,7 +60,7 @@ def run_on_slurm(
     the exit code at once. ``on_end`` is called after a round in which stages' jobs have ended.
     """
     store, code, tell = sweep.store, sweep.out / "code", partial(say, console)
-    require_own(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
+    refuse_world_writable(sweep.out, code, store.root, store.root / "attempts", store.root / "work")
     every = counted(len(sweep.plan.stages), "stage")
     tell(f"{len(todo)} of {every} to run on Slurm; logs in {store.root / 'attempts'}")
     snapshot = take_snapshot(PROJECT, code.resolve())
@@ -121,7 +121,7 @@ def show_status(console: Console, sweep: Sweep, keep_on: bool) -> None:
             looks_at_rest = 0 if screen.refresh(jobs()) else looks_at_rest + 1
             if not sweep.plan.lacking(is_committed):
                 break
-            sleep(max(STATUS_INTERVAL_S, SHARE * (time.monotonic() - began)))
+            sleep(max(STATUS_INTERVAL_S, PAUSE_FACTOR * (time.monotonic() - began)))
     console.print(status_table(stage_statuses(sweep.plan, sweep.store, jobs())))
 
 

@@ -71,7 +71,7 @@ def about_job(state: StageState) -> tuple[Do, str] | None:
         return Do.SETTLE, ""
     if job is None:
         return (Do.CLOSE, "") if state.is_done else (Do.TELL, "Slurm does not list it, and does not answer about it")
-    if _can_not_start(job):
+    if _cannot_start(job):
         return Do.CANCEL, ""
     if state.is_done and not job.is_waiting:
         return Do.CLOSE, ""  # its job may go on with other stages
@@ -83,7 +83,7 @@ def about_job(state: StageState) -> tuple[Do, str] | None:
     return (Do.SETTLE if job.state == FORGOTTEN else Do.CLOSE), ""
 
 
-def _can_not_start(job: JobInfo) -> bool:
+def _cannot_start(job: JobInfo) -> bool:
     return job.is_waiting and LAUNCH_FAILED.search(job.reason) is not None
 
 
@@ -117,7 +117,7 @@ def to_submit(states: Mapping[str, StageState], resources: Callable[[str], objec
 def _submittable(states: Mapping[str, StageState]) -> list[str]:
     """Return the stages that need a job, if what they need is done or has one."""
     found: list[str] = []
-    has_job = {name for name, each in states.items() if each.job and each.job.is_live and not _can_not_start(each.job)}
+    has_job = {name for name, each in states.items() if each.job and each.job.is_live and not _cannot_start(each.job)}
     for state in states.values():
         has_needs = all(states[need].is_done or need in has_job for need in state.needs)
         may_try = all(count <= RETRIES.get(cause, 0) for cause, count in Counter(state.ends).items())

@@ -42,7 +42,7 @@ from hfprune_dist.store.stage import Stage
 # Seconds between two squeues, and between two looks at what jobs have recorded.
 ASK_S, LOOK_S = 60.0, 5.0
 # At least this many times as long as a look at a large sweep takes passes before the next one.
-SHARE = 10
+PAUSE_FACTOR = 10
 # For how long the store's file system may fail before a launcher gives up, or Slurm if it doesn't follow.
 PATIENCE_S = 600.0
 # A full or read-only disk, which stays so until somebody does something about it.
@@ -119,7 +119,7 @@ class Launcher:
                 if is_over:
                     return
                 answered_at = self.clock()
-                look = min(ASK_S, max(LOOK_S, SHARE * (answered_at - shown_at)))
+                look = min(ASK_S, max(LOOK_S, PAUSE_FACTOR * (answered_at - shown_at)))
             except SlurmUnavailableError as error:
                 answered_at = self.clock()
                 if not follow and answered_at - began_at >= PATIENCE_S:

@@ -15,7 +15,7 @@ from hfprune_dist.store.atomic_files import (
     listed,
     publish,
     read_json,
-    require_own,
+    refuse_world_writable,
     require_usable,
     unwritable,
     write_json,
@@ -103,9 +103,9 @@ def test_a_full_disk_or_quota_and_a_disk_that_can_only_be_read_are_named(tmp_pat
 
 
 def test_a_folder_to_which_everybody_can_write_runs_nobodys_jobs(tmp_path):
-    require_own(tmp_path, tmp_path / "none")
+    refuse_world_writable(tmp_path, tmp_path / "none")
     tmp_path.chmod(0o2775)
-    require_own(tmp_path)
+    refuse_world_writable(tmp_path)
     tmp_path.chmod(0o777)
     with pytest.raises(UserError, match=r"everybody can write to it.*umask 002, chmod g\+s"):
-        require_own(tmp_path)
+        refuse_world_writable(tmp_path)
