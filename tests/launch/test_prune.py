@@ -62,7 +62,7 @@ def test_a_checkpoint_is_whole_and_made_once(place, cache, tmp_path):
     *_, told, loads, recipe = first.stdout.splitlines()
     assert told.startswith(f"{out}: ") and " % of the dense model's; KL " in told and " on 4 held-out" in told
     assert f'from_pretrained("{out}")' in loads and "[4/4] done evaluate alpha 0.2 hfprune" in first.stdout
-    parts = {file.name: read_text(file) for file in Path(recipe.split()[-1]).iterdir()}
+    parts = {file.name: read_text(file) for file in Path(recipe.split(" beside ")[0].split()[-1]).iterdir()}
     notes, end = (place / "notes.txt").read_text(), parts["notes-end.jsonl"]
     assert len(parts) == 2 and parts["notes.jsonl"] + end == notes and len(end) == pytest.approx(len(notes) / 10, abs=1)
     other = pruned(place, place / "half", 0.25)
