@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.head import NOTHING, AfterHead, logit_chunks
+from hfprune_dist.core.head import Outputs
 from hfprune_dist.core.portions import row_blocks
 
 
@@ -68,20 +68,6 @@ def _error_of_ratio(windows: Sequence[tuple[float, int]]) -> float:
     residuals_W = sums_W - sums_W.sum() / counts_W.sum() * counts_W
     variance = residuals_W.square().sum() * len(windows) / (len(windows) - 1)
     return (variance.sqrt() / counts_W.sum()).item()
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """A model's final hidden states for a sequence of tokens, and its head."""
-
-    hidden_NC: Tensor
-    weight_VC: Tensor
-    bias_V: Tensor | None
-    after: AfterHead = NOTHING
-
-    def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, logits of those rows), one chunk at a time."""
-        return logit_chunks(self.hidden_NC, self.weight_VC, self.bias_V, self.after)
 
 
 @torch.no_grad()

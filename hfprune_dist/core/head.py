@@ -69,19 +69,43 @@ class AfterHead:
 
 NOTHING = AfterHead()
 
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's final hidden states for a sequence of tokens, and its head, of the same dtype."""
+
+    hidden_NC: Tensor
+    weight_VC: Tensor
+    bias_V: Tensor | None
+    after: AfterHead = NOTHING
+
+    def logits_of(self, rows: slice) -> Tensor:
+        """Return the logits of some tokens, in the model's dtype."""
+        return self.after(torch.nn.functional.linear(self.hidden_NC[rows], self.weight_VC, self.bias_V))
+
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, logits of those rows) in float32 or wider, one chunk at a time."""
+        wide = wide_dtype(self.hidden_NC.dtype)
+        for rows in self.chunks(wide):
+            yield rows, self.logits_of(rows).to(wide)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[slice]:
+        """Yield chunks of rows, as equal as possible, whose logits in ``dtype`` take at most ``CHUNK_BYTES``."""
+        tokens = self.hidden_NC.shape[0]
+        most = max(1, CHUNK_BYTES // (self.weight_VC.shape[0] * dtype.itemsize))
+        chunk = -(-tokens // -(-tokens // most))
+        for start in range(0, tokens, chunk):
+            yield slice(start, min(start + chunk, tokens))
+
+
 # Rows -> (loss per token [N], its gradient at those tokens' logits [N, V])
 LogitGradient = Callable[[Rows], tuple[Tensor, Tensor]]
 
 
 def head_gradients(
-    hidden_NC: Tensor,
-    weight_VC: Tensor,
-    bias_V: Tensor | None,
+    model: Outputs,
     logit_gradients: Sequence[LogitGradient],
-    teacher_NC: Tensor | None = None,
-    *,
-    after: AfterHead = NOTHING,
-    teacher_head: tuple[Tensor, Tensor | None] | None = None,
+    teacher: Outputs | None = None,
     at_logits: Callable[[Tensor, slice], None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return per-token losses and their gradients at the hidden states, dL/dz @ W, from one pass over the logits.
@@ -92,30 +116,26 @@ def head_gradients(
     the bits of another.
 
     Args:
-        hidden_NC: final hidden states, no graph needed; weight_VC and bias_V, the head's, have the same dtype.
+        model: no graph is needed.
         logit_gradients: the losses, as closed forms on float32 logits (float64 if the model is float64).
-        teacher_NC: final hidden states of the dense model for the same tokens, if the losses compare with it.
-        after: transformation of the logits.
-        teacher_head: weight and bias of the dense model's head, if they differ from the model's.
+        teacher: the dense model's for the same tokens, if the losses compare with it.
         at_logits: called with the last loss's gradient at the head's own logits, and which rows these are.
 
     Returns:
-        For each loss: loss_N in float32 (or float64), and the gradient of its sum at ``hidden_NC``, in that dtype.
+        For each loss: loss_N in float32 (or float64), and the gradient of its sum at ``hidden_NC``, in its dtype.
     """
     losses: list[list[Tensor]] = [[] for _ in logit_gradients]
-    gradients_NC = [torch.empty_like(hidden_NC) for _ in logit_gradients]
+    gradients_NC = [torch.empty_like(model.hidden_NC) for _ in logit_gradients]
     last = len(logit_gradients) - 1
-    for rows in _chunks(hidden_NC, weight_VC, hidden_NC.dtype):
-        logits_NV = after(torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V))
-        teacher_NV = None
-        if teacher_NC is not None:
-            teacher_NV = after(torch.nn.functional.linear(teacher_NC[rows], *(teacher_head or (weight_VC, bias_V))))
+    for rows in model.chunks(model.hidden_NC.dtype):
+        logits_NV = model.logits_of(rows)
+        teacher_NV = None if teacher is None else teacher.logits_of(rows)
         for number, logit_gradient in enumerate(logit_gradients):
             gradient_NV = logits_NV if number == last else torch.empty_like(logits_NV)
             losses[number] += _fill_gradient(
-                gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after=after
+                gradient_NV, logits_NV, teacher_NV, logit_gradient, rows.start, after=model.after
             )
-            torch.matmul(gradient_NV, weight_VC, out=gradients_NC[number][rows])
+            torch.matmul(gradient_NV, model.weight_VC, out=gradients_NC[number][rows])
             if at_logits is not None and number == last:
                 at_logits(gradient_NV, rows)
             del gradient_NV
@@ -144,21 +164,3 @@ def _fill_gradient(
         loss_N, wide_gradient_NV = logit_gradient(rows)
         gradient_NV[block] = wide_gradient_NV if after == NOTHING else wide_gradient_NV * slope
         yield loss_N
-
-
-def logit_chunks(
-    hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, after: AfterHead = NOTHING
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits of those rows) in float32 or wider, at most ``CHUNK_BYTES`` of logits at a time."""
-    wide = wide_dtype(hidden_NC.dtype)
-    for rows in _chunks(hidden_NC, weight_VC, wide):
-        yield rows, after(torch.nn.functional.linear(hidden_NC[rows], weight_VC, bias_V)).to(wide)
-
-
-def _chunks(hidden_NC: Tensor, weight_VC: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Yield chunks of rows, as equal as possible, whose logits in ``dtype`` take at most ``CHUNK_BYTES``."""
-    tokens = hidden_NC.shape[0]
-    most = max(1, CHUNK_BYTES // (weight_VC.shape[0] * dtype.itemsize))
-    chunk = -(-tokens // -(-tokens // most))
-    for start in range(0, tokens, chunk):
-        yield slice(start, min(start + chunk, tokens))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hfprune_dist.core.devices import send
-from hfprune_dist.core.head import NOTHING, AfterHead, Batch, LogitGradient, Rows, head_gradients
+from hfprune_dist.core.head import Batch, LogitGradient, Outputs, Rows, head_gradients
 from hfprune_dist.core.portions import wide_dtype
 
 # Number of tokens whose signs are drawn at a time, so that the bits of a long window never all exist at once.
@@ -167,39 +168,28 @@ def _digest(seed: int, window: int, purpose: str) -> bytes:
     return hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
 
 
-def summed_divergence(
-    hidden_NC: Tensor,
-    dense_NC: Tensor,
-    weight_VC: Tensor,
-    bias_V: Tensor | None,
-    after: AfterHead = NOTHING,
-    *,
-    labels_N: Tensor | None = None,
-    label_weight: float = 0.0,
-    dense_head: tuple[Tensor, Tensor | None] | None = None,
-) -> Tensor:
+def summed_divergence(model: Outputs, dense: Outputs, labels_N: Tensor, label_weight: float) -> Tensor:
     """Return the sum over tokens of KL(dense || model) + label_weight * -log p(label) in nats, a float32 scalar
     (float64 if the model is float64): a loss for training that never holds the logits of all tokens.
 
     Args:
-        hidden_NC: the model's final hidden states [tokens, hidden_size]; there may be no tokens.
-        dense_NC: the dense model's final hidden states for the same tokens, same dtype.
-        weight_VC, bias_V: the model's head; it gets gradients only if the dense model's own is given.
-        after: both models' transformation of the logits.
+        model: there may be no tokens; the head gets gradients only if the dense model has another.
+        dense: for the same tokens, in the same dtype.
         labels_N: int64, negative where there is no label.
-        dense_head: weight and bias of the dense model's head; None: the same as the model's.
     """
+    hidden_NC = model.hidden_NC
     if not len(hidden_NC):
         return hidden_NC.sum(dtype=wide_dtype(hidden_NC.dtype))
 
     def weighted(rows: Rows) -> tuple[Tensor, Tensor]:
-        if labels_N is None or not label_weight:
+        if not label_weight:
             return divergence_of_rows(rows)
         label_N, label_gradient_NV = cross_entropy_gradient(rows.logits_NV.clone(), labels_N[rows.numbers])
         kl_N, gradient_NV = divergence_of_rows(rows)
         return kl_N.add_(label_N, alpha=label_weight), gradient_NV.add_(label_gradient_NV, alpha=label_weight)
 
-    trained = [part for part in (weight_VC, bias_V) if part is not None and part.requires_grad and dense_head]
+    own_head = (model.weight_VC, model.bias_V) if dense.weight_VC is not model.weight_VC else ()
+    trained = [part for part in own_head if part is not None and part.requires_grad]
     gradients = [torch.zeros_like(part, dtype=wide_dtype(part.dtype)) for part in trained]
 
     def add_to_head(gradient_NV: Tensor, rows: slice) -> None:
@@ -208,14 +198,7 @@ def summed_divergence(
 
     with torch.no_grad():
         ((loss_N, gradient_NC),) = head_gradients(
-            hidden_NC.detach(),
-            weight_VC,
-            bias_V,
-            [weighted],
-            teacher_NC=dense_NC,
-            after=after,
-            teacher_head=dense_head,
-            at_logits=add_to_head if trained else None,
+            replace(model, hidden_NC=hidden_NC.detach()), [weighted], dense, add_to_head if trained else None
         )
     known = gradient_NC, *gradients
     divergence: Tensor = _WithGradients.apply(loss_N.sum(), known, hidden_NC, *trained)  # type: ignore[no-untyped-call]

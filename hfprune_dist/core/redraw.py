@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.fidelity import Outputs
+from hfprune_dist.core.head import Outputs
 from hfprune_dist.core.losses import window_generator
 from hfprune_dist.core.portions import row_blocks
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hfprune_dist.core.criterion import Loss, losses_of
-from hfprune_dist.core.head import NOTHING, AfterHead, Batch, head_gradients
+from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Outputs, head_gradients
 from hfprune_dist.core.observers import UnitSums
 
 
@@ -65,10 +65,11 @@ def _differentiate(
     teacher_NC: Tensor | None = None,
 ) -> dict[str, float]:
     """One pass over the logits, then each loss's backward through the graph of one forward; return the losses."""
-    with model.head() as (weight_VC, bias_V):
+    with model.head() as head:
         of_batch = [loss.of_batch(batch) for loss in losses]
-        hidden_NC = hidden_BTC.detach().flatten(0, 1)
-        gradients = head_gradients(hidden_NC, weight_VC, bias_V, of_batch, teacher_NC, after=model.after)
+        outputs = Outputs(hidden_BTC.detach().flatten(0, 1), *head, model.after)
+        teacher = None if teacher_NC is None else replace(outputs, hidden_NC=teacher_NC)
+        gradients = head_gradients(outputs, of_batch, teacher)
     before_each = model.before_backward()
     values: dict[str, tuple[Tensor, float]] = {}
     sums.phase.windows = len(hidden_BTC)

@@ -22,9 +22,8 @@ from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_o
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
 from hfprune_dist.core.devices import send
-from hfprune_dist.core.fidelity import Outputs
 from hfprune_dist.core.gauss_newton import Biases
-from hfprune_dist.core.head import AfterHead
+from hfprune_dist.core.head import AfterHead, Outputs
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.loading import ONE_AT_A_TIME, after_head, attention_of, auto_class, name_outputs, stays_float32

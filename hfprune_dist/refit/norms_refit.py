@@ -98,11 +98,8 @@ class NormGradients:
         sums_2RC = torch.zeros(2, *self.shape, dtype=torch.float64, device=self._device)
 
         def at_head(index: int, normed_BTC: Tensor) -> Tensor:
-            dense_NC = send(self._dense[index], self._device).flatten(0, 1)
-            head, hidden_NC = self._head, normed_BTC.flatten(0, 1)
-            ((kl_N, slope_NC),) = head_gradients(
-                hidden_NC, head.weight_VC, head.bias_V, [divergence_of_rows], dense_NC, after=head.after
-            )
+            model, dense = map(self._head.outputs, (normed_BTC, send(self._dense[index], self._device)))
+            ((kl_N, slope_NC),) = head_gradients(model, [divergence_of_rows], dense)
             kl.add_(kl_N.sum(dtype=torch.float64))
             return slope_NC.view_as(normed_BTC)
 

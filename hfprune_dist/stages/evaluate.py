@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.texts import FIRST, OTHER_TEXTS, compared_texts, reference_role
 from hfprune_dist.core.devices import send
-from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs, standard_errors
-from hfprune_dist.core.head import next_ids
+from hfprune_dist.core.fidelity import FidelitySums, compare_outputs, standard_errors
+from hfprune_dist.core.head import Outputs, next_ids
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import load_windows
 from hfprune_dist.distributed.frozen_model import FrozenModel, choose_sharding

@@ -32,8 +32,8 @@ from hfprune_dist.checkpoints.lora_adapter import PEFT_NAME, PEFT_PREFIX, lora_t
 from hfprune_dist.config.schema import RuntimeConfig, Sharding
 from hfprune_dist.config.training import STEPS_PER_WARMUP_STEP, Training, layers_of
 from hfprune_dist.core.devices import send
-from hfprune_dist.core.fidelity import FidelitySums, Outputs, compare_outputs
-from hfprune_dist.core.head import next_ids
+from hfprune_dist.core.fidelity import FidelitySums, compare_outputs
+from hfprune_dist.core.head import Outputs, next_ids
 from hfprune_dist.core.losses import summed_divergence
 from hfprune_dist.data.schedule import IGNORED, RowReader, Schedule
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel, passes_here, placement_here
@@ -297,17 +297,10 @@ class Trainer:
             hidden_BTC = self._task.checkpoint.family.body_of(model)(**tensors, use_cache=False).last_hidden_state
         judged_N = send(places_N, device)
         hidden_NC, dense_NC = (states_BTC.flatten(0, 1)[judged_N] for states_BTC in (hidden_BTC, dense_BTC))
-        with self._frozen.head() as (weight_VC, bias_V):
-            divergence = summed_divergence(
-                hidden_NC,
-                dense_NC,
-                weight_VC,
-                bias_V,
-                self._after,
-                labels_N=targets_N if share < 1 else None,
-                label_weight=(1 - share) / share,
-                dense_head=self._dense_head,
-            )
+        with self._frozen.head() as head:
+            student = Outputs(hidden_NC, *head, self._after)
+            dense = Outputs(dense_NC, *(self._dense_head or head), self._after)
+            divergence = summed_divergence(student, dense, targets_N, label_weight=(1 - share) / share)
         return divergence * (share / labels)
 
     @torch.no_grad()
@@ -321,9 +314,9 @@ class Trainer:
             index = min(first + world.rank, len(states.windows_ST) - 1)
             hidden_TC = self._frozen.final_hidden(states.windows_ST[index])
             dense_TC = send(states.hidden(index).to(self._dtype), world.device)
-            with self._frozen.head() as (weight_VC, bias_V):
-                dense = Outputs(dense_TC, *(self._dense_head or (weight_VC, bias_V)), self._after)
-                model = Outputs(hidden_TC, weight_VC, bias_V, self._after)
+            with self._frozen.head() as head:
+                dense = Outputs(dense_TC, *(self._dense_head or head), self._after)
+                model = Outputs(hidden_TC, *head, self._after)
                 sums += world.all_gather(
                     compare_outputs(dense, model, send(next_ids(states.windows_ST[index]), world.device))
                 )

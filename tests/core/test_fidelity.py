@@ -7,15 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.core import head
-from hfprune_dist.core.fidelity import (
-    FidelitySums,
-    Outputs,
-    compare_logits,
-    compare_outputs,
-    divergences,
-    standard_errors,
-)
-from hfprune_dist.core.head import next_ids
+from hfprune_dist.core.fidelity import FidelitySums, compare_logits, compare_outputs, divergences, standard_errors
+from hfprune_dist.core.head import Outputs, next_ids
 
 
 def outputs(seed, tokens=13, hidden=8, vocabulary=17, bias=True):

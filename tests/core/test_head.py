@@ -23,14 +23,14 @@ def test_chunks_give_the_gradient_of_the_whole(monkeypatch, rows_per_chunk, with
     weight = torch.randn(30, 8, dtype=torch.float64)
     bias = torch.randn(30, dtype=torch.float64) if with_bias else None
     monkeypatch.setattr(head, "CHUNK_BYTES", rows_per_chunk * 30 * 8)
-    ((loss, gradient),) = head.head_gradients(hidden, weight, bias, [entropy])
+    ((loss, gradient),) = head.head_gradients(head.Outputs(hidden, weight, bias), [entropy])
     expected_loss, expected_gradient = by_autograd(hidden, weight, bias)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
-    hidden, weight = torch.randn(11, 8), torch.randn(30, 8)
+    model = head.Outputs(torch.randn(11, 8), torch.randn(30, 8), None)
     labels = torch.randint(0, 30, (11,))
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 30 * 4)
     linear, calls = torch.nn.functional.linear, []
@@ -41,10 +41,10 @@ def test_losses_share_the_logits_and_leave_each_others_alone(monkeypatch):
 
     for losses in ([entropy, cross_entropy], [cross_entropy, entropy, cross_entropy]):
         calls.clear()
-        together = head.head_gradients(hidden, weight, None, losses)
+        together = head.head_gradients(model, losses)
         assert len(calls) == 3, "one computation of the logits of each of 3 chunks"
         for loss, (loss_N, gradient_NC) in zip(losses, together, strict=True):
-            ((alone_N, alone_NC),) = head.head_gradients(hidden, weight, None, [loss])
+            ((alone_N, alone_NC),) = head.head_gradients(model, [loss])
             assert torch.equal(loss_N, alone_N) and torch.equal(gradient_NC, alone_NC)
 
 
@@ -64,8 +64,9 @@ def test_what_becomes_of_logits_is_part_of_the_gradient(monkeypatch, after, loss
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
     expected.sum().backward()
     divergences = [lambda rows: distillation_gradient(rows.logits_NV, rows.teacher_NV)] * losses
-    for loss, gradient in head.head_gradients(hidden, weight, None, divergences, teacher, after=after):
+    model, dense = (head.Outputs(states, weight, None, after) for states in (hidden, teacher))
+    for loss, gradient in head.head_gradients(model, divergences, dense):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient, ours.grad, rtol=1e-10, atol=1e-12)
-    chunks = torch.cat([chunk for _, chunk in head.logit_chunks(hidden, weight, None, after)])
+    chunks = torch.cat([chunk for _, chunk in model.logits()])
     torch.testing.assert_close(chunks, logits(hidden), rtol=1e-12, atol=1e-12)

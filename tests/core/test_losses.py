@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import head, losses
-from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Rows
+from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Outputs, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
     _counted_bits,
@@ -146,7 +146,8 @@ def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_hea
     bias_V = bias_V[0] if has_bias else None
     ours, theirs = hidden_NC.clone().requires_grad_(), hidden_NC.clone().requires_grad_()
     weight_VC.requires_grad_()
-    loss = summed_divergence(ours, dense_NC, weight_VC, bias_V)
+    head_of_both = weight_VC, bias_V
+    loss = summed_divergence(Outputs(ours, *head_of_both), Outputs(dense_NC, *head_of_both), torch.arange(13), 0.0)
     logits = [torch.nn.functional.linear(states_NC, weight_VC.detach(), bias_V) for states_NC in (theirs, dense_NC)]
     expected = kl(*logits).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -164,8 +165,7 @@ def test_a_trained_head_and_labels_get_the_gradients_of_a_loss_on_all_logits(mon
     labels_N = torch.arange(13).where(torch.arange(13) % 3 > 0, -100)
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 17 * 8)
     ours, theirs = ([part.clone().requires_grad_() for part in (hidden_NC, weight_VC, bias_V)] for _ in range(2))
-    learns = {"labels_N": labels_N, "label_weight": 0.7, "dense_head": (dense_VC, None)}
-    loss = summed_divergence(ours[0], dense_NC, *ours[1:], after, **learns)
+    loss = summed_divergence(Outputs(*ours, after), Outputs(dense_NC, dense_VC, None, after), labels_N, 0.7)
     logits_NV, dense_NV = torch.nn.functional.linear(*theirs), dense_NC @ dense_VC.T
     if after.cap:
         logits_NV, dense_NV = (after.cap * (after.scale * each / after.cap).tanh() for each in (logits_NV, dense_NV))
@@ -180,6 +180,7 @@ def test_a_trained_head_and_labels_get_the_gradients_of_a_loss_on_all_logits(mon
 
 def test_no_tokens_are_no_divergence_but_keep_the_graph():
     hidden_NC, weight_VC = some_logits(5, 8).requires_grad_(), some_logits(17, 8)
-    loss = summed_divergence(hidden_NC[:0], hidden_NC.detach()[:0], weight_VC, None)
+    nothing = Outputs(hidden_NC[:0], weight_VC, None)
+    loss = summed_divergence(nothing, nothing, torch.arange(0), 0.0)
     loss.backward()
     assert loss.item() == 0.0 and not hidden_NC.grad.any()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfprune_dist.core import head, portions
-from hfprune_dist.core.fidelity import Outputs
+from hfprune_dist.core.head import Outputs
 from hfprune_dist.core.redraw import REDRAWN, redrawn_copy
 
 

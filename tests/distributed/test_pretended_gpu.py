@@ -32,8 +32,8 @@ from tiny import save_tiny, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.devices import to_host
-from hfprune_dist.core.fidelity import Outputs, compare_outputs
-from hfprune_dist.core.head import next_ids
+from hfprune_dist.core.fidelity import compare_outputs
+from hfprune_dist.core.head import Outputs, next_ids
 from hfprune_dist.distributed import frozen_model, layer_check
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
