@@ -33,16 +33,6 @@ class Problems(NamedTuple):
     fitted: LeastSquares
     held_out: LeastSquares
 
-    @classmethod
-    def of_kept(cls, weight_CD: Tensor, grams: Grams, kept: Tensor) -> Problems:
-        """Fit the kept channels of a projection to its outputs with all channels.
-
-        Args:
-            grams: Gram matrices of all channels.
-            kept: ascending int64 indices of the channels that stay.
-        """
-        return cls(*(Projection(weight_CD, gram_DD).keeping(kept) for gram_DD in (grams.fitted_DD, grams.held_out_DD)))
-
     def whole(self) -> LeastSquares:
         """The problem on all windows."""
         return self.fitted.with_tokens_of(self.held_out)
@@ -168,13 +158,14 @@ def refit_on_dense(
         del layer
 
 
-def _solved(layer: nn.Module, units: Units, kept_U: Tensor, grams: Sequence[Grams]) -> list[Tensor]:
+def _solved(layer: nn.Module, units: Units, kept_U: Tensor, of_experts: Sequence[Grams]) -> list[Tensor]:
     """Fit the output projection of each expert, or the single one."""
     solved, outcomes, is_expert = [], [], units.experts > 1
-    for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), grams, strict=True)):
+    for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), of_experts, strict=True)):
         first = weight_CD.shape[1] // units.channels_per_unit * expert
         channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
-        problems = Problems.of_kept(weight_CD, of_expert, send(channels_K, weight_CD.device))
+        kept_K, grams = send(channels_K, weight_CD.device), (of_expert.fitted_DD, of_expert.held_out_DD)
+        problems = Problems(*(Projection(weight_CD, gram_DD).keeping(kept_K) for gram_DD in grams))
         solution, outcome = solve(problems, expert=is_expert)
         solved.append(solution.whole_CK)
         outcomes.append(outcome)

@@ -34,10 +34,9 @@ from refitting import (
 from tiny import VARIANTS
 from worlds import Ranks
 
-from hfprune_dist.core.least_squares import RIDGES, LeastSquares
+from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.sums import Grams
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import part_of
 from hfprune_dist.refit.cheap_fits import Scored, cheap_fits
@@ -100,7 +99,7 @@ def test_experts_make_their_dense_outputs_on_their_tokens(tmp_path, model_type, 
 
 
 def problems(weight_CD, fitted_ND, held_out_ND, kept):
-    return Problems.of_kept(weight_CD, Grams(*(it.T @ it for it in (fitted_ND, held_out_ND))), kept)
+    return Problems(*(Projection(weight_CD, it.T @ it).keeping(kept) for it in (fitted_ND, held_out_ND)))
 
 
 def solution(weight_CD, hidden_ND, kept, ridge):
