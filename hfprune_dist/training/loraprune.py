@@ -14,44 +14,38 @@ from hfprune_dist.core.selection import top_units
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.methods.loraprune import DECAY, Factors, gone_after, masks_after, unit_scores
 from hfprune_dist.structures.kept import Kept, Shape
-from hfprune_dist.structures.units import Owned, Units
+from hfprune_dist.structures.units import Units
 from hfprune_dist.training.optimizer import Optimizer
 
+# A kind of units and a layer.
+Place = tuple[str, int]
 
-def scores_of_units(
-    frozen: FrozenModel, layers: Mapping[int, list[Units]], optimizer: Optimizer
-) -> dict[tuple[str, int], Tensor]:
+
+def scores_of_units(frozen: FrozenModel, places: Mapping[Place, Units], optimizer: Optimizer) -> dict[Place, Tensor]:
     """Score units by the gradients with which LoRA's next step will be done. Collective.
 
     Args:
-        frozen: the model; its projections are LoRA layers. If it is sharded, all ranks gather layer by layer.
-        layers: layer -> kinds of its units to score.
+        frozen: the model; its projections are LoRA layers. If it is sharded, all ranks gather those of a place at once.
+        places: where units are scored -> the units.
 
     Returns:
-        Kind and layer -> scores, float64 [units] on the CPU, those of rank 0 on all ranks.
+        Scores, float64 [units] on the CPU, those of rank 0 on all ranks.
     """
     weights, gradients, kept_share = optimizer.weights(), optimizer.gradients(), optimizer.kept_share()
-    scores: dict[tuple[str, int], Tensor] = {}
-    for layer, kinds in layers.items():
-        projections: list[tuple[Units, Owned, str, Any]] = []
-        for units in kinds:
-            for owned in units.owned:
-                if owned.tensor.endswith(".weight"):  # biases have no adapters
-                    name = units.tensor(layer, owned.tensor.removesuffix(".weight"))
-                    projections.append((units, owned, name, frozen.module.get_submodule(name)))
-        with frozen.gathered([lora.base_layer for *_, lora in projections]):
-            for units, owned, name, lora in projections:
+    scores: dict[Place, Tensor] = {}
+    for (kind, layer), units in places.items():
+        adapted = [owned for owned in units.owned if owned.tensor.endswith(".weight")]  # biases have no adapters
+        names = [units.tensor(layer, owned.tensor.removesuffix(".weight")) for owned in adapted]
+        loras: list[Any] = [frozen.module.get_submodule(name) for name in names]
+        with frozen.gathered([lora.base_layer for lora in loras]):
+            for owned, name, lora in zip(adapted, names, loras, strict=True):
                 a, b = (f"{PEFT_PREFIX}{name}.lora_{factor}.{PEFT_NAME}.weight" for factor in "AB")
                 slopes = kept_share * gradients[a], kept_share * gradients[b]
                 factors = Factors(weights[a], weights[b], *slopes, lora.scaling[PEFT_NAME])
                 part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
-                scores[units.kind, layer] = scores.get((units.kind, layer), torch.zeros_like(part_U)) + part_U
+                scores[kind, layer] = scores.get((kind, layer), torch.zeros_like(part_U)) + part_U
     found_U = torch.cat(list(scores.values())).cpu().split(list(map(len, scores.values())))  # now the host waits
     return frozen.world.broadcast(dict(zip(scores, found_U, strict=True)))
-
-
-# A kind of units and a layer.
-Place = tuple[str, int]
 
 
 class UnitMasks:
@@ -85,12 +79,9 @@ class UnitMasks:
                     self._stays[place] = tensors.get(_name(place, "stays"), ones_U)
 
     @property
-    def kinds_by_layer(self) -> dict[int, list[Units]]:
-        """Number of each layer that loses units -> the kinds of units that it loses."""
-        found: dict[int, list[Units]] = {}
-        for kind, layer in sorted(self._gone, key=lambda place: place[1]):
-            found.setdefault(layer, []).append(self._kinds[kind])
-        return found
+    def places(self) -> dict[Place, Units]:
+        """Where units are lost -> the units."""
+        return {(kind, layer): self._kinds[kind] for kind, layer in self._gone}
 
     def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Make a model compute without the masked units, now and as more are masked."""

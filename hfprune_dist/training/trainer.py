@@ -249,7 +249,7 @@ class Trainer:
             return None
         self._optimizer.sum_over_ranks()
         if self._masks is not None:
-            scores = scores_of_units(self._frozen, self._masks.kinds_by_layer, self._optimizer)
+            scores = scores_of_units(self._frozen, self._masks.places, self._optimizer)
             self._masks.update(scores, step + 1, task.total_steps)
         world.all_reduce(loss)
         return {"loss": float(loss), "learning_rate": rate, "grad_norm": self._optimizer.step(rate)}

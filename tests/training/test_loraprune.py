@@ -55,19 +55,18 @@ def expected_scores(task, snapshot, step):
     grads = [it.grad for it in model.parameters() if it.requires_grad]
     share = min(1.0, settings.max_grad_norm / float(torch.cat([it.flatten() for it in grads]).norm()))
     found = {}
-    for layer, kinds in masks.kinds_by_layer.items():
-        for units in kinds:
-            total = 0
-            for owned in units.owned:
-                if owned.tensor.endswith("weight"):
-                    module = model.get_base_model().get_submodule(units.tensor(layer, owned.tensor)[:-7])
-                    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-                    g_a, g_b = share * a.grad, share * b.grad
-                    terms = (g_b @ a + b @ g_a - g_b @ g_a) * (module.base_layer.weight + 2 * b @ a)
-                    terms = terms if owned.axis == 0 else terms.T
-                    sums = terms.abs().reshape(units.counts[layer], -1).sum(1)
-                    total = total + sums / sums.norm()
-            found[units.kind, layer] = total.detach()
+    for (kind, layer), units in masks.places.items():
+        total = 0
+        for owned in units.owned:
+            if owned.tensor.endswith("weight"):
+                module = model.get_base_model().get_submodule(units.tensor(layer, owned.tensor)[:-7])
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                g_a, g_b = share * a.grad, share * b.grad
+                terms = (g_b @ a + b @ g_a - g_b @ g_a) * (module.base_layer.weight + 2 * b @ a)
+                terms = terms if owned.axis == 0 else terms.T
+                sums = terms.abs().reshape(units.counts[layer], -1).sum(1)
+                total = total + sums / sums.norm()
+        found[kind, layer] = total.detach()
     return found
 
 
@@ -130,14 +129,14 @@ def test_the_lowest_averages_go_and_none_comes_back(counts, total, data):
     units = neurons(config, Block("model.layers", "mlp", "norm"), ("gate_proj", "up_proj"), "down_proj")
     structures, shape = {units.kind: units}, Shape(tuple(range(len(counts))), {units.kind: tuple(counts)})
     masks = UnitMasks(structures, shape, {})
-    assert list(masks.kinds_by_layer) == [layer for layer, count in enumerate(counts) if count < width]
+    assert list(masks.places) == [(units.kind, layer) for layer, count in enumerate(counts) if count < width]
     before = masks.kept()
     resumed_at = data.draw(st.integers(1, total))
     for step in range(1, total + 1):
         if step == resumed_at:
             masks = UnitMasks(structures, shape, masks.state())
-        drawn = {layer: data.draw(st.permutations(range(width))) for layer in masks.kinds_by_layer}
-        scores = {(units.kind, layer): torch.tensor(it, dtype=torch.float64) for layer, it in drawn.items()}
+        drawn = {place: data.draw(st.permutations(range(width))) for place in masks.places}
+        scores = {place: torch.tensor(it, dtype=torch.float64) for place, it in drawn.items()}
         masks.update(scores, step, total)
         averages = {name: tensor for name, tensor in masks.state().items() if name.endswith("average")}
         after = masks.kept()
