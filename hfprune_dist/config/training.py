@@ -193,13 +193,12 @@ class Training(Recipe):
         limit = {"tokens"} if self.text == "documents" else set()
         return self.model_dump(include={*TrainingText.model_fields, *limit})
 
-    def steps(self, rows: int, sequence_length: int) -> int:
-        """Number of optimizer steps on so many rows: ``max_steps``, or the fewest that make up ``tokens`` or
-        ``epochs``.
+    def steps(self, rows: int, per_epoch: int, sequence_length: int) -> int:
+        """Number of optimizer steps on so many rows, so many steps an epoch: ``max_steps``, or the fewest that make up
+        ``tokens`` or ``epochs``.
         """
         if self.max_steps:
             return self.max_steps
-        per_epoch = steps_per_epoch(rows, self.batch_size)
         if self.tokens:  # an epoch's steps differ by a row
             needed = -(-self.tokens // sequence_length)
             return -(-needed * per_epoch // rows)
@@ -257,8 +256,3 @@ class RecoveryConfig(Recipe):
 def layers_of(part: str) -> int:
     """The number of layers that a part of a model stands for."""
     return int(part.split("_")[1]) if part.startswith("last_") else 0
-
-
-def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Number of optimizer steps that an epoch is cut into."""
-    return -(-rows // batch_size)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfprune_dist.config.training import steps_per_epoch
-
 IGNORED = -100  # the label that transformers leaves out of the loss
 
 # Number of a row -> the tensors that training needs: int64 ``input_ids`` and ``labels`` [sequence_length], and more.
@@ -28,7 +26,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.rows, self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     @property
     def largest_step(self) -> int:

@@ -71,7 +71,7 @@ def train(context: Context[RecoverParameters], checkpoint: Checkpoint, masked_to
         seed=seed,
         rows=rows,
         schedule=schedule,
-        total_steps=settings.steps(schedule.rows, len(rows(0)["input_ids"])),
+        total_steps=settings.steps(schedule.rows, schedule.steps_per_epoch, len(rows(0)["input_ids"])),
         teacher=teacher,
         head_of=head_of,
         held_out=DenseStates(context.input_path("held-out")) if context.has_input("held-out") else None,

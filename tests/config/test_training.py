@@ -19,8 +19,8 @@ from hfprune_dist.errors import UserError
 def test_epochs_are_as_many_as_are_written(hundredths, steps_per_epoch):
     """In binary, 1.1 epochs of 10 steps are a little more than 11 steps."""
     expected = ceil(Fraction(hundredths, 100) * steps_per_epoch)
-    assert Training(epochs=hundredths / 100, batch_size=1).steps(steps_per_epoch, 8) == expected
-    assert Training(epochs=hundredths / 100, max_steps=5).steps(steps_per_epoch, 8) == 5
+    assert Training(epochs=hundredths / 100, batch_size=1).steps(steps_per_epoch, steps_per_epoch, 8) == expected
+    assert Training(epochs=hundredths / 100, max_steps=5).steps(steps_per_epoch, steps_per_epoch, 8) == 5
 
 
 @pytest.mark.parametrize(("written", "tokens"), [("300k", 300_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), (7, 7)])
@@ -32,8 +32,8 @@ def test_counts_of_tokens_are_read_as_they_are_written(written, tokens):
 @example(15, 3, 2)
 def test_a_budget_of_tokens_is_as_many_steps_as_it_takes(tokens, rows, batch_size):
     """Of three rows in steps of two, the first step has one row."""
-    steps = Training(tokens=tokens, batch_size=batch_size).steps(rows, 10)
     schedule = Schedule(rows, batch_size, 0)
+    steps = Training(tokens=tokens, batch_size=batch_size).steps(rows, schedule.steps_per_epoch, 10)
     few, enough = (10 * schedule.rows_before(steps - less) for less in (1, 0))
     assert few < tokens <= enough
     assert schedule.rows_before(2) == len(schedule.rows_of(0)) + len(schedule.rows_of(1))
@@ -69,7 +69,7 @@ def test_patience_that_recipes_share_is_for_those_that_evaluate():
 def test_a_recipes_own_length_takes_the_place_of_the_sections():
     lengths = {"epochs": {"epochs": 3.0}, "tokens": {"tokens": "1k"}, "steps": {"max_steps": 7}}
     found = trainings_of(max_steps=4, tokens="2k", recipes=lengths | {"same": {}})
-    steps = {name: training.steps(rows=12_800, sequence_length=10) for name, training in found.items()}
+    steps = {name: training.steps(rows=12_800, per_epoch=100, sequence_length=10) for name, training in found.items()}
     assert steps == {"epochs": 300, "tokens": 1, "steps": 7, "same": 4}
 
 
