@@ -130,7 +130,8 @@ def fine_tune(
         return start
     at_once = start.notes.get("micro_batch_size") or rows_at_once(task, runtime.sharding, world)
     task = replace(task, settings=task.settings.model_copy(update={"micro_batch_size": at_once}))
-    placement, began = place_training(task, runtime.sharding, world), time.monotonic() - start.notes.get("seconds", 0)
+    placement = placement_here(need_of(task, at_once), runtime.sharding, world)
+    began = time.monotonic() - start.notes.get("seconds", 0)
     trainer, losses = Trainer(task, start, world, placement), list(start.losses)
     with closing(Trackers(runtime.report_to if world.is_first else (), run_folder)) as trackers:
         while True:
@@ -329,11 +330,6 @@ class Trainer:
         masks = {} if self._masks is None else self._masks.state()
         snapshot = Snapshot(step, masks, losses, self._optimizer.shapes(), notes=self._notes | {"seconds": seconds})
         snapshot.save(file, self._optimizer.state(), self._world)
-
-
-def place_training(task: FineTuning, sharding: Sharding, world: World) -> Placement:
-    """Decide together how to place a training in the free memory."""
-    return placement_here(need_of(task, task.settings.least_at_once), sharding, world)
 
 
 def need_of(task: FineTuning, rows: int) -> Need:

@@ -72,7 +72,7 @@ def expected_scores(task, snapshot, step):
 
 @pytest.mark.parametrize(("variant", "ranks", "whole"), [("llama-tied-biases", 2, True), ("qwen3", 2, False)])
 def test_averages_are_those_of_the_whole_batch(monkeypatch, tmp_path, variant, ranks, whole):
-    monkeypatch.setattr(trainer, "place_training", lambda *_: Placement(whole, False, fits=True))
+    monkeypatch.setattr(trainer, "placement_here", lambda *_: Placement(whole, False, fits=True))
     save = Snapshot.save
     monkeypatch.setattr(
         Snapshot, "save", lambda self, file, *own: [save(self, it, *own) for it in (file, tmp_path / str(self.step))]

@@ -187,7 +187,7 @@ def test_models_sharded_or_checkpointed_learn_what_whole_ones_do(tmp_path, name,
     alone, _ = train(tmp_path / "one", 1, task)
     for whole in (False, True):
         placement = Placement(whole, checkpointing=whole, fits=True)
-        monkeypatch.setattr(trainer, "place_training", lambda *_, placement=placement: placement)
+        monkeypatch.setattr(trainer, "placement_here", lambda *_, placement=placement: placement)
         found, counts = train(tmp_path / str(whole), 2, task)
         assert (0 < counts[0] < counts[1] < counts[2]) != whole, "sharded weights are gathered in each step"
         for key in ("loss", "grad_norm", "held_out_kl", "held_out_perplexity"):
