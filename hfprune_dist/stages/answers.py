@@ -89,7 +89,7 @@ def run(context: Context) -> None:
 
 def _batches(context: Context, tokenizer: Any) -> tuple[int, dict[str, Batch]]:
     """The number of instructions; and batches of those that leave an answer room, by names of files for the answers."""
-    text, path, seed = context.params.recovery, context.own_file("text"), context.params.seed
+    text, path, seed = context.params.recovery, context.input_if_any("text"), context.params.seed
     examples = islice(read_examples(text.model_dump(), path, seed), text.samples)
     found: Batch = []
     count = 0

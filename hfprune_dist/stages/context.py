@@ -95,8 +95,8 @@ class Context(Generic[P]):
         source = self.stage.inputs[role]
         return self.store.handle(source.location).artifact if source.is_stage else Path(source.location)
 
-    def own_file(self, role: str) -> Path | None:
-        """Path of an input that is a file or folder of the user's; None if the stage has none in this role."""
+    def input_if_any(self, role: str) -> Path | None:
+        """Path of an input; None if the stage has none in this role."""
         return self.input_path(role) if self.has_input(role) else None
 
     def reporting(self, phase: str, total: int) -> Callable[[int], None]:

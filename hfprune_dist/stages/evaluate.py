@@ -162,7 +162,7 @@ def _evaluate_tasks(context: Context, model: FrozenModel, tasks: list[str]) -> N
         # The datasets library flushes nothing, yet trusts the files that it finds, so those of a dead attempt go.
         built = context.work / DATASETS
         shutil.rmtree(built, ignore_errors=True)
-        loader = TaskLoader(tasks, context.own_file("tasks"), built)
+        loader = TaskLoader(tasks, context.input_if_any("tasks"), built)
         (context.work / TASKS).mkdir(exist_ok=True)
         for task in tasks:
             context.progress.update(task, 0, 1)

@@ -86,7 +86,7 @@ def _prepare_windows(context: Context) -> None:
     settings = context.params.calibration
     sampling = Sampling(settings.samples, settings.sequence_length, context.params.seed, context.params.add_bos_token)
     tokenizer = load_tokenizer(context.input_path("model"))
-    sources = [(each.text.model_dump(), context.own_file(each.role), each.windows) for each in settings.shares()]
+    sources = [(each.text.model_dump(), context.input_if_any(each.role), each.windows) for each in settings.shares()]
     if settings.mixture is None:
         windows_ST = read_windows(*sources[0][:2], tokenizer, sampling, "calibration")
     else:

@@ -44,4 +44,4 @@ def _held_out_windows(context: Context) -> Tensor:
     assert settings is not None and add_bos_token is not None, "planned on the windows of an importance stage"
     tokenizer = load_tokenizer(context.input_path("model"))
     sampling = Sampling(settings.windows, settings.sequence_length, SEED, add_bos_token)
-    return read_windows(settings.model_dump(), context.own_file("text"), tokenizer, sampling, "fidelity")
+    return read_windows(settings.model_dump(), context.input_if_any("text"), tokenizer, sampling, "fidelity")

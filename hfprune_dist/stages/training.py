@@ -186,22 +186,19 @@ def prepare_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) ->
 
 def _name_of_rows(context: Context[RecoverParameters], checkpoint: Checkpoint) -> str:
     """File name of the packed rows, made from what they depend on: data, how it is cut, the tokenizer's files."""
+    answers = context.input_if_any("answers")
     content = {
         "version": KINDS["recover"].version,
         "settings": {name: value for name, value in context.params.recovery.row_settings().items() if name != "path"},
         "seed": context.params.seed,
         "text": [source.identity for role, source in context.stage.inputs.items() if role == "text"],
         # Made again on a GPU, they may be others.
-        "answers": FileHashes(None).of_file(answers) if (answers := _answers(context)) else None,
+        "answers": answers and FileHashes(None).of_file(answers / ANSWERS),
         "architecture": checkpoint.config["model_type"],  # transformers chooses the tokenizer's class by it
         "several_to_a_row": checkpoint.family.keeps_apart,
         "tokenizer": FileHashes(None).of_files(checkpoint.path, checkpoint.tokenizer_files),
     }
     return f"{digest_of(content)[:20]}.safetensors"
-
-
-def _answers(context: Context[RecoverParameters]) -> Path | None:
-    return context.input_path("answers") / ANSWERS if context.has_input("answers") else None
 
 
 def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded | None]:
@@ -210,9 +207,9 @@ def _encode(context: Context[RecoverParameters], tokenizer: Any) -> list[Encoded
     Raises:
         UserError: if none of them can be trained on.
     """
-    if answers := _answers(context):
-        return read_answers(answers)
-    settings, path = context.params.recovery, context.own_file("text")
+    if answers := context.input_if_any("answers"):
+        return read_answers(answers / ANSWERS)
+    settings, path = context.params.recovery, context.input_if_any("text")
     examples = islice(read_examples(settings.model_dump(), path, context.params.seed), settings.samples)
     encoded: list[Encoded | None] = []
     left = settings.tokens if settings.text == "documents" and settings.tokens else math.inf

@@ -34,7 +34,7 @@ def test_ranks_that_are_killed_go_on_in_vllm_with_what_transformers_would_say(tm
     stage = stage_of("answers", "tiny", {"recovery": settings}, inputs)
     written, stores = {}, {name: Store(tmp_path / name) for name in ("transformers", "vllm")}
     in_vllm = {"engine_pythons": {"vllm": python_of("vllm")}}
-    reading = SimpleNamespace(params=stage.params, own_file=lambda _: text, progress=Progress(None))
+    reading = SimpleNamespace(params=stage.params, input_if_any=lambda _: text, progress=Progress(None))
     names = [*answers._batches(reading, tokenizer)[1]]
     ended = run_stage(stores["vllm"], stage, 2, environment=killing(0, 1, f".{names[2]}"), **in_vllm)
     kept = [file for name in names if (file := stores["vllm"].handle(stage.id).work / name).exists()]
