@@ -34,7 +34,7 @@ def run(context: Context) -> None:
     context.decided["micro_batch_size"] = at_once
     stream = LayerStream(dense, windows_ST, getattr(torch, params.dtype), at_once, world, stay=stay)
     draft = context.open_draft()
-    write_dense_states(stream, draft, world, context.reporting("layers", dense.num_layers))
+    write_dense_states(stream, draft, context.reporting("layers", dense.num_layers))
     context.commit(draft, {"windows": len(windows_ST), "tokens": windows_ST.numel()})
 
 

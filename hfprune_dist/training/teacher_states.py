@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hfprune_dist.data.windows import load_windows, save_windows
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.world import World
 from hfprune_dist.errors import UserError, naming
 
 DENSE = "dense"
@@ -46,7 +45,7 @@ class DenseStates:
         return {"input_ids": input_ids_T, "labels": input_ids_T.clone(), DENSE: self.hidden(row)}
 
 
-def write_dense_states(stream: LayerStream, folder: Path, world: World, after_each: AfterLayer) -> None:
+def write_dense_states(stream: LayerStream, folder: Path, after_each: AfterLayer) -> None:
     """Take windows through a model layer by layer, so that it is never loaded whole, and write their final states.
 
     Args:
@@ -55,7 +54,7 @@ def write_dense_states(stream: LayerStream, folder: Path, world: World, after_ea
     Raises:
         UserError: if the states are NaN or infinite, since nothing can be compared with them.
     """
-    world.on_rank0(lambda: save_windows(stream.windows_ST, folder))
+    stream.world.on_rank0(lambda: save_windows(stream.windows_ST, folder))
     stream.run_layers(after_each)
     is_finite = True
     for index, hidden_BTC in stream.final_hidden():

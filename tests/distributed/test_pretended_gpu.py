@@ -404,7 +404,7 @@ def test_uses_that_nothing_keeps_apart_are_found(tmp_path, monkeypatch, breaks):
     if breaks is not None:
         breaks(monkeypatch)
     with pretended_gpu() as gpu:
-        write_dense_states(make_stream(), tmp_path, WORLD, nothing)
+        write_dense_states(make_stream(), tmp_path, nothing)
     assert bool(gpu.faults) == (breaks is not None)
 
 

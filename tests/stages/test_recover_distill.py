@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 def make_reference(store, dense, dtype):
     stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
     with being_made(store, REFERENCE) as draft:
-        write_dense_states(stream, draft, SoloWorld(), lambda layers: None)
+        write_dense_states(stream, draft, lambda layers: None)
 
 
 def lay_out(source, folder, teacher="reference", **settings):
