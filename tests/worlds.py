@@ -180,7 +180,7 @@ def without_deepspeed(monkeypatch: Any) -> None:
     loaded: dict[Any, torch.nn.Module] = {}
     reading = threading.Lock()
 
-    def place(checkpoint, dtype, _micro_batch_size, _sharding, world, *, backward_of_body):
+    def place(checkpoint, dtype, _sharding, world, *, backward_of_body):
         assert backward_of_body
         with reading:
             if (checkpoint.path, dtype) not in loaded:

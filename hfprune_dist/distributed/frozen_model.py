@@ -78,7 +78,6 @@ class FrozenModel:
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        batch_size: int,
         sharding: DecidedSharding,
         world: World,
         *,
@@ -95,7 +94,7 @@ class FrozenModel:
             from hfprune_dist.distributed import zero3
 
             self._zero3 = zero3
-            self.module, begin_step = zero3.load_frozen(checkpoint.path, dtype, batch_size, world)
+            self.module, begin_step = zero3.load_frozen(checkpoint.path, dtype, world)
             if backward_of_body:
                 self._family.body_of(self.module).register_forward_pre_hook(lambda *_: begin_step(), prepend=True)
             else:

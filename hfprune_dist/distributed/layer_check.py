@@ -44,7 +44,7 @@ def check_layers(
     need = whole_forward(Sizes.from_checkpoint(checkpoint), len(window_T), dtype.itemsize)
     placed = choose_sharding(sharding, need, world)
     if placed == "zero3" or world.is_first:
-        model = FrozenModel(checkpoint, dtype, 1, placed, world)
+        model = FrozenModel(checkpoint, dtype, placed, world)
         departures: list[Departure] = []
         if world.is_first:
             _compare_in_forward(model.module, checkpoint, dtype, window_T, world.device, departures)

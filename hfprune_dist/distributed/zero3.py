@@ -28,9 +28,7 @@ def init_deepspeed(world: World) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
 
 
-def load_frozen(
-    checkpoint: Path, dtype: torch.dtype, micro_batch_size: int, world: World
-) -> tuple[nn.Module, Callable[[], None]]:
+def load_frozen(checkpoint: Path, dtype: torch.dtype, world: World) -> tuple[nn.Module, Callable[[], None]]:
     """Load a checkpoint, sharded over the world; none of its parameters needs a gradient.
 
     Run the returned module itself: its hooks gather and release parameters, in forward and backward. Blocks of experts
@@ -44,7 +42,7 @@ def load_frozen(
     """
     sharded = {"stage": 3, "overlap_comm": True, "contiguous_gradients": False, "leaf_module": {"classes": []}}
     config = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for one; nothing here depends on it
         "zero_optimization": sharded | {"memory_efficient_linear": False},
         "bf16": {"enabled": dtype == torch.bfloat16},
     }

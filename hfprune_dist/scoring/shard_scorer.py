@@ -96,7 +96,6 @@ class ShardScorer:
         criteria: Sequence[Criterion],
         *,
         seed: int,
-        micro_batch_size: int,
         world: World,
         sharding: DecidedSharding = "replicate",
         structures: Sequence[str] = (NEURONS,),
@@ -105,7 +104,7 @@ class ShardScorer:
         student: GivenStudent | None = None,
     ) -> None:
         family = checkpoint.family
-        frozen = FrozenModel(checkpoint, dtype, micro_batch_size, sharding, world, backward_of_body=True)
+        frozen = FrozenModel(checkpoint, dtype, sharding, world, backward_of_body=True)
         self.module = frozen.module
         self.release = frozen.release
         use_memory_efficient_backward(self.module, family)

@@ -125,7 +125,7 @@ def _answerer(context: Context, checkpoint: Checkpoint, tokenizer: Any, ends: li
         print(f"answers: by transformers{told}", flush=True)
     rows = passes(need, "auto", BATCH, gpus, sharding).at_once
     placed_as = choose_sharding(sharding, need(rows), world)
-    model = FrozenModel(checkpoint, getattr(torch, params.dtype), rows, placed_as, world)
+    model = FrozenModel(checkpoint, getattr(torch, params.dtype), placed_as, world)
     return 1, partial(_in_transformers, params.recovery, model, tokenizer, ends, rows)
 
 

@@ -62,7 +62,7 @@ def run(context: Context) -> None:
 
     @cache
     def load() -> FrozenModel:
-        return FrozenModel(checkpoint, getattr(torch, params.dtype), params.batch_size, sharding, world)
+        return FrozenModel(checkpoint, getattr(torch, params.dtype), sharding, world)
 
     if world.on_rank0(lambda: read_object(fidelity) is None):
         result = plain(_fidelity(context, load))

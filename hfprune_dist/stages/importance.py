@@ -133,7 +133,6 @@ def _accumulate(
             windows_ST,
             criteria,
             seed=params.seed,
-            micro_batch_size=micro_batch_size,
             world=world,
             sharding=choose_sharding(context.runtime.sharding, need, world),
             structures=[units.kind for units in kinds],

@@ -198,14 +198,14 @@ class Trainer:
         self._dtype: torch.dtype = getattr(torch, task.settings.dtype)
         sharding: DecidedSharding = "replicate" if placement.whole else "zero3"
         rows, share = task.settings.least_at_once, task.settings.teacher_share
-        self._frozen = FrozenModel(task.checkpoint, self._dtype, rows, sharding, world, backward_of_body=share > 0)
+        self._frozen = FrozenModel(task.checkpoint, self._dtype, sharding, world, backward_of_body=share > 0)
         model: Any = self._frozen.module
         if not placement.whole:
             keep_no_gathered_weights(model)
         self._teacher, self._is_unsharded = None, placement.whole
         if task.teacher is not None:  # where ranks share the optimizer, that needs a whole teacher's memory
             beside: DecidedSharding = sharding if task.settings.method == "lora" or world.size == 1 else "zero3"
-            self._teacher = FrozenModel(task.teacher, self._dtype, rows, beside, world)
+            self._teacher = FrozenModel(task.teacher, self._dtype, beside, world)
             self._is_unsharded = beside == "replicate"
         fused = [use_fused_kernels(each.module, world.device) for each in (self._frozen, self._teacher) if each]
         self._notes = {"micro_batch_size": rows, "fused_kernels": any(fused) or start.notes.get("fused_kernels", False)}

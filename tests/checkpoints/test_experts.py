@@ -141,7 +141,7 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
     }
     expected = definition(model, WINDOWS[:1], "entropy", others=others)
     assert {layer for kind, layer in expected if kind == KIND} == {*experts_of(model)}
-    options = {"seed": 0, "micro_batch_size": 1, "world": SoloWorld(), "structures": [*units, WHOLE]}
+    options = {"seed": 0, "world": SoloWorld(), "structures": [*units, WHOLE]}
     scorer = ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
     sums = scorer.score([range(1)])
     for (kind, layer), expected_U in expected.items():

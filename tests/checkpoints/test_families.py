@@ -47,7 +47,7 @@ def checkpoint_of(tmp_path_factory):
 
 
 def scorer_of(checkpoint, world):
-    options = {"seed": 0, "micro_batch_size": 1, "world": world, "structures": kinds_of(checkpoint)}
+    options = {"seed": 0, "world": world, "structures": kinds_of(checkpoint)}
     options["sharding"] = "zero3" if world.size > 1 else "replicate"
     return ShardScorer(checkpoint, torch.float32, WINDOWS, [CRITERIA["entropy"]], **options)
 

@@ -22,7 +22,7 @@ def taken(checkpoint, ranks, file):
 
     def load(world):
         with PeakBytes() as counted:
-            model = FrozenModel(checkpoint, torch.float32, 1, "zero3", world)
+            model = FrozenModel(checkpoint, torch.float32, "zero3", world)
         everywhere = world.all_gather((counted.peak, counted.live))
         model.release()
         if world.is_first:

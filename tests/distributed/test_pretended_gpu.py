@@ -110,7 +110,7 @@ def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
     used = [CRITERIA[name] for name in criteria]
     matrices = summed_matrices(checkpoint, [checkpoint.structures[kind] for kind in kinds], used)
     totals = Accumulation(2, folder / "sums", WORLD, matrices) if matrices else None
-    options = {"seed": 0, "micro_batch_size": 1, "world": WORLD, "structures": kinds, "totals": totals}
+    options = {"seed": 0, "world": WORLD, "structures": kinds, "totals": totals}
     if any(criterion.student_of for criterion in used):
         keeps = [torch.arange(count) > 2 for count in checkpoint.units.counts]
         options["student"] = GivenStudent(keeps, teacher=(0.4, 0.2))
@@ -129,7 +129,7 @@ def refitted(folder, layers, gpu, method, variant="llama", **options):
 def checked(folder, layers, gpu):
     """Each layer by itself, compared with the whole model."""
     checkpoint = checkpoint_in(folder / "model", layers=layers)
-    model = FrozenModel(checkpoint, DTYPE, 1, "replicate", WORLD)
+    model = FrozenModel(checkpoint, DTYPE, "replicate", WORLD)
     with pytest.MonkeyPatch.context() as patch, counting(gpu):
         patch.setattr(layer_check, "FrozenModel", lambda *_: model)
         check_layers(checkpoint, windows_of(1)[0], DTYPE, "replicate", WORLD)
@@ -138,7 +138,7 @@ def checked(folder, layers, gpu):
 def measured(folder, layers, gpu):
     """The fidelity of a whole model on one window."""
     checkpoint = checkpoint_in(folder / "model", layers=layers)
-    model, reader = FrozenModel(checkpoint, DTYPE, 1, "replicate", WORLD), LayerReader(checkpoint, DTYPE, GPU)
+    model, reader = FrozenModel(checkpoint, DTYPE, "replicate", WORLD), LayerReader(checkpoint, DTYPE, GPU)
     window_T, head, ids_T = windows_of(1)[0], reader.head(), windows_of(1)[0].to(GPU)
     with counting(gpu):
         hidden_TC = model.final_hidden(window_T)
@@ -148,7 +148,7 @@ def measured(folder, layers, gpu):
 
 def answered(folder, layers, gpu):
     """A question of lm-eval's with four choices, which go on from its cache."""
-    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, 1, "replicate", WORLD)
+    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, "replicate", WORLD)
     lm = ShardedLM(model, tiny_tokenizer(), Interruption(), 1, add_bos_token=True)
     question, *choices = windows_of(5).tolist()
     with counting(gpu):
@@ -156,7 +156,7 @@ def answered(folder, layers, gpu):
 
 
 def generated(folder, layers, gpu):
-    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, 1, "replicate", WORLD).module
+    model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, "replicate", WORLD).module
     prompts_BT = Workload(1, 8, 3).prompts(250, GPU)
     with counting(gpu):
         peak_bytes(partial(time_generation, model, prompts_BT, 3), GPU)
@@ -297,7 +297,7 @@ def test_hidden_states_may_stay_on_the_gpu(tmp_path, method):
 
 def test_experts_with_biases(tmp_path):
     checkpoint, kept = to_prune(tmp_path / "model", "gpt_oss", ())
-    options = {"seed": 0, "micro_batch_size": 1, "world": WORLD, "structures": ["experts"]}
+    options = {"seed": 0, "world": WORLD, "structures": ["experts"]}
     with pretended_gpu() as gpu:
         used = [CRITERIA[name] for name in ("entropy", "reap")]
         ShardScorer(checkpoint, DTYPE, windows_of(1), used, **options).score([range(1)])
@@ -422,13 +422,13 @@ def rehearse(folder, breaks, world):
     with pretended_gpu() as gpu:
         if breaks:
             torch.cuda.Stream.wait_stream = lambda _stream, _other: None
-        options = {"seed": 0, "micro_batch_size": 1, "world": world, "sharding": "zero3"}
+        options = {"seed": 0, "world": world, "sharding": "zero3"}
         scorer = ShardScorer(checkpoint, DTYPE, windows_ST, [CRITERIA["entropy"]], **options)
         scorer.score([range(number, number + 1) for number in range(3)])
         with counting(gpu):
             scorer.score([range(3, 4)])
         found["entropy"] = gpu.waits.copy()
-        model = FrozenModel(checkpoint, DTYPE, 1, "zero3", world)
+        model = FrozenModel(checkpoint, DTYPE, "zero3", world)
         for window_T in windows_ST:
             with counting(gpu):
                 model.final_hidden(window_T)

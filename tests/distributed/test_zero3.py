@@ -19,7 +19,7 @@ def test_a_sharded_model_with_biases_has_the_bits_of_a_whole_one_before_and_afte
 
     def compare(world):
         def hidden(sharding):
-            return FrozenModel(checkpoint, torch.bfloat16, 1, sharding, world).final_hidden(window_T)
+            return FrozenModel(checkpoint, torch.bfloat16, sharding, world).final_hidden(window_T)
 
         whole_TC = hidden("replicate")
         assert torch.equal(hidden("zero3"), whole_TC)
@@ -33,7 +33,7 @@ def test_layers_are_gathered_ahead_once_their_order_is_known(tmp_path):
     checkpoint = open_checkpoint(save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, **SHARDED))
 
     def count(world):
-        model, gathered = FrozenModel(checkpoint, torch.bfloat16, 1, "zero3", world), []
+        model, gathered = FrozenModel(checkpoint, torch.bfloat16, "zero3", world), []
         with counting_gathers() as counts:
             first = model.module.model.layers[0]
             first.register_forward_hook(lambda *_: gathered.append(counts.bytes))
@@ -49,7 +49,7 @@ def test_gathers_wait_as_long_as_all_else_for_rank_0_at_work_alone(tmp_path):
     checkpoint = open_checkpoint(save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, **SHARDED))
 
     def compare(world):
-        FrozenModel(checkpoint, torch.bfloat16, 1, "zero3", world)
+        FrozenModel(checkpoint, torch.bfloat16, "zero3", world)
         groups = dist.distributed_c10d._world.pg_map
         timeouts = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
         assert len(groups) > 1 and len(timeouts) == 1, timeouts

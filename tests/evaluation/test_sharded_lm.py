@@ -19,7 +19,7 @@ from hfprune_dist.evaluation.sharded_lm import ModelError, ShardedLM, cut_questi
 
 
 def make_lm(checkpoint, batch_size=1, world=None):
-    model = FrozenModel(checkpoint, torch.float32, batch_size, "replicate", world or SoloWorld())
+    model = FrozenModel(checkpoint, torch.float32, "replicate", world or SoloWorld())
     return ShardedLM(model, load_tokenizer(checkpoint.path), Interruption(), batch_size, True)
 
 

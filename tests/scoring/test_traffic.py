@@ -28,7 +28,7 @@ def test_a_micro_batch_sends_its_sums_to_the_host_and_gets_keys_of_signs(tmp_pat
     checkpoint, used = checkpoint_in(tmp_path / "model"), [CRITERIA[name] for name in ("entropy", "surgeon")]
     kinds, world = [checkpoint.structures[kind] for kind in KINDS], SoloWorld(size=ranks, device=GPU)
     totals = Accumulation(ranks, tmp_path / "sums", world, summed_matrices(checkpoint, kinds, used))
-    options = {"seed": 0, "micro_batch_size": windows, "world": world, "structures": KINDS, "totals": totals}
+    options = {"seed": 0, "world": world, "structures": KINDS, "totals": totals}
     with pretended_gpu() as gpu:
         scorer = ShardScorer(checkpoint, torch.bfloat16, windows_of(windows), used, **options)
         gpu.moved.clear()
@@ -107,7 +107,7 @@ def test_a_micro_batch_gathers_what_it_reads_once_forwards_and_once_backwards(tm
     weights = hidden * neurons * (3 * layers + 3 * layers - 2) + hidden * vocabulary * 2
 
     def count(world):
-        options = {"seed": 0, "micro_batch_size": 2, "world": world, "sharding": "zero3"}
+        options = {"seed": 0, "world": world, "sharding": "zero3"}
         scorer = ShardScorer(checkpoint, torch.bfloat16, windows_of(6), [CRITERIA["entropy"]], **options)
         for windows in (range(1), range(1, 2), range(2, 3), range(3, 4), range(4, 6)):
             with counting_gathers() as counts:

@@ -259,8 +259,8 @@ def test_vllm_answers_if_it_is_there_and_holds_the_model(
     loaded = []
 
     def load(*options):
-        loaded.append(options[3])
-        return FrozenModel(*options[:3], "replicate", options[4])
+        loaded.append(options[2])
+        return FrozenModel(*options[:2], "replicate", options[3])
 
     monkeypatch.setattr(answers, "FrozenModel", load)
     write_model(tmp_path / "model", **model)
