@@ -44,13 +44,10 @@ def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int) -> Tensor:
 def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """Draw labels y ~ p = softmax(z), int64 [tokens], by inverting p's cumulative distribution at ``uniform_N``."""
     p_NV = logits_NV.softmax(dim=-1)
-    # GPUs add floating-point numbers in a varying order.
-    cumulative_NV = p_NV.cumsum_(dim=-1) if p_NV.device.type == "cpu" else exact_cumulative(p_NV)
+    if p_NV.device.type == "cpu":
+        cumulative_NV = p_NV.cumsum_(dim=-1)
+    else:  # GPUs add in a varying order, which changes no bits of sums of integers
+        cumulative_NV = p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
     # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
-
-
-def exact_cumulative(p_NV: Tensor) -> Tensor:
-    """Return cumulative sums along rows, added as integer multiples of ``SHARE``: the same bits in any order."""
-    return p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
