@@ -86,8 +86,8 @@ class Checkpoint:
 
     @cached_property
     def units(self) -> Units:
-        """The main units of the model: see ``Family.units``."""
-        return self.family.units(self.config)
+        """The main units of the model: see ``Family.structures``."""
+        return next(iter(self.structures.values()))
 
     @cached_property
     def structures(self) -> dict[str, Units]:

@@ -124,7 +124,6 @@ def discover(
         projections=projections,
         keeps_apart=everywhere and not blind and not counted,
         experts=experts,
-        dense_layers=bool(plain),
         adapted_attention=_adapted_linears(attention["attention"], parts, of_mixture=experts is not None),
         **attention,
         **_norms(config, parts, mlp) | ({"no_sequence": "it has experts"} if experts else {}),

@@ -41,7 +41,6 @@ class Family:
         no_low_rank: why its attention's matrices can't be given a low rank; empty if they can.
         no_sequence: why its blocks can't be refitted one after another; empty if they can.
         experts: the experts that some or all of its layers have in place of one MLP, if any.
-        dense_layers: whether some of its layers have a plain MLP.
     """
 
     model_type: str
@@ -67,7 +66,6 @@ class Family:
     no_low_rank: str = ""
     no_sequence: str = ""
     experts: Experts | None = None
-    dense_layers: bool = True
 
     @property
     def plain_class(self) -> str:
@@ -105,22 +103,19 @@ class Family:
         """Name of the head's weight [vocabulary, hidden_size]; a checkpoint whose head is tied may lack it."""
         return f"{self.head}.weight"
 
-    def units(self, config: Mapping[str, Any]) -> Units:
-        """The main units of a model with this ``config.json``: the neurons of its MLPs, or of its experts."""
-        return self._units_of_mlps(config)[0]
-
     def structures(self, config: Mapping[str, Any]) -> dict[str, Units]:
-        """All kinds of units in a model with this ``config.json``, by name; the main ones first."""
+        """All kinds of units in a model with this ``config.json``, by name; the main ones first: the neurons of its
+        MLPs, or of its experts.
+        """
+        mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
+        if self.experts is None:
+            found = [neurons(config, mlp, *self.projections)]
+        else:
+            found = units_of_mixture(config, mlp, self.experts, self.projections)
         attention = self._block(config, self.attention, self.attention_norm, self.attention_norm_after)
         projections = () if self.whole_groups else self.attention_projections
         groups = kv_groups(self.completed(config), attention, projections)
-        return {units.kind: units for units in (*self._units_of_mlps(config), groups)}
-
-    def _units_of_mlps(self, config: Mapping[str, Any]) -> list[Units]:
-        mlp = self._block(config, self.mlp, self.mlp_norm, self.mlp_norm_after)
-        if self.experts is None:
-            return [neurons(config, mlp, *self.projections)]
-        return units_of_mixture(config, mlp, self.experts, self.projections if self.dense_layers else None)
+        return {units.kind: units for units in (*found, groups)}
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier")

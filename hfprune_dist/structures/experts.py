@@ -95,9 +95,7 @@ def shared_experts(config: Mapping[str, Any]) -> tuple[str, Any]:
     return next(key for key in WIDTHS if config.get(key) is not None), number
 
 
-def units_of_mixture(
-    config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections | None
-) -> list[Units]:
+def units_of_mixture(config: Mapping[str, Any], mlp: Block, experts: Experts, projections: Projections) -> list[Units]:
     """Return the units of a model's MLPs: neurons of experts, of shared experts and of plain MLPs; and whole experts.
 
     Neurons of experts are numbered expert by expert: unit ``e * width + n`` of a layer is neuron ``n`` of its expert
@@ -106,7 +104,7 @@ def units_of_mixture(
     layer's experts, and each group keeps the same number of experts.
 
     Args:
-        projections: those of the layers that have a plain MLP instead of experts; None if there are no such layers.
+        projections: those of the layers that have a plain MLP instead of experts, if there are any.
     """
 
     def counts(field: str, copies: int = 1, *, has_experts: bool = True) -> tuple[int, ...]:
@@ -130,7 +128,7 @@ def units_of_mixture(
         units = replace(neurons(config, replace(mlp, name=shared.name), *shared.projections), kind=SHARED_NEURONS)
         widths = counts(shared.field, shared.copies)
         found.append(replace(units, counts=widths, fields={shared.field: 1}, copies=shared.copies))
-    if projections is not None:
+    if len(experts.layers) < int(config["num_hidden_layers"]):
         field = next((key for key in _DENSE_WIDTHS if config.get(key) is not None), "intermediate_size")
         widths = counts(field, has_experts=False)
         found.append(replace(neurons(config, mlp, *projections), counts=widths, fields={field: 1}))

@@ -19,7 +19,7 @@ def test_a_shape_is_how_much_is_kept():
 
 
 def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
-    units = FAMILY.units(tiny_model().config.to_dict())
+    units = FAMILY.structures(tiny_model().config.to_dict())["neurons"]
     layers, most = tuple(range(units.num_layers)), units.most
     assert Shape(layers).counts(units) == units.counts
     for count in (1, most):
@@ -34,7 +34,7 @@ def test_a_layer_keeps_at_least_one_of_its_units_and_at_most_all():
 
 def counts_of(model):
     config = model.config.to_dict()
-    units = FAMILY.units(config)
+    units = FAMILY.structures(config)["neurons"]
     # As in a file, a tied head is a tensor of its own.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
