@@ -68,7 +68,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
     groups = checkpoint.structures["kv_groups"]
     if QUERY_HEADS_KEY in changed:
-        stated |= groups.implied
+        stated["head_dim"] = known["head_dim"]  # which their number implied
     added = [module for module in biased if not _has_bias(checkpoint, module)]
     stated |= {OUTPUT_BIASES: [*stated.get(OUTPUT_BIASES, ()), *added]} if added else {}
     if added or not is_plain(checkpoint, shape):

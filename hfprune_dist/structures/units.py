@@ -8,7 +8,7 @@ a config.json to ``Units``: ``neurons`` and ``kv_groups`` here, and those of ``e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -90,7 +90,6 @@ class Units:
         block: the attention or MLP that the units are part of.
         fields: field of config.json -> the amount of it that one unit accounts for.
         channels_per_unit: number of consecutive channels of that projection's input that belong to one unit.
-        implied: field -> its value, which config.json must state once it can't be computed from ``fields`` any more.
         experts: number of experts among which a layer's channels are divided, expert by expert; 1 without experts.
         parts: number of equal consecutive parts of a layer's units, each of which keeps the same number.
         copies: number of units for each one that ``fields`` count.
@@ -104,7 +103,6 @@ class Units:
     block: Block
     fields: Mapping[str, int]
     channels_per_unit: int = 1
-    implied: Mapping[str, int] = field(default_factory=dict)
     experts: int = 1
     parts: int = 1
     copies: int = 1
@@ -233,5 +231,4 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
         block=attention,
         fields={"num_attention_heads": queries, "num_key_value_heads": 1},
         channels_per_unit=queries * head_dim,
-        implied={"head_dim": head_dim},
     )

@@ -79,7 +79,7 @@ def smaller(target, variant, changes, shape):
     less = changes | heads | {"num_hidden_layers": len(shape.layers), "intermediate_size": width}
     if less["hidden_size"] % less["num_attention_heads"] and variant == "llama":
         variant = "mistral"  # which is written then
-    return parameters_of(variant, **less, head_dim=target.groups.implied["head_dim"])
+    return parameters_of(variant, **less, head_dim=target.dense.family.completed(target.dense.config)["head_dim"])
 
 
 @settings(max_examples=20)
