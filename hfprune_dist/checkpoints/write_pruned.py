@@ -73,7 +73,7 @@ def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut | No
             found[name] = f"{prefix}{numbers[layer]}.{part}", None
     for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
         for number, kept_K in zip(kept.layers, rows, strict=True):
-            places = {unit: place for place, unit in enumerate(kept_K.tolist())}
+            places = {unit: place for place, unit in enumerate(kept_K.tolist() if units.kind == EXPERTS else ())}
             for name, owned in units.in_layer(number, checkpoint.tensors) if units.counts[number] else ():
                 new, _ = found.pop(name)
                 if owned.unit is None:
@@ -88,7 +88,7 @@ def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
     """The cut of one of a layer's tensors that leaves only the units ``kept_K``, equally many of every expert."""
     if owned.expert is None and not owned.stacked:
         return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
-    width, of_experts = units.counts[layer] // units.parts, kept_K.chunk(units.parts)
+    width, of_experts = units.counts[layer] // units.parts, kept_K.reshape(units.parts, -1)
     if owned.expert is not None:
         return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
     own = (
