@@ -27,7 +27,7 @@ from hfprune_dist.checkpoints.tensor_files import header_texts, save_tensors
 from hfprune_dist.data.examples import Example
 from hfprune_dist.data.schedule import IGNORED
 from hfprune_dist.data.text import Beginning
-from hfprune_dist.data.tokenizer import bos_id, plain_ids
+from hfprune_dist.data.tokenizer import bos_ids, plain_ids
 from hfprune_dist.errors import UserError
 
 # Examples that are tokenized at once, and the first ones that are before a sweep begins.
@@ -55,19 +55,18 @@ def encode(tokenizer: Any, examples: Sequence[Example], sequence_length: int) ->
     Prompt and response are tokenized as one text, as a reader of the template would: the response begins with the first
     token that holds one of its characters.
     """
-    bos, eos = bos_id(tokenizer, add_bos_token=True), tokenizer.eos_token_id
+    bos, eos = bos_ids(tokenizer), tokenizer.eos_token_id
     prompts = plain_ids(tokenizer, [example.prompt for example in examples])
     wholes = plain_ids(tokenizer, [example.prompt + example.response for example in examples])
     encoded: list[Encoded | None] = []
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         if not example.prompt and not example.messages:
-            start = [] if bos is None else [bos]
-            ids, body = [*whole, eos] if example.response.strip() else [], sequence_length - len(start)
-            pieces = [[*start, *ids[first : first + body]] for first in range(0, len(ids), body)]
-            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > len(start) + 1)
+            ids, body = [*whole, eos] if example.response.strip() else [], sequence_length - len(bos)
+            pieces = [[*bos, *ids[first : first + body]] for first in range(0, len(ids), body)]
+            of_piece = (np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > len(bos) + 1)
             encoded += [Encoded(ids_T, np.ones(len(ids_T), dtype=np.bool_)) for ids_T in of_piece] or [None]
             continue
-        ids = [*([] if bos is None else [bos]), *whole, eos]
+        ids = [*bos, *whole, eos]
         untrained = len(ids) - 1 - len(whole) + _in_common(prompt, whole)
         trained = [bool(example.response.strip()) and place >= untrained for place in range(len(ids))]
         if example.messages:
@@ -83,9 +82,8 @@ def questions(tokenizer: Any, examples: Sequence[Example], longest: int) -> list
     """The tokens after which a model is to respond to examples (at least one): of a chat, all up to where its template
     has the assistant begin. None where there are more than ``longest``, or none.
     """
-    bos = bos_id(tokenizer, add_bos_token=True)
-    asked = plain_ids(tokenizer, [example.prompt for example in examples])
-    asked = [[*([] if bos is None else [bos]), *ids] if ids else [] for ids in asked]
+    prompts = plain_ids(tokenizer, [example.prompt for example in examples])
+    asked = [[*bos_ids(tokenizer), *ids] if ids else [] for ids in prompts]
     for number, example in enumerate(examples):
         if example.messages:
             with _rendering(tokenizer, example):

@@ -21,9 +21,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
     return tokenizer
 
 
-def bos_id(tokenizer: Any, add_bos_token: bool) -> int | None:
-    """The id that begins every sequence; None if it isn't wanted or the tokenizer has none (Qwen)."""
-    return tokenizer.bos_token_id if add_bos_token else None
+def bos_ids(tokenizer: Any) -> list[int]:
+    """The id that begins every sequence; none if the tokenizer has none (Qwen)."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def plain_ids(tokenizer: Any, texts: str | list[str]) -> list[Any]:

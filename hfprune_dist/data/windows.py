@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfprune_dist.checkpoints.tensor_files import save_tensors
 from hfprune_dist.data.text import Beginning, read_texts
-from hfprune_dist.data.tokenizer import bos_id, plain_ids
+from hfprune_dist.data.tokenizer import bos_ids, plain_ids
 from hfprune_dist.errors import UserError
 
 WINDOWS, INPUT_IDS = "windows.safetensors", "input_ids"
@@ -33,9 +33,13 @@ class Sampling:
     seed: int
     add_bos_token: bool = True
 
+    def bos(self, tokenizer: Any) -> list[int]:
+        """The ids before those that come from the text: one, or none."""
+        return bos_ids(tokenizer) if self.add_bos_token else []
+
     def body(self, tokenizer: Any) -> int:
         """Number of a window's tokens that come from the text."""
-        return self.sequence_length - (bos_id(tokenizer, self.add_bos_token) is not None)
+        return self.sequence_length - len(self.bos(tokenizer))
 
 
 def read_windows(
@@ -95,7 +99,7 @@ def sample_windows(
     each document's place in the order of use; without it, they are used as they come, and no more are read than are
     needed.
     """
-    body, bos = sampling.body(tokenizer), bos_id(tokenizer, sampling.add_bos_token)
+    body, bos = sampling.body(tokenizer), sampling.bos(tokenizer)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
     longest = 0
     for number, text in enumerate(texts):
@@ -116,7 +120,7 @@ def sample_windows(
     for index in range(sampling.samples):
         ids = documents[index % len(documents)]
         start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
-        rows.append(([] if bos is None else [bos]) + ids[start : start + body])
+        rows.append(bos + ids[start : start + body])
     return torch.tensor(rows, dtype=torch.int64)
 
 
