@@ -113,7 +113,7 @@ class Checkpoint:
     @cached_property
     def is_plain(self) -> bool:
         """Whether transformers has a class for it: layers of the same sizes, no biases but those of its family."""
-        return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES) and self.is_uniform
+        return LAYER_SIZES not in self.config and not self.config.get(OUTPUT_BIASES)
 
     @cached_property
     def max_positions(self) -> int | None:
