@@ -43,7 +43,7 @@ def layers_of(model):
 
 
 # Criteria that need only one pass, of any model.
-OF_ONE_PASS = sorted(name for name, each in CRITERIA.items() if each.student_of is None and "neurons" in each.units)
+OF_ONE_PASS = sorted(name for name, each in CRITERIA.items() if each.student_by is None and "neurons" in each.units)
 
 
 def definition(model, windows, criterion="entropy", seed=0, channels=1, output=NEURONS):

@@ -11,7 +11,7 @@ from unit_outputs import seen_units
 
 from hfprune_dist.core.gram import gram_matrix
 from hfprune_dist.core.head import Batch
-from hfprune_dist.core.observers import UnitSums, inputs_of
+from hfprune_dist.core.observers import UnitSums, gram_name
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.memory_efficient_backward import (
@@ -90,7 +90,7 @@ def sums_of(
         score_batch(scored, Batch(input_ids, numbers, head.out_features, seed, teaching), sums)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return {kind: Sums(stacked(sums, kind), grams[kind], grams[inputs_of(kind)]) for kind in kinds}
+    return {kind: Sums(stacked(sums, kind), grams[kind], grams[gram_name(kind)]) for kind in kinds}
 
 
 def stacked(sums, kind):

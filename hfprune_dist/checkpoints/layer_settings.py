@@ -69,7 +69,7 @@ def _with_attention(config: Mapping[str, Any]) -> list[int]:
     return [number for number, kind in enumerate(config.get("layer_types") or ()) if kind in _ATTENTION]
 
 
-def of_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def renumbered(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     """New values of the config.json keys that change if only these layers (ascending) stay, renumbered from 0."""
     changed: dict[str, Any] = {"num_hidden_layers": len(layers)}
     if config.get(OTHER_LAYERS) == config["num_hidden_layers"]:

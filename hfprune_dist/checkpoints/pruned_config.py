@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
+from hfprune_dist.checkpoints.layer_settings import renumbered, undroppable_layers
 from hfprune_dist.store.atomic_files import read_json, write_json
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.low_rank import rank_field
@@ -63,7 +63,7 @@ def pruned_config(checkpoint: Checkpoint, shape: Shape, biased: Iterable[str] = 
     needed = gone & undroppable_layers(checkpoint.config).keys()
     assert not needed, f"layers {sorted(needed)} can't be dropped"
     values, stated = _values(checkpoint, shape), plain_config(checkpoint)
-    stated |= of_layers(stated, shape.layers) if gone else {}
+    stated |= renumbered(stated, shape.layers) if gone else {}
     known = checkpoint.family.completed(stated)
     changed = {field: row for field, row in values.items() if any(value not in (0, known[field]) for value in row)}
     groups = checkpoint.structures["kv_groups"]

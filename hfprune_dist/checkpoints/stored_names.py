@@ -152,7 +152,7 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
     """Name in modules -> what the tensor is made from, for the whole model, or only for one layer if it is given."""
     prefix, experts = f"{checkpoint.family.layers}.", checkpoint.family.experts
     found: dict[str, Sources] = {}
-    if experts is not None and experts.each:
+    if experts is not None and experts.has_own_tensors:
         for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
             for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
                 found[f"{prefix}{sparse}.{experts.module}.{module}"] = tuple(

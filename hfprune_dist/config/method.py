@@ -118,7 +118,7 @@ class Method(Section):
     @property
     def student_chosen_by(self) -> CriterionName | None:
         """The criterion whose scores choose the student on which this method's are computed; None without a student."""
-        return next((CRITERIA[name].student_of for name in self.scored_before), None)
+        return next((CRITERIA[name].student_by for name in self.scored_before), None)
 
 
 class PruneConfig(Section):

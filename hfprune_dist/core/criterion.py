@@ -58,7 +58,7 @@ class Criterion:
         score: the sums and the layer -> scores, float64 [units]; None if the sums are the scores.
         loss: L, if gradients are observed.
         needs_moments: whether ``score`` needs the layer's Gram matrix and curvature, which may cost a second pass.
-        student_of: for the loss of a student, the criterion whose scores from an earlier pass say what it lacks.
+        student_by: for the loss of a student, the criterion whose scores from an earlier pass say what it lacks.
         in_nats: whether scores estimate KL divergence per token, a unit of measure that all layers share.
         in_deviations: whether scores are means over a unit's channels, in standard deviations of its layer's channels.
     """
@@ -70,7 +70,7 @@ class Criterion:
     score: Callable[[Tensor, ScoredLayer], Tensor] | None = None
     loss: Loss | None = None
     needs_moments: bool = False
-    student_of: str | None = None
+    student_by: str | None = None
     in_nats: bool = False
     in_deviations: bool = False
 

@@ -93,7 +93,7 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
 
 @torch.no_grad()
 def compare_outputs(dense: Outputs, model: Outputs, next_ids_N: Tensor) -> FidelitySums:
-    """Compare two models on the same tokens; the logits of only one chunk exist at a time."""
+    """Compare two models on the same tokens, one chunk of logits at a time; ``next_ids_N`` as in ``compare_logits``."""
     total = FidelitySums()
     chunks = None if model is dense else model.logits()
     for rows, dense_NV in dense.logits():

@@ -42,7 +42,7 @@ def next_ids(input_ids_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some tokens of a batch: logits, which a loss may overwrite, numbers in the batch, and a teacher's logits."""
+    """Some tokens of a batch: logits and a teacher's logits, which a loss may overwrite, and their places in it."""
 
     logits_NV: Tensor
     numbers: slice
@@ -67,7 +67,7 @@ class AfterHead:
         return self.scale if self.cap is None else self.scale * (1 - (logits_NV / self.cap).square())
 
 
-NOTHING = AfterHead()
+IDENTITY = AfterHead()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Outputs:
     hidden_NC: Tensor
     weight_VC: Tensor
     bias_V: Tensor | None
-    after: AfterHead = NOTHING
+    after: AfterHead = IDENTITY
 
     def logits_of(self, rows: slice) -> Tensor:
         """Return the logits of some tokens, in the model's dtype."""
@@ -162,5 +162,5 @@ def _fill_gradient(
         )
         slope = after.slope(rows.logits_NV)  # before they are overwritten
         loss_N, wide_gradient_NV = logit_gradient(rows)
-        gradient_NV[block] = wide_gradient_NV if after == NOTHING else wide_gradient_NV * slope
+        gradient_NV[block] = wide_gradient_NV if after == IDENTITY else wide_gradient_NV * slope
         yield loss_N

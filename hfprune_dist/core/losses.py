@@ -1,7 +1,7 @@
 """Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
 
 They take float32 or float64 logits [tokens, vocabulary], which they overwrite, and return in the same dtype the loss of
-each token, in nats, and its gradient.
+each token [tokens], in nats but for random signs, and its gradient [tokens, vocabulary].
 
 Random numbers depend on the sweep's seed and the window's number alone: chunks of tokens, micro-batches and ranks don't
 change them. A CPU draws signs from a Mersenne Twister, which other devices don't have: they make theirs by counting, so
@@ -56,8 +56,8 @@ def cross_entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor,
 def random_signs_gradient(logits_NV: Tensor, signs_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return 2 sum_v e_v sqrt(p_v) and its gradient sqrt(p) * e - p * (sqrt(p) . e), for independent signs e = +-1.
 
-    The loss means nothing by itself. Over e, E[g g^T] = diag(p) - p p^T of its gradient is the exact Fisher matrix, as
-    for a sampled label, but the gradient spreads over the vocabulary what a label concentrates on one word. The signs,
+    The loss means nothing by itself. But over e, its gradient g has E[g g^T] = diag(p) - p p^T: the exact Fisher
+    matrix, as for a sampled label; only g spreads over the vocabulary what a label concentrates on one word. The signs,
     in the dtype of the logits, are overwritten, too.
     """
     log_p_NV = torch.sub(logits_NV, torch.logsumexp(logits_NV, dim=-1, keepdim=True), out=logits_NV)
@@ -79,7 +79,7 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
 
 
 def random_signs_of(batch: Batch) -> LogitGradient:
-    """Return ``random_signs_gradient`` of some rows of a batch, with signs of each window's own."""
+    """Return a function of some rows of a batch: their ``random_signs_gradient``, with each window's own signs."""
     bits_of = _drawn_bits(batch) if batch.input_ids_BT.device.type == "cpu" else _counted_bits(batch)
 
     def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _drawn_bits(batch: Batch) -> Callable[[slice], Tensor]:
 
 
 def _counted_bits(batch: Batch) -> Callable[[slice], Tensor]:
-    """Return the same as ``_drawn_bits``, made where the batch is by hashing the place of each 64 of them."""
+    """Return such a function for devices other than CPUs, with other bits: 64 at a time, by hashing their place."""
     tokens, device = batch.input_ids_BT.shape[1], batch.input_ids_BT.device
     digests = [_digest(batch.seed, window, "signs") for window in batch.windows]
     keys_B = send(torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests]), device)
@@ -139,7 +139,7 @@ def _shifted(number: Tensor, places: int) -> Tensor:
 
 def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tensor:
     """Draw random bits for every word at ``SIGN_TOKENS`` tokens of a calibration window, packed into bytes on the CPU:
-    uint8 [SIGN_TOKENS, bytes]. The first of these tokens is the window's number ``group * SIGN_TOKENS``.
+    uint8 [SIGN_TOKENS, bytes]. The first of these tokens is number ``group * SIGN_TOKENS`` of the window.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
     generator = window_generator(seed, window, f"signs {group}")

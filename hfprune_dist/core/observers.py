@@ -31,13 +31,13 @@ class NonFiniteError(ValueError):
     """A layer's activations or gradients are NaN or infinite; the message says which."""
 
 
-# Called with the name of a Gram matrix, the layer's number and vectors to add to it: in the forward, ``inputs_of`` a
+# Called with the name of a Gram matrix, the layer's number and vectors to add to it: in the forward, ``gram_name`` a
 # kind of units and what their output projection reads [tokens, channels]; in the backward of the criterion that
 # ``needs_moments``, from the last layer to the first, the kind and the gradients at its output [tokens, hidden_size].
 SeeVectors = Callable[[str, int, Tensor], None]
 
 
-def inputs_of(kind: str) -> str:
+def gram_name(kind: str) -> str:
     """The name under which h h^T is added up, h being what the output projection of a kind of units reads."""
     return f"{kind}.inputs"
 
@@ -149,7 +149,7 @@ class UnitSums:
         if is_observed:
             hidden_ND = hidden_BTD.detach().flatten(0, -2)
             self._add(units, _ACTIVATIONS, hidden_ND.sum()[None])
-            self._see_vectors(inputs_of(units.kind), units.layer, hidden_ND)
+            self._see_vectors(gram_name(units.kind), units.layer, hidden_ND)
             for criterion in self._observing(units, "inputs"):
                 for rows in row_blocks(hidden_ND, scratch_bytes=16):
                     self._reduce(units, criterion, of_experts, rows, widened(hidden_ND[rows]))

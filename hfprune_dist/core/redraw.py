@@ -1,4 +1,4 @@
-"""Text much like a given one, on which a pruned model can be compared with the dense one: some tokens are redrawn.
+"""Text much like a given one, with some tokens redrawn, so that refits see more than the calibration windows.
 
 Each redrawn token comes from the dense model's distribution of the next token, given the original tokens before it. So
 one forward of the original is enough.
@@ -18,7 +18,7 @@ REDRAWN = 0.5
 # What drawing a token takes for each word of the vocabulary: a probability, and its sum in two dtypes of 8 bytes.
 SCRATCH_BYTES = 20
 # Unit in which probabilities are added up as integers: few float32 numbers need a finer one, and sums stay below 2^63.
-SHARE = 2.0**-60
+QUANTUM = 2.0**-60
 # Of all random numbers: copies are the same in all sweeps that have the same windows.
 SEED = 0
 
@@ -47,7 +47,7 @@ def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
     if p_NV.device.type == "cpu":
         cumulative_NV = p_NV.cumsum_(dim=-1)
     else:  # GPUs add in a varying order, which changes no bits of sums of integers
-        cumulative_NV = p_NV.double().div_(SHARE).long().cumsum_(dim=-1).to(p_NV.dtype)
+        cumulative_NV = p_NV.double().div_(QUANTUM).long().cumsum_(dim=-1).to(p_NV.dtype)
     # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
     threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
     return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.criterion import Loss, losses_of
-from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Outputs, head_gradients
+from hfprune_dist.core.head import IDENTITY, AfterHead, Batch, Outputs, head_gradients
 from hfprune_dist.core.observers import UnitSums
 
 
@@ -29,14 +29,14 @@ class ScoredModel:
 
     body: Callable[[Tensor], Tensor]
     head: Callable[[], AbstractContextManager[tuple[Tensor, Tensor | None]]]
-    after: AfterHead = NOTHING
+    after: AfterHead = IDENTITY
     before_backward: Callable[[], Callable[[], None]] = lambda: lambda: None
     student: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 def score_batch(model: ScoredModel, batch: Batch, sums: UnitSums) -> dict[str, float]:
-    """Add a micro-batch to ``sums``, for all kinds of units in the same passes; return loss name -> sum over the
-    batch's windows of the loss per token. If a layer saw NaN or infinity (NonFiniteError), the sums are unchanged.
+    """Add a micro-batch to ``sums``, for all kinds of units in the same passes; return loss name -> sum over windows of
+    their mean loss per token. If a layer saw NaN or infinity (NonFiniteError), the sums are unchanged.
 
     Losses of a student cost the same passes again. The dense model runs first and is unaffected by the student.
     """

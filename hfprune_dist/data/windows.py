@@ -62,7 +62,7 @@ def read_mixture(
     sources: Sequence[Source], tokenizer: Any, sampling: Sampling, apart: Sequence[bool], where: str
 ) -> Tensor:
     """Cut windows from several texts, from each as ``read_windows`` does, and interleave them; ``sampling`` is that of
-    all windows, and ``apart`` tells for each text whether it will be kept apart from others.
+    all windows, and ``apart`` tells for each window whether it will be kept apart from the others (``interleaved``).
     """
     left = [
         iter(read_windows(settings, path, tokenizer, replace(sampling, samples=count), where))

@@ -50,7 +50,7 @@ def unusable_activations(number: int, problem: object) -> UserError:
 
 
 @contextmanager
-def explaining(number: int) -> Iterator[None]:
+def naming_layer(number: int) -> Iterator[None]:
     """Within the context, turn an ``UnresolvedError`` into a ``UserError`` that names the layer."""
     try:
         yield

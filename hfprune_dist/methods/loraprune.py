@@ -45,13 +45,13 @@ class Factors:
 
 
 def unit_scores(weight_OI: Tensor, factors: Factors, axis: int, per_unit: int, parts: int = 1) -> Tensor:
-    """Return sums of |gradient * (W + scale B A)| over each unit's entries of a tensor, as a vector of norm 1.
+    """Return sums of |gradient * (W + scale B A)| over each unit's entries of a tensor, float64 [units], of norm 1.
 
     The paper squares the terms; the code doesn't.
 
     Args:
         axis, per_unit: dimension along which units follow one another, with so many entries each.
-        parts: number of matrices concatenated along that axis, each of which counts as a tensor of its own.
+        parts: number of matrices concatenated along that axis; each gives such a vector, and these are added up.
     """
     terms_OI = factors.added_to(weight_OI).mul_(factors.gradient()).abs_()
     entries = terms_OI.sum(1 - axis, dtype=torch.float64)

@@ -94,6 +94,6 @@ CRITERIA = (
         "weights",
         coupled_products,
         loss=LABELS_AND_TEACHER,
-        student_of="coupled_taylor",
+        student_by="coupled_taylor",
     ),
 )

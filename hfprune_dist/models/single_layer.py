@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.layer_settings import of_layers
+from hfprune_dist.checkpoints.layer_settings import renumbered
 from hfprune_dist.checkpoints.modeling_pruned import add_output_biases, config_of_layer, factorize
 from hfprune_dist.checkpoints.read_tensors import open_weights, read_module_tensor, read_tensor
 from hfprune_dist.checkpoints.stored_names import module_tensors
@@ -124,7 +124,7 @@ class LayerReader:
         """A decoder of one layer; its parameters are meta tensors, its buffers lie on the CPU."""
         text = self._config.get_text_config()
         own = config = copy.deepcopy(config_of_layer(text, number))
-        for key, value in of_layers(vars(own), [number]).items():
+        for key, value in renumbered(vars(own), [number]).items():
             setattr(own, key, value)
         own.use_cache = False
         name_outputs(own)

@@ -98,7 +98,7 @@ def _first_criteria(method: Method) -> set[str]:
     """The criterion by which a method needs the dense model scored: its own, or the one that chooses its student; empty
     if the method scores while it prunes.
     """
-    return {CRITERIA[name].student_of or name for name in method.scored_before}
+    return {CRITERIA[name].student_by or name for name in method.scored_before}
 
 
 def _scores(importance: Stage, criteria: Iterable[str], structures: Sequence[UnitKind] = (NEURONS,)) -> Input:

@@ -227,7 +227,7 @@ def why_groups_stay(method: Method, checkpoint: Checkpoint) -> str:
 def refuse_criteria(criteria: Iterable[str], checkpoint: Checkpoint, structures: Iterable[str]) -> None:
     """Refuse further criteria that score nothing that is pruned in a model, or a student: only methods choose one."""
     kinds = {EXPERT_NEURONS if checkpoint.family.experts and name == NEURONS else name for name in structures}
-    possible = [name for name in scoring(*(kinds - {KV_GROUPS})) if CRITERIA[name].student_of is None]
+    possible = [name for name in scoring(*(kinds - {KV_GROUPS})) if CRITERIA[name].student_by is None]
     for name in criteria:
         if name not in possible:
             raise UserError(

@@ -15,7 +15,7 @@ from hfprune_dist.core.gram import UnresolvedError
 from hfprune_dist.core.least_squares import Projection
 from hfprune_dist.core.selection import entries_of, top_units
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.sums import explaining
+from hfprune_dist.distributed.sums import naming_layer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.single_layer import output_of, weights_kept
 from hfprune_dist.structures.kept import Kept, Shape
@@ -65,7 +65,7 @@ def cheap_fits(
         stream: windows before this layer, on which output projections are fitted; None to keep their weights.
 
     Raises:
-        UserError: as ``LayerStream.grams`` and ``explaining`` do.
+        UserError: as ``LayerStream.grams`` and ``naming_layer`` do.
     """
     grams = {} if stream is None else stream.grams(number, layer, [scored.units for scored in kinds])
     of_kinds = []
@@ -96,7 +96,7 @@ def _fitted(
             problems.append(problem)
         else:
             weights[count] = weight_CD.new_empty(len(weight_CD), len(channels_K), dtype=torch.float32)
-    with explaining(number):
+    with naming_layer(number):
         if problems and torch.stack(problems).any():  # only now does a GPU's host wait
             raise UnresolvedError
     for place, weight_CK in enumerate(weights.values()):

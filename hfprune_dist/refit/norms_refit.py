@@ -36,12 +36,12 @@ RIDGE = 0.1
 
 
 def windows_of_norms(windows_ST: Tensor) -> Tensor:
-    """Windows at even distances, of up to ``NORM_TOKENS`` tokens in all."""
+    """Evenly spaced windows, of up to ``NORM_TOKENS`` tokens in all, but at least one."""
     return windows_ST[:: -(-len(windows_ST) // max(1, NORM_TOKENS // windows_ST.shape[1]))]
 
 
 class Derivatives(NamedTuple):
-    """The divergence at some factors, and its derivatives by them, per token; the same bits on every rank.
+    """The divergence at some factors, and its derivatives with respect to them, per token; the same bits on every rank.
 
     Attributes:
         kl: mean divergence of the pruned model from the dense one, nats.
@@ -55,7 +55,7 @@ class Derivatives(NamedTuple):
 
 
 class NormGradients:
-    """Derivatives by factors on the outputs of the norms before, perhaps after, each block, and of the final norm.
+    """Derivatives with respect to factors on the outputs of all norms: before (or after) each block, and the final one.
 
     Args:
         stream: the windows before the first layer.

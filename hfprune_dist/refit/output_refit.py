@@ -18,7 +18,7 @@ from hfprune_dist.core.least_squares import RIDGES, LeastSquares, Projection, be
 from hfprune_dist.core.portions import wide_product, widened
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream
-from hfprune_dist.distributed.sums import Float64Sum, Grams, explaining, is_held_out
+from hfprune_dist.distributed.sums import Float64Sum, Grams, is_held_out, naming_layer
 from hfprune_dist.distributed.world import World
 from hfprune_dist.models.experts import output_weights
 from hfprune_dist.models.single_layer import run
@@ -86,11 +86,11 @@ class Solution(NamedTuple):
     whole_CK: Tensor
 
 
-def solve(problems: Problems, ridges: Sequence[float] = RIDGES, *, expert: bool = False) -> tuple[Solution, Tensor]:
+def solve(problems: Problems, ridges: Sequence[float] = RIDGES, *, scarce: bool = False) -> tuple[Solution, Tensor]:
     """Solve by least squares; a GPU's host doesn't wait.
 
     Args:
-        expert: whether few tokens, or none, may have reached the projection. If all targets on the fitted or on the
+        scarce: whether few tokens, or none, may have reached the projection. If all targets on the fitted or on the
             held-out windows are zero, there is nothing to choose a ridge by; the largest one is used, which pulls
             towards the old weight. If they are zero on both, the old weight stays.
 
@@ -99,7 +99,7 @@ def solve(problems: Problems, ridges: Sequence[float] = RIDGES, *, expert: bool 
         one is infinite, because a Gram matrix isn't positive definite: that of the fitted windows with any of the
         ridges, or that of all windows with the best one.
     """
-    cannot_choose = torch.stack([problem.energy for problem in problems]).amin() <= 0 if expert else False
+    cannot_choose = torch.stack([problem.energy for problem in problems]).amin() <= 0 if scarce else False
     ridge, error, fitted_CK = best_ridge(*problems, ridges, largest=cannot_choose)
     whole_CK, problem = problems.whole().solved(ridge)
     unresolved = torch.zeros_like(error).masked_fill(problem != 0, torch.inf)
@@ -109,7 +109,7 @@ def solve(problems: Problems, ridges: Sequence[float] = RIDGES, *, expert: bool 
 
 
 def solve_together(problems: Problems, world: World) -> Solution:
-    """``solve`` on all ranks, which try the ridges in turns, and each of which gets the solution; collective.
+    """``solve`` with the ridges shared out among all ranks, each of which gets the best solution; collective.
 
     Raises:
         UnresolvedError: if there is none.
@@ -139,7 +139,7 @@ def refit_on_dense(
         fitted: where rank 0 writes refitted layers; those that are there stay.
 
     Raises:
-        UserError: as ``LayerStream.grams``, ``explaining`` and ``RefittedLayers.rounded`` do.
+        UserError: as ``LayerStream.grams``, ``naming_layer`` and ``RefittedLayers.rounded`` do.
     """
     for number, layer, is_left in stream.layers_left(kept.layers, fitted.done, after_each):
         there = [units for units in kinds if units.counts[number]]
@@ -150,7 +150,7 @@ def refit_on_dense(
             if stream.world.is_first:
                 tensors: dict[str, Tensor] = {}
                 for units in there:
-                    with explaining(number):
+                    with naming_layer(number):
                         weights = _solved(layer, units, kept.of_layer(number, units.kind), grams.pop(units.kind))
                     tensors |= output_tensors(units, weights)
                 fitted.write_rounded(number, tensors)
@@ -160,13 +160,13 @@ def refit_on_dense(
 
 def _solved(layer: nn.Module, units: Units, kept_U: Tensor, of_experts: Sequence[Grams]) -> list[Tensor]:
     """Fit the output projection of each expert, or the single one."""
-    solved, outcomes, is_expert = [], [], units.experts > 1
+    solved, outcomes = [], []
     for expert, (weight_CD, of_expert) in enumerate(zip(output_weights(layer, units), of_experts, strict=True)):
         first = weight_CD.shape[1] // units.channels_per_unit * expert
         channels_K = entries_of(kept_U.chunk(units.experts)[expert] - first, units.channels_per_unit)
         kept_K, grams = send(channels_K, weight_CD.device), (of_expert.fitted_DD, of_expert.held_out_DD)
         problems = Problems(*(Projection(weight_CD, gram_DD).keeping(kept_K) for gram_DD in grams))
-        solution, outcome = solve(problems, expert=is_expert)
+        solution, outcome = solve(problems, scarce=units.experts > 1)
         solved.append(solution.whole_CK)
         outcomes.append(outcome)
     if not torch.stack(outcomes).isfinite().all():  # only now does a GPU's host wait

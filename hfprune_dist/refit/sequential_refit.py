@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hfprune_dist.core.devices import send, to_host
 from hfprune_dist.distributed.layer_check import Departure, refuse_departures
 from hfprune_dist.distributed.layer_stream import AfterLayer, LayerStream, States
-from hfprune_dist.distributed.sums import explaining
+from hfprune_dist.distributed.sums import naming_layer
 from hfprune_dist.models.single_layer import (
     before_block,
     before_down,
@@ -78,7 +78,7 @@ class SequentialRefit:
         """Refit all layers that stay and are not done yet; windows go no further than the last of these.
 
         Raises:
-            UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``explaining``
+            UserError: if a layer of the dense model is not its residual stream plus its blocks; or as ``naming_layer``
                 and ``RefittedLayers.rounded`` do.
         """
         finished, layers = self._world.on_rank0(self._fitted.done), self._kept.layers
@@ -196,7 +196,7 @@ class SequentialRefit:
                 targets[index] = self._stream.keep(target_NC)
             del residual_BTC, wanted_BTC, target_NC, read_NK, dense_ND  # before the next ones are made
         problems = sums.of_all_ranks()
-        with explaining(number):
+        with naming_layer(number):
             return solve_together(problems, self._world), problems
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class SequentialRefit:
         )
         rows_KC = tuple(weight.float() for weight in rows)
         assert self._iterations is not None
-        with explaining(number):
+        with naming_layer(number):
             moved = reconstruction.improve(rows_KC, solution, problems, *self._iterations)
         whole_rows = moved.rows_KC if self._mlp.row_parts[0] == 1 else [torch.cat(moved.rows_KC)]  # gate and up are one
         return dict(zip(self._mlp.weights, [*whole_rows, moved.down_CK], strict=True))

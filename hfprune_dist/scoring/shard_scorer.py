@@ -15,7 +15,7 @@ from hfprune_dist.core.gram import add_gram
 from hfprune_dist.core.head import Batch
 from hfprune_dist.core.linear_observer import SeenLinear
 from hfprune_dist.core.memory_limits import OWN_TERMS_BYTES
-from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums, inputs_of
+from hfprune_dist.core.observers import NonFiniteError, SeenUnits, UnitSums, gram_name
 from hfprune_dist.core.portions import wide_product
 from hfprune_dist.core.score_batch import ScoredModel, score_batch
 from hfprune_dist.distributed.frozen_model import DecidedSharding, FrozenModel
@@ -51,7 +51,7 @@ def summed_matrices(
     """The matrices that criteria need sums of: name -> size in each layer.
 
     The sum of g g^T at the output projection's output has the name of a kind of units; gradients have weights' names.
-    The sum of h h^T at its input (``inputs_of``) is among them if all of them are small enough to be added up by each
+    The sum of h h^T at its input (``gram_name``) is among them if all of them are small enough to be added up by each
     rank; otherwise it takes a pass of its own, layer by layer.
     """
     hidden_size, tensors, layers = checkpoint.config["hidden_size"], checkpoint.tensors, range(checkpoint.num_layers)
@@ -59,7 +59,7 @@ def summed_matrices(
     if any(criterion.needs_moments for criterion in criteria):
         sizes |= {units.kind: [(hidden_size, hidden_size) for _ in layers] for units in kinds}
         channels = {units.kind: [count * units.channels_per_unit for count in units.counts] for units in kinds}
-        inputs: dict[str, list[Size]] = {inputs_of(kind): [(n, n) for n in row] for kind, row in channels.items()}
+        inputs: dict[str, list[Size]] = {gram_name(kind): [(n, n) for n in row] for kind, row in channels.items()}
         if bytes_of(sizes | inputs) <= OWN_TERMS_BYTES:
             sizes |= inputs
     if any(criterion.observes == "weight_gradients" for criterion in criteria):
@@ -85,7 +85,7 @@ class ShardScorer:
         criteria: those that observe something.
         structures: the kinds of units that are scored.
         totals: where ``summed_matrices`` are added up, if there are any.
-        student: the student of criteria with a ``student_of``, chosen by an earlier pass.
+        student: the student of criteria with a ``student_by``, chosen by an earlier pass.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ShardScorer:
         """Return sums over the windows of some micro-batches: name -> float64 vector.
 
         There is one for each layer and kind of units and criterion, named as in an importance artifact; and one of a
-        single number for each loss, named as the loss: the sum over windows of the loss per token.
+        single number for each loss, named as the loss: the sum over windows of their mean loss per token.
 
         Args:
             forwards: number of micro-batches on the rank that has the most of them. Forwards and backwards of a sharded
@@ -165,7 +165,7 @@ class ShardScorer:
                 ) from None
             for name, value in values.items():
                 losses[name] = losses.get(name, 0.0) + torch.tensor([value], dtype=torch.float64)
-        return {score_name(layer, name, kind): it for (kind, layer, name), it in sums.sums.items()} | losses
+        return {score_name(layer, name, kind): sum_N for (kind, layer, name), sum_N in sums.sums.items()} | losses
 
     def _add_gram(self, name: str, layer: int, vectors_ND: Tensor, *, counts: bool) -> None:
         """Add v v^T, if it is summed in this pass; this rank's counts only if it ``counts``."""

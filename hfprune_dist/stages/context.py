@@ -52,7 +52,7 @@ class Context(Generic[P]):
         claim: the claim under which the stage runs; None on all ranks but the first.
         interruption: tells whether this attempt has been asked to end early.
         decided: what was decided by the machine's memory, kept in the manifest's metrics.
-        began: when this attempt began, in seconds of a clock that nobody sets.
+        began: when this attempt began, in seconds of the monotonic clock.
         work: folder for the stage's progress; it outlives a crash, and the next attempt resumes from it.
     """
 
@@ -131,7 +131,7 @@ class Context(Generic[P]):
         self.once("checked", [dtype], partial(check_layers, checkpoint, *given))
 
     def once(self, name: str, given: list[Any], compute: Callable[[], T]) -> T:
-        """What this or another stage has computed of the ``model`` input, a JSON value; collective.
+        """``compute()``, a JSON value about the ``model`` input, unless this or another stage has done so; collective.
 
         The store remembers it for what else is ``given``, the kind of device and the libraries.
         """

@@ -20,7 +20,7 @@ from hfprune_dist.checkpoints.read_tensors import scored_layer
 from hfprune_dist.checkpoints.tensor_files import is_usable
 from hfprune_dist.core.criterion import Criterion, ScoredLayer, losses_of
 from hfprune_dist.core.gram import mirrored
-from hfprune_dist.core.observers import inputs_of
+from hfprune_dist.core.observers import gram_name
 from hfprune_dist.data.tokenizer import load_tokenizer
 from hfprune_dist.data.windows import (
     WINDOWS,
@@ -33,7 +33,7 @@ from hfprune_dist.data.windows import (
 from hfprune_dist.distributed.frozen_model import choose_sharding
 from hfprune_dist.distributed.interruption import Interrupted
 from hfprune_dist.distributed.layer_stream import LayerStream
-from hfprune_dist.distributed.sums import explaining, windows_held_out
+from hfprune_dist.distributed.sums import naming_layer, windows_held_out
 from hfprune_dist.errors import UserError, naming
 from hfprune_dist.kinds.importance import ImportanceParameters
 from hfprune_dist.kinds.memory import Passes
@@ -162,7 +162,7 @@ def _stop_if_agreed(context: Context, totals: Accumulation) -> None:
 
 def _given_student(context: Context, criteria: Sequence[Criterion]) -> GivenStudent | None:
     """The student that an earlier pass chose, if a criterion needs one."""
-    chosen_by = {criterion.student_of for criterion in criteria if criterion.student_of is not None}
+    chosen_by = {criterion.student_by for criterion in criteria if criterion.student_by is not None}
     if not chosen_by:
         return None
     student = context.params.student
@@ -199,7 +199,7 @@ def _score_layers(
     has_gradients = any(criterion.observes == "weight_gradients" for criterion in criteria)
     layers: Iterable[tuple[int, nn.Module | None]] = enumerate([None] * checkpoint.num_layers)
     needs_moments = any(criterion.needs_moments for criterion in criteria)
-    if needs_moments and inputs_of(kinds[0].kind) not in totals.matrices:
+    if needs_moments and gram_name(kinds[0].kind) not in totals.matrices:
         dtype = context.params.dtype
         context.check_layers(checkpoint, windows_ST, dtype)
         stream = LayerStream(checkpoint, windows_ST, getattr(torch, dtype), passes.at_once, world, stay=passes.stay)
@@ -213,7 +213,7 @@ def _score_layers(
             for units in kinds:
                 kind, moments = units.kind, None
                 if needs_moments:
-                    gram_DD = grams[kind][0].whole() if grams else mirrored(totals.matrix(inputs_of(kind), number))
+                    gram_DD = grams[kind][0].whole() if grams else mirrored(totals.matrix(gram_name(kind), number))
                     moments = gram_DD / tokens, mirrored(mean_of(number, tokens, kind))
                 made = scored_layer(checkpoint, units, number, seed, tokens, moments=moments, read_gradient=gradients)
                 waiting.append((kind, made))
@@ -234,7 +234,7 @@ def _score_layers(
 def _score(name: str, layer: ScoredLayer, criterion: Criterion, totals: Accumulation) -> Tensor:
     scores_U = totals.sums.get(name, torch.zeros(0, dtype=torch.float64))
     if criterion.score is not None and layer.units:
-        with explaining(layer.number):
+        with naming_layer(layer.number):
             scores_U = criterion.score(scores_U, layer)
     if not scores_U.isfinite().all():
         raise UserError(

@@ -68,7 +68,7 @@ class Experts:
     shared: Shared | None = None
 
     @property
-    def each(self) -> bool:
+    def has_own_tensors(self) -> bool:
         """Whether each expert has tensors of its own in the files."""
         return not self.rows[0].stacked
 

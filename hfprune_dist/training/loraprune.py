@@ -94,7 +94,7 @@ class UnitMasks:
 
             model.get_submodule(units.tensor(layer, units.output)).register_forward_pre_hook(multiply)
             self._masks[kind, layer] = mask_C
-        self._show()
+        self._apply()
 
     def update(self, scores: Mapping[Place, Tensor], step: int, total_steps: int) -> None:
         """Average the scores of a step, float64 [units]. Then mask, if it is time, as many units as are to be gone
@@ -109,7 +109,7 @@ class UnitMasks:
                 self._stays[place] = torch.zeros_like(self._stays[place])
                 self._stays[place][top_units(of_those_U, len(average_U) - gone)] = True
         if masks:
-            self._show()
+            self._apply()
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a snapshot."""
@@ -123,7 +123,7 @@ class UnitMasks:
             rows[kind][layer] = stays_U.nonzero().flatten()
         return Kept.of_all_layers(rows)
 
-    def _show(self) -> None:
+    def _apply(self) -> None:
         """Apply the masks to the model. Only between steps: all activations that wait for backward are of one mask."""
         for (kind, layer), mask_C in self._masks.items():
             stays_C = self._stays[kind, layer].repeat_interleave(self._kinds[kind].channels_per_unit)

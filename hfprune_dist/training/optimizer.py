@@ -49,7 +49,7 @@ class Optimizer:
             self._adamw.state[self._weights] = {"step": torch.tensor(float(start.step)), **moments}
         for name, sum_of_gradients in self.gradients().items():
             parameters[name].register_post_accumulate_grad_hook(partial(_take_over, sum_of_gradients))
-        self._show()
+        self._copy_to_model()
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by the parameters' names, float32; LoRA's only."""
@@ -78,7 +78,7 @@ class Optimizer:
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
         self._gradient.zero_()
-        self._show()
+        self._copy_to_model()
         return float(self._norm)
 
     def shapes(self) -> dict[str, list[int]]:
@@ -102,7 +102,7 @@ class Optimizer:
         return {name: part.view_as(self._parameters[name]) for name, part in zip(self._parameters, parts, strict=True)}
 
     @torch.no_grad()
-    def _show(self) -> None:
+    def _copy_to_model(self) -> None:
         """Copy the weights to the model, each share from the rank that has it."""
         for rank in range(self._shares):
             share, weights = self._share(rank), self._weights.data

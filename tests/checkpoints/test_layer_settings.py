@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from masking import some
 from transformers import Gemma4TextConfig, Qwen2Config, Qwen3Config
 
-from hfprune_dist.checkpoints.layer_settings import of_layers, undroppable_layers
+from hfprune_dist.checkpoints.layer_settings import renumbered, undroppable_layers
 
 
 @settings(max_examples=50)
@@ -20,7 +20,7 @@ def test_layers_keep_the_kind_that_they_had(data):
     if data.draw(st.booleans()):
         config["layer_types"] = before = data.draw(st.permutations(before))
     layers = some(data.draw, count)
-    changed = config | of_layers(config, layers)
+    changed = config | renumbered(config, layers)
     assert changed["num_hidden_layers"] == len(layers)
     assert config_class(**changed).layer_types == [before[layer] for layer in layers]
 
@@ -49,5 +49,5 @@ def test_layers_that_others_are_told_by_and_one_with_attention_stay(config, stay
 def test_a_last_layer_that_always_has_full_attention_stays():
     config = Gemma4TextConfig(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2).to_dict()
     assert list(undroppable_layers(config)) == [3]
-    assert Gemma4TextConfig(**config | of_layers(config, [2, 3])).layer_types == config["layer_types"][2:]
-    assert of_layers({"num_hidden_layers": 2, "no_rope_layers": [1, 0]}, [1])["no_rope_layers"] == [0]
+    assert Gemma4TextConfig(**config | renumbered(config, [2, 3])).layer_types == config["layer_types"][2:]
+    assert renumbered({"num_hidden_layers": 2, "no_rope_layers": [1, 0]}, [1])["no_rope_layers"] == [0]

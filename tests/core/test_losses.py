@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfprune_dist.core import head, losses
-from hfprune_dist.core.head import NOTHING, AfterHead, Batch, Outputs, Rows
+from hfprune_dist.core.head import IDENTITY, AfterHead, Batch, Outputs, Rows
 from hfprune_dist.core.losses import (
     SIGN_TOKENS,
     _counted_bits,
@@ -157,7 +157,7 @@ def test_the_divergence_to_train_on_is_that_of_the_definition_and_leaves_the_hea
     assert weight_VC.grad is None
 
 
-@pytest.mark.parametrize("after", [NOTHING, AfterHead(0.5, 3.0)])
+@pytest.mark.parametrize("after", [IDENTITY, AfterHead(0.5, 3.0)])
 def test_a_trained_head_and_labels_get_the_gradients_of_a_loss_on_all_logits(monkeypatch, after):
     shapes = (13, 8), (13, 8), (17, 8), (17, 8), (1, 17)
     hidden_NC, dense_NC, weight_VC, dense_VC, bias_V = (some_logits(*shape, seed) for seed, shape in enumerate(shapes))

@@ -111,7 +111,7 @@ def scored(folder, layers, gpu, criteria, kinds=KINDS, variant="llama"):
     matrices = summed_matrices(checkpoint, [checkpoint.structures[kind] for kind in kinds], used)
     totals = Accumulation(2, folder / "sums", WORLD, matrices) if matrices else None
     options = {"seed": 0, "world": WORLD, "structures": kinds, "totals": totals}
-    if any(criterion.student_of for criterion in used):
+    if any(criterion.student_by for criterion in used):
         keeps = [torch.arange(count) > 2 for count in checkpoint.units.counts]
         options["student"] = GivenStudent(keeps, teacher=(0.4, 0.2))
     scorer = ShardScorer(checkpoint, DTYPE, windows_of(1), used, **options)

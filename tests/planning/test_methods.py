@@ -96,7 +96,7 @@ def test_further_criteria_are_those_that_score_what_is_pruned(models, name):
         ("qwen3_moe", ["neurons"], "expert_neurons" in criterion.units),
         ("qwen3_moe", ["experts"], "experts" in criterion.units),
     ):
-        if is_scored and criterion.student_of is None:
+        if is_scored and criterion.student_by is None:
             refuse_criteria([name], models[model], structures)
         else:
             with pytest.raises(UserError, match=f"importance.criteria: {name} scores nothing .*; valid: "):

@@ -120,8 +120,8 @@ def drawn(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def resolved(problems, *, expert=False):
-    solution, outcome = solve(problems, expert=expert)
+def resolved(problems, *, scarce=False):
+    solution, outcome = solve(problems, scarce=scarce)
     assert outcome.isfinite().all()
     return solution
 
@@ -151,11 +151,11 @@ TOKENS, NONE = drawn(2, 20, 6), torch.zeros(4, 6, dtype=torch.float64)
 
 def test_an_expert_without_tokens_to_choose_a_ridge_by_stays_close_to_what_it_was():
     both = problems(WEIGHT, TOKENS, drawn(3, 10, 6), KEPT)
-    assert torch.equal(resolved(both, expert=True).whole_CK, resolved(both).whole_CK)
+    assert torch.equal(resolved(both, scarce=True).whole_CK, resolved(both).whole_CK)
     expected = solution(WEIGHT, TOKENS, KEPT, max(RIDGES))
     for parts in ((TOKENS, NONE), (NONE, TOKENS)):
-        torch.testing.assert_close(resolved(problems(WEIGHT, *parts, KEPT), expert=True).whole_CK, expected)
-    silent = resolved(problems(WEIGHT, NONE, NONE, KEPT), expert=True)
+        torch.testing.assert_close(resolved(problems(WEIGHT, *parts, KEPT), scarce=True).whole_CK, expected)
+    silent = resolved(problems(WEIGHT, NONE, NONE, KEPT), scarce=True)
     assert torch.equal(silent.whole_CK, WEIGHT[:, KEPT])
 
 
