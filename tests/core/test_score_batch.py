@@ -102,9 +102,17 @@ def test_many_draws_average_to_the_exact_fisher_of_the_whole_model():
     assert (difference.abs() < 3 * standard_error).double().mean() > 0.95  # t distribution, 11 degrees of freedom
 
 
-def test_activations_alone_need_no_graph():
-    model, windows = tiny_model(), some_windows()
+def test_activations_alone_need_no_graph(monkeypatch):
+    model, windows, graphs = tiny_model(), some_windows(), []
+    forward = type(model.model).forward
+
+    def noted(*args, **kw):
+        graphs.append(torch.is_grad_enabled())
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(type(model.model), "forward", noted)
     scores = ours(model, windows, 2, ["activation_l1"])["activation_l1"]
+    assert graphs == [False] * 3
     columns = torch.stack([layer.mlp.down_proj.weight for layer in model.model.layers]).double()
     expected = definition(model, windows, "activation_l1")
     torch.testing.assert_close(scores.sqrt() * columns.abs().sum(dim=1), expected, rtol=1e-5, atol=0.0)

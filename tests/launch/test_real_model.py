@@ -45,8 +45,8 @@ def test_the_table_tells_a_pretrained_model_from_a_pruned_one(finished):
     dense, pruned = results(finished)
     assert 10 < float(dense["perplexity"]) < 30, "English, read by a pretrained model"
     assert float(pruned["perplexity"]) > 1.1 * float(dense["perplexity"])
-    assert float(dense["kl"]) == 0 < float(pruned["kl"])
+    assert float(dense["kl"]) == 0 < float(pruned["kl"]) < 4, "most of it is left, although two windows tell little"
     assert float(dense["demo_continuation/acc"]) > 0.5
     assert int(dense["parameters"]) == 134_515_008
-    assert pruned["intermediate_size"] == "1017" and float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=1e-4)
+    assert pruned["intermediate_size"] == "1016" and float(pruned["ratio_reached"]) == pytest.approx(0.2, abs=5e-4)
     assert AutoModelForCausalLM.from_pretrained(finished / pruned["checkpoint"]).dtype == torch.bfloat16

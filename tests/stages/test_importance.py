@@ -4,7 +4,7 @@ import pytest
 import torch
 from core_definition import OF_ONE_PASS, coupled_taylor, definition
 from made_stages import stage_of
-from ranks import killing, metrics_of, run_stage
+from ranks import killing, metrics_of, run_here, run_stage
 from safetensors.torch import load_file
 from scoring import make_stage
 from tiny import tiny_model
@@ -12,6 +12,7 @@ from worlds import Ranks, run_in_threads, without_deepspeed
 
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
+from hfprune_dist.stages import importance
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.structures.score_names import score_name, scores_of_layers
 
@@ -66,12 +67,13 @@ def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
         assert (ours - expected).norm() / expected.norm() < 1e-4, kind
 
 
-def test_criteria_without_a_loss_do_without_a_model(tmp_path):
+def test_criteria_without_a_loss_do_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(importance, "ShardScorer", None)
     criteria = ["magnitude", "random"]
-    stage = make_stage(tmp_path, criteria=criteria, samples=3)
-    store = run_in(tmp_path / "store", stage, 1)
+    store, stage = Store(tmp_path / "store"), make_stage(tmp_path, criteria=criteria, samples=3)
+    metrics = run_here(store, stage)
     assert set(scores_of(store, stage)) == {f"layers.{layer}.{name}" for layer in range(2) for name in criteria}
-    assert not any(key.startswith("mean_") for key in metrics_of(store, stage))
+    assert not any(key.startswith("mean_") for key in metrics)
 
 
 STUDENT = {"lacks": 0.1, "teacher_share": 0.42, "teacher_temperature": 0.5}

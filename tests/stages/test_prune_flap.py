@@ -74,7 +74,6 @@ def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     torch.testing.assert_close(logits(ours), expected.float(), rtol=1e-3, atol=1e-3)
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     assert torch.equal(logits(remote), logits(ours)) and type(remote).__module__ != type(ours).__module__
-    assert remote.generate(IDS, max_new_tokens=3).shape == (1, 17)
     checkpoint = open_checkpoint(folder)
     require_own_weights(checkpoint)
     own = {"self_attn.o_proj", "mlp.down_proj"} if variant == "llama-tied-biases" else set()

@@ -124,7 +124,7 @@ def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source,
 
 @pytest.mark.slow
 def test_all_weights_are_trained_beside_the_dense_model_and_a_kill_changes_nothing(source, tmp_path):
-    """The teacher runs sharded over two ranks, which share the optimizer."""
+    """Two ranks share the optimizer."""
     settings = {"method": "full", "learning_rate": 2e-3, "epochs": 3.0}
     (tmp_path / "whole").mkdir()
     store, stage = lay_out(source, tmp_path / "whole", "dense", **settings)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 from fine_tunings import ROWS, STEPS, TOKENS, make_task, train
@@ -158,11 +159,19 @@ class AfterTwoSteps(Interruption):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full, both", "parts, labels"])
 def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpoints, name, monkeypatch):
-    """On two ranks, the teacher runs sharded; on one, from a snapshot of two, whole."""
+    """On two ranks, the teacher runs sharded, however small it is; on one, from a snapshot of two, whole."""
+    initialize = deepspeed.initialize
+
+    def shard_all(model, config):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(model=model, config=config)
+
+    monkeypatch.setattr(deepspeed, "initialize", shard_all)
     task = task_of(checkpoints, name)
     alone, _ = train(tmp_path / "one", 1, task)
-    together, _ = train(tmp_path / "two", 2, task)
+    together, gathered = train(tmp_path / "two", 2, task)
     assert len(together.shares) == 2 and len(alone.shares) == 1
+    assert (0 < gathered[0] < gathered[1] < gathered[2]) == (name == "full, both"), gathered
     monkeypatch.setattr("fine_tunings.Interruption", AfterTwoSteps)
     with pytest.raises(AssertionError):
         train(tmp_path / "resumed", 2, task)
