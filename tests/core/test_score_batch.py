@@ -74,19 +74,6 @@ def test_any_number_of_kinds_shares_a_forward_the_logits_and_a_backward_for_each
     assert events == ["forward", "backward", "backward", "tolist"] and len(calls) == 1
 
 
-def test_neither_chunks_nor_micro_batches_change_what_is_drawn_but_the_seed_does(monkeypatch):
-    model, windows = tiny_model().double(), some_windows()
-    names = ["entropy", "fisher_signs"]
-    expected = ours(model, windows, 5, names)
-    with monkeypatch.context() as patch:
-        patch.setattr(head, "CHUNK_BYTES", 7 * model.config.vocab_size * 8)
-        for name, scores in ours(model, windows, 2, names).items():
-            torch.testing.assert_close(scores, expected[name], rtol=1e-5, atol=0.0)
-    other = ours(model, windows, 5, names, seed=1)
-    assert torch.equal(expected["entropy"], other["entropy"])
-    assert not torch.isclose(expected["fisher_signs"], other["fisher_signs"]).any()
-
-
 def test_many_draws_average_to_the_exact_fisher_of_the_whole_model():
     """Effects of a token's neuron on several later tokens add up, with every word of the vocabulary as their label."""
     model = tiny_model(vocab_size=9).double()

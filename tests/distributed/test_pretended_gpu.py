@@ -32,12 +32,9 @@ from tiny import save_tiny, tiny_tokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.core.devices import to_host
-from hfprune_dist.core.fidelity import compare_outputs
-from hfprune_dist.core.head import Outputs, next_ids
-from hfprune_dist.distributed import frozen_model, layer_check
+from hfprune_dist.distributed import frozen_model
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
-from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.world import World
 from hfprune_dist.evaluation.generation import Workload, peak_bytes, time_generation
@@ -49,8 +46,8 @@ from hfprune_dist.models.single_layer import LayerReader
 from hfprune_dist.refit.bias_refit import find_biases
 from hfprune_dist.refit.cheap_fits import Scored
 from hfprune_dist.refit.low_rank import compress_layers
-from hfprune_dist.refit.measurement import PrunedLayers, measure_shapes
-from hfprune_dist.refit.norms_refit import NormGradients, fit_norms
+from hfprune_dist.refit.measurement import measure_shapes
+from hfprune_dist.refit.norms_refit import NormGradients
 from hfprune_dist.refit.refitted_layers import RefittedLayers
 from hfprune_dist.scoring.accumulation import Accumulation
 from hfprune_dist.scoring.shard_scorer import GivenStudent, ShardScorer, summed_matrices
@@ -126,26 +123,6 @@ def refitted(folder, layers, gpu, method, variant="llama", **options):
         refit(method, checkpoint, kept, folder / "refit", world=WORLD, windows_ST=windows_of(3), dtype=DTYPE, **options)
 
 
-def checked(folder, layers, gpu):
-    """Each layer by itself, compared with the whole model."""
-    checkpoint = checkpoint_in(folder / "model", layers=layers)
-    model = FrozenModel(checkpoint, DTYPE, "replicate", WORLD)
-    with pytest.MonkeyPatch.context() as patch, counting(gpu):
-        patch.setattr(layer_check, "FrozenModel", lambda *_: model)
-        check_layers(checkpoint, windows_of(1)[0], DTYPE, "replicate", WORLD)
-
-
-def measured(folder, layers, gpu):
-    """The fidelity of a whole model on one window."""
-    checkpoint = checkpoint_in(folder / "model", layers=layers)
-    model, reader = FrozenModel(checkpoint, DTYPE, "replicate", WORLD), LayerReader(checkpoint, DTYPE, GPU)
-    window_T, head, ids_T = windows_of(1)[0], reader.head(), windows_of(1)[0].to(GPU)
-    with counting(gpu):
-        hidden_TC = model.final_hidden(window_T)
-        outputs = Outputs(hidden_TC, head.weight_VC, head.bias_V, head.after)
-        compare_outputs(outputs, outputs, next_ids(ids_T))
-
-
 def answered(folder, layers, gpu):
     """A question of lm-eval's with four choices, which go on from its cache."""
     model = FrozenModel(checkpoint_in(folder / "model", layers=layers), DTYPE, "replicate", WORLD)
@@ -204,8 +181,6 @@ CASES = {
     "experts' refit": (partial(refitted, method="dense", variant="qwen3_moe", stay=True), 5, 0),
     "layerwise refit": (partial(refitted, method="layerwise", stay=True), 5, 0),
     "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), 7, 4),
-    "layer check": (checked, 0, 2),
-    "fidelity": (measured, 0, 1),
     "lm-eval": (answered, 0, 1),
     "generation": (generated, 0, 3),
     "labels": (partial(trained, goal="labels"), 0, 2),
@@ -327,19 +302,9 @@ def test_measurements(tmp_path):
     assert all(kl > 0 for kl in kls) and not gpu.faults
 
 
-def test_refits_of_norms(tmp_path):
-    checkpoint, make_stream = checkpoint_in(tmp_path / "model", "qwen3"), stream_in(tmp_path, "qwen3")
-    with pretended_gpu() as gpu:
-        dense, stream = dense_states(make_stream()), make_stream()
-        pruned = PrunedLayers(checkpoint, some_kept([0, 2]), {}, stream.reader)
-        factors_RC, kls = fit_norms(NormGradients(pruned, stream, dense, nothing))
-        assert factors_RC.device.type == "cpu"
-    assert min(kls) < kls[0] and not gpu.faults
-
-
 def test_norms_are_refitted_on_as_many_windows_at_once_as_fit(tmp_path, monkeypatch):
     settings = {"allocation": "uniform", "structures": ["neurons"], "refit": "layerwise", "micro_batch_size": "auto"}
-    store, stage = shapes.prepare(tmp_path, layers=2, samples=12, dtype="bfloat16", **settings)
+    store, stage = shapes.prepare(tmp_path, "qwen3", ratio=0.1, layers=2, samples=12, dtype="bfloat16", **settings)
     streams, stay = [], []
 
     def gradients_of(pruned, stream, *others):

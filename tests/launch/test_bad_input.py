@@ -34,13 +34,9 @@ def refused(main, *arguments, folders=()):
     ("arguments", "told"),
     [
         # Flags, alone and together.
-        ("--ratios=20", "ratios.0: must be less than 1"),
-        ("--ratios=0.9", "nearest possible is 0.278"),
         ("--max-running=3", "--profile"),
         ("--profile=local-cluster --ranks=2", "tasks_per_node"),
         ("calibration.samples=3", "unrecognized arguments: calibration.samples=3"),
-        # Settings.
-        ("--set=recovery.response_field=instruction", "instruction_field and response_field are both 'instruction'"),
         # Names of models and methods.
         ("--models=alhpa", "did you mean 'alpha'?"),
         ("--models=alpha,{inputs}/alpha", "two models are called 'alpha'"),

@@ -132,20 +132,6 @@ def test_what_can_not_be_renamed_stays_and_the_rest_goes(out, monkeypatch):
     assert " 0 bytes removed" not in shown and "bytes removed" in shown
 
 
-def test_a_removal_that_is_interrupted_leaves_no_artifact_of_which_a_part_is_gone(out):
-    def interrupt(folder, **_):
-        next(file for file in folder.iterdir() if file.name != "manifest.json").unlink()
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "rmtree", interrupt)
-        assert in_process(clean.main, out)[0] == 130
-    store = Store(out / "store")
-    left = [store.handle(f"{path.parent.name}/{path.name}") for path in store.root.glob("*/" + "[0-9a-f]" * 20)]
-    assert left and all(handle.is_done() for handle in left)
-    assert "a draft of a stage that ended early" in run(out)
-
-
 def test_what_has_begun_meanwhile_is_neither_removed_nor_counted(out, monkeypatch):
     before, draft = files(out), out / "store" / "prune" / f".draft-{'0' * 20}-1" / "file"
     remove = shutil.rmtree

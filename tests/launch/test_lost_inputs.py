@@ -1,4 +1,6 @@
-"""Artifacts whose damage only the stage that reads them finds, since their sizes and times are as committed."""
+"""Damaged artifacts are set aside and made again, whoever finds them: the launcher, or the stage that reads them, where
+their sizes and times are as committed.
+"""
 
 import os
 
@@ -52,6 +54,16 @@ def wanted(config, tmp_path, monkeypatch):
 
 def run(config, out):
     return in_process(sweep.main, "--config", config, "--out", out, "--models", "alpha", "--ratios", "0.2")
+
+
+def test_what_does_not_look_as_committed_is_set_aside_and_made_again(config, tmp_path, wanted):
+    store, victim = Store(tmp_path / "store"), next(each for each in wanted.stages.values() if each.kind == "recover")
+    (store.handle(victim.id).artifact / "content").write_text(victim.id[::-1])
+    code, shown, said = run(config, tmp_path)
+    assert code == 0, shown + said
+    assert "content changed since it was committed" in shown and "1 of 8 stages to run" in shown
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+    assert store.handle(victim.id).verify(thorough=True).state == "done"
 
 
 def test_what_a_stage_finds_damaged_is_made_again_before_another_try(config, tmp_path, wanted):

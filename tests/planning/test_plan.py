@@ -47,13 +47,6 @@ def test_work_is_shared_and_every_table_has_its_baselines(config):
     assert len(rows) == 8
 
 
-def test_stages_come_after_what_they_need(config):
-    seen = set()
-    for stage in plan_of(config).stages.values():
-        assert set(stage.needs) <= seen
-        seen.add(stage.id)
-
-
 def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothing_beside_it(config):
     """It takes recovery's settings as well; without other methods, only criteria that are asked for need a pass."""
     names, settings = ["surgeon-uniform-block", "loraprune"], {"ratios": [0.1]}

@@ -8,7 +8,6 @@ from made_stages import being_made, stage_of
 
 from hfprune_dist.store.artifacts import MANIFEST, StageHandle
 from hfprune_dist.store.claims import Claim, Holder
-from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a label", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -126,11 +125,3 @@ def test_work_of_a_stage_that_is_not_done_or_claimed_stays(handle):
     handle.commit(STAGE, handle.open_draft(claim), {"metrics": {}}, claim)
     handle.discard_leftovers()
     assert (handle.work / "refit").is_file()
-
-
-def test_progress_is_discarded_without_what_launchers_leave(handle):
-    claim = handle.claim()
-    Progress(handle.work).update("layers", 1, 9)
-    handle.discard_progress()
-    assert not (handle.work / "refit").exists() and claim.is_held()
-    assert handle.heartbeat().done == 1

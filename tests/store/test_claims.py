@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from hfprune_dist.store import claims
-from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, holder_of, keep_renewed, try_claim
+from hfprune_dist.store.claims import Claim, Holder, holder_of, keep_renewed, try_claim
 
 ELSEWHERE = Holder("another-host", 1, "boot/pid:[1]/1")
 # The same name for another machine, or a container that shares it: process ids say nothing.
@@ -103,18 +103,6 @@ def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
     claim = try_claim(tmp_path)
     assert isinstance(claim, Claim) and claim.is_held()
     assert [path.name for path in tmp_path.iterdir()] == ["claim.1"]
-
-
-def test_who_was_taken_for_dead_notices(tmp_path, monkeypatch):
-    lost = try_claim(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(claims, "_lives", lambda *_: False)
-        successor = try_claim(tmp_path)
-    assert not lost.is_held() and successor.is_held()
-    with pytest.raises(ClaimLostError, match="another process has taken over"):
-        lost.require_held()
-    lost.release()
-    assert successor.is_held(), "what is lost can't be released"
 
 
 def test_a_folder_that_was_made_again_is_another(tmp_path):
