@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from headers import checkpoint_of
 from hypothesis import strategies as st
 from tiny import SHAPE, VARIANTS
 from transformers import PreTrainedModel
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
-from hfprune_dist.checkpoints.discovery import discover
-from hfprune_dist.checkpoints.weight_files import TensorInfo
 
 LLAMA_7B = {
     "hidden_size": 4096,
@@ -50,10 +48,8 @@ def blank(variant: str = "llama", **changes: object) -> Checkpoint:
     config_class, model_class, options = VARIANTS[variant]
     told = {"model_type": config_class.model_type, "architectures": [model_class.__name__]}
     config: dict[str, Any] = {**told, **SHAPE, **options, **changes}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model_of(variant, **changes).state_dict().items()}
-    family, stated = discover(config, shapes, "blank")
-    tensors = {name: TensorInfo("", "F32", shape, 0, 0) for name, shape in shapes.items()}
-    return Checkpoint(Path("none"), config | stated, family, tensors)
+    shapes = {name: [*tensor.shape] for name, tensor in model_of(variant, **changes).state_dict().items()}
+    return checkpoint_of(config, shapes)
 
 
 @st.composite

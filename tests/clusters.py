@@ -140,7 +140,7 @@ class Cluster:
 
 
 class Submitted:
-    """A sweep on the cluster, with its launcher and its files."""
+    """A sweep in a process of its own, such as one on a cluster, with its launcher and its files."""
 
     def __init__(self, launcher: list[str], environment: dict[str, str], out: Path) -> None:
         self.out = out

@@ -26,6 +26,14 @@ def damage(file: Path, share: float, rest: str) -> bool:
 
 
 @contextmanager
+def behind(file: Path) -> Iterator[None]:
+    """Leave a file with the times that it had, as what a disk damages keeps them."""
+    stat = file.stat()
+    yield
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@contextmanager
 def nothing_reaches_the_disk() -> Iterator[None]:
     """Skip fsync, for tests that save hundreds of times and read only files of this process."""
     with pytest.MonkeyPatch.context() as patch:

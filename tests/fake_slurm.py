@@ -69,8 +69,7 @@ class Controller:
         shown: what scontrol prints of any job; None: the truth.
         faults: command -> faults of its next calls: "" (none), "error" (no answer), "empty" or "cut" (output cut off),
             "header" (squeue lists nothing), "lost" (the submission arrives, but sbatch gets no answer), "silent" (it
-            arrives, but sbatch prints no id), "limit" (the user has too many jobs); or the message with which a command
-            fails, after "arrived:" if the submission arrives all the same.
+            arrives, but sbatch prints no id); or the message with which a command fails.
         listings: what the next calls of squeue print; None: the truth.
     """
 
@@ -117,7 +116,7 @@ class Controller:
         fault = planned.pop(0) if planned else ""
         if fault == "error":
             fault = "Unable to contact slurm controller (connect failure)"
-        if " " in fault and not fault.startswith("arrived:"):
+        if " " in fault:
             return subprocess.CompletedProcess(command, 1, "", f"{fault}\n")
         code, out, error = getattr(self, command[0])(command, fault)
         if fault in ("empty", "cut"):
@@ -126,8 +125,6 @@ class Controller:
 
     def sbatch(self, command: list[str], fault: str) -> tuple[int, str, str]:
         script = Path(command[-1]).read_text()
-        if fault == "limit":
-            return 1, "", "sbatch: error: AssocMaxSubmitJobLimit"
         for needed in re.findall(r"after(?:ok|any):(\d+)", script):
             if needed not in self.jobs:
                 return 1, "", "sbatch: error: Batch job submission failed: Job dependency problem"
@@ -136,8 +133,6 @@ class Controller:
         self.jobs[job_id] = Job(re.findall("--job-name=(.+)", script)[0], reason="Priority")
         if fault == "lost":
             return 1, "", "sbatch: error: Socket timed out on send/recv operation"
-        if fault.startswith("arrived:"):
-            return 1, "", fault.removeprefix("arrived:")
         return 0, "" if fault == "silent" else self.answer.replace("ID", job_id), ""
 
     def squeue(self, _: list[str], fault: str) -> tuple[int, str, str]:

@@ -305,11 +305,6 @@ ALL_SEEING = SEEING | SEEING_EXPERTS
 EVERY = FAMILIES | ALL_SEEING | MIXTURES
 
 
-# One for each form of experts, for tests that needn't see all.
-_FORMS = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3", "granitemoe", "gpt_oss")
-EXPERTS = {name: MIXTURES[name] for name in _FORMS}
-
-
 def with_experts(model_type: str, count: int) -> dict[str, int]:
     """Return the setting that gives a model of such an architecture this many experts in a layer."""
     return {next(key for key in EXPERT_COUNT_KEYS if key in MIXTURES[model_type]): count}

@@ -8,9 +8,13 @@ import functools
 import pytest
 import torch
 from families import ALL_SEEING
+from masking import write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.layer_settings import undroppable_layers
+from hfprune_dist.checkpoints.pruned_config import is_plain
+from hfprune_dist.models.loading import require_own_weights
 from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.kept import Kept
@@ -109,9 +113,10 @@ def _skip(_layer, inputs, output):
     return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
 
 
-def through_layers(checkpoint, model, windows):
+@torch.no_grad()
+def through_layers(checkpoint, model, windows, tolerance=1e-6):
     """Take windows through a checkpoint's layers one at a time, and compare each with the model's own, bit for bit; and
-    the head's logits with the model's.
+    the head's logits with the model's, relative to the largest.
     """
     seen = []
     for layer in checkpoint.family.layers_of(model):
@@ -124,7 +129,22 @@ def through_layers(checkpoint, model, windows):
         hidden_BTC = run(reader.layer(number), hidden_BTC)
         assert torch.equal(hidden_BTC, output if isinstance(output, torch.Tensor) else output[0]), number
     ((_, logits_NV),) = reader.head().outputs(reader.final_norm()(hidden_BTC)).logits()
-    assert (logits_NV - logits.flatten(0, 1).float()).abs().max() <= 1e-6 * logits.abs().max()
+    assert (logits_NV - logits.flatten(0, 1).float()).abs().max() <= tolerance * logits.abs().max()
+
+
+def pruned_plainly(checkpoint, kept, folder):
+    """Write what is left, check that transformers' own class computes with it what the masked model does, and that no
+    parameter is missing or idle; return the checkpoint and the model.
+    """
+    assert is_plain(checkpoint, kept.shape)
+    write(checkpoint, kept, folder)
+    smaller, loaded = open_checkpoint(folder), load(folder)
+    require_own_weights(smaller)
+    assert not list(folder.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
+    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
+    distinct = {weight.data_ptr(): weight.numel() for weight in loaded.state_dict().values()}
+    assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(distinct.values())
+    return smaller, loaded
 
 
 def assert_same(ours, theirs):

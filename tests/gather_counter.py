@@ -1,4 +1,4 @@
-"""Counters of what ZeRO-3 gathers."""
+"""A counter of what ZeRO-3 gathers."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +14,9 @@ class Gathered:
     """All-gathers of parameters on this rank.
 
     Attributes:
-        calls: number of collectives; one may gather several parameters.
         bytes: size of whole parameters, including padding to a multiple of the number of ranks.
     """
 
-    calls: int = 0
     bytes: int = 0
 
 
@@ -30,7 +28,6 @@ def counting_gathers():
     original = backend.all_gather_function
 
     def counted(output_tensor, **arguments):
-        gathered.calls += 1
         gathered.bytes += output_tensor.nbytes
         return original(output_tensor=output_tensor, **arguments)
 

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hfprune_dist.config.parameters import Parameters, parameters_of
 from hfprune_dist.config.schema import EvaluationConfig, SweepConfig
 from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import Training, TrainingText
+from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, report_failure
+from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.stage import Input, Stage
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,6 +78,15 @@ def failed(store: Store, stage: Stage, cause: str, message: str, rank: int = 0) 
     end = End(cause, message, time.time(), rank)
     report_failure(attempts[-1].folder, end)
     return end
+
+
+def taken_over(store: Store, stage: Stage) -> Claim:
+    """Claim a stage whose holder is taken for dead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "_lives", lambda *_: False)
+        claim = store.handle(stage.id).claim()
+    assert isinstance(claim, Claim)
+    return claim
 
 
 class FakeBackend:

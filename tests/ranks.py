@@ -84,6 +84,25 @@ def run_stage(
         return Ended(code, Path(log.name).read_text())
 
 
+def finish(store: Store, stage: Stage, ranks: int = 1, **options: Any) -> str:
+    """Run a stage that must succeed; return its ranks' output."""
+    ended = run_stage(store, stage, ranks, **options)
+    assert ended.returncode == 0, ended.output[-3000:]
+    return ended.output
+
+
+class Interrupting(Interruption):
+    """Asks all ranks to end when they check for an interruption the ``at``-th time."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def agreed(self, world: World) -> bool:
+        self._at -= 1
+        return self._at == 0
+
+
 def on_ranks(size: int, action: Callable[[World], None]) -> list[int]:
     """Run ``action`` on ranks that are forks; their exit codes: 0, INTERRUPTED, 1 for errors, or minus a signal."""
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 import mixtures
 import torch
-from families import EXPERTS, save_model
+from families import MIXTURES, save_model
 from safetensors.torch import load_file
 from tiny import save_tiny
 
@@ -32,7 +32,7 @@ def checkpoint_in(folder, variant="llama", layers=3):
 def to_prune(folder, variant, layers, **of_mixture):
     """Return a checkpoint and what stays of it: some units of these layers, or of each MLP in a mixture of
     experts of its usual or other sizes."""
-    if variant in EXPERTS:
+    if variant in MIXTURES:
         checkpoint = open_checkpoint(save_model(folder, variant, vocab_size=264, **of_mixture))
         return checkpoint, mixtures.some_kept(checkpoint, 2 / 3)
     return checkpoint_in(folder, variant, layers[-1] + 1), some_kept(layers)

@@ -6,7 +6,9 @@ from typing import Any
 
 from made_stages import being_made
 
+from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.rows import Row
+from hfprune_dist.results.table import columns
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Stage
 
@@ -82,6 +84,12 @@ def make_artifact(store: Store, stage: Stage) -> None:
     costs = {"world_size": 1, "wall_time_s": 1.0, "peak_memory_bytes": 1}
     with being_made(store, stage, metrics=measured, **costs) as draft:
         (draft / "content").write_text(stage.id)
+
+
+def shown(rows: list[Row], *, wide: bool = False) -> dict[str, tuple[str, ...]]:
+    """Map each header to what it shows for each row."""
+    found = columns(rows, wide)
+    return dict(zip([column.header for column in found], zip(*cells(rows, found), strict=True), strict=True))
 
 
 def missing(row: Row) -> Row:

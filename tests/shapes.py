@@ -23,16 +23,16 @@ def prepare(folder, variant="llama", *, samples=9, layers=LAYERS, groups=GROUPS,
     """A store with an importance artifact of random scores, and the stage that searches for a shape by them.
 
     ``model``: folder of the model, if it isn't a ``variant`` of tiny sizes. ``worth``: of a group's score, relative to
-    a neuron's. ``settings``: of the stage; ``attention_bias`` and ``shard_size`` are the model's.
+    a neuron's. ``settings``: of the stage.
     """
     folder.mkdir(exist_ok=True)
     store = Store(folder / "store")
     generator = torch.Generator().manual_seed(0)
-    biases = {name: settings.pop(name) for name in ("attention_bias", "shard_size") if name in settings}
     criterion = settings.get("criterion", "entropy")
     if model is None:
         heads = {"num_key_value_heads": groups, "num_attention_heads": groups * QUERIES}
         sizes = {"intermediate_size": NEURONS, "num_hidden_layers": layers}
+        biases = {"attention_bias": True} if variant == "qwen3" else {}
         model = save_tiny(folder / "model", variant, **sizes, **heads, **biases)
     checkpoint, structures = open_checkpoint(model), settings.get("structures", ["neurons"])
     experts = checkpoint.family.experts

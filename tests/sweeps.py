@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from evaluations import CHOICE, write_task
 from fork_server import forked
 from ranks import ROOT, surroundings
 from tiny import save_tiny, write_documents, write_pairs
@@ -26,17 +28,6 @@ from hfprune_dist.planning.model_sources import resolve_models
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.hashing import FileHashes
 
-TASK = """task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {data}}}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
 
 def make_inputs(folder: Path) -> Path:
     """Make models, texts, an lm-eval task and a configuration that uses them; return the configuration's file."""
@@ -46,9 +37,8 @@ def make_inputs(folder: Path) -> Path:
     write_documents(folder / "heldout.jsonl", seed=7)
     write_pairs(folder / "pairs.jsonl")
     (folder / "tasks").mkdir()
-    lines = [f'{{"question": "ban der", "choices": ["kin", "gos t"], "answer": {number % 2}}}' for number in range(6)]
-    (folder / "tasks" / "choice.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "tasks" / "choice.yaml").write_text(TASK.format(data=folder / "tasks" / "choice.jsonl"))
+    choices = [{"text": "ban der", "choices": ["kin", "gos t"], "label": number % 2} for number in range(6)]
+    write_task(folder / "tasks", "tiny_choice", choices, **CHOICE)
     config = {
         "models": ["alpha", "beta"],
         "aliases": {"alpha": {"path": "alpha"}, "beta": {"path": "beta"}},
@@ -146,6 +136,12 @@ def loaded_by_its_card(checkpoint: Path) -> dict[str, Any]:
     with chdir(checkpoint.parent):
         exec(lines, defined)
     return defined
+
+
+def id_of(out: Path, stage: str) -> str:
+    """Return the id of a stage, which is named by its kind and label."""
+    stages = json.loads((out / "sweep.json").read_text())["stages"]
+    return next(f"{s['kind']}/{s['fingerprint']}" for s in stages if f"{s['kind']} {s['label']}" == stage)
 
 
 def artifacts(out: Path, kind: str) -> dict[str, bytes]:

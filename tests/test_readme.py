@@ -181,7 +181,7 @@ def is_left_out(command):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A clone as git has it, with an environment of its own, and what its READMEs say that the reader brings."""
-    from sweeps import TASK  # torch takes seconds to import
+    from evaluations import CHOICE, write_task  # torch takes seconds to import
     from tiny import save_tiny, tiny_text, write_documents, write_pairs
 
     clone = tmp_path_factory.mktemp("stranger") / "clone"
@@ -206,10 +206,9 @@ def clone(tmp_path_factory):
         write_documents((assets / part).with_suffix(".jsonl"), count=40, words=100, seed=seed)
     write_pairs(assets / "instructions.jsonl")
     (assets / "tasks").mkdir()
-    data = assets / "tasks" / "choice.jsonl"
-    data.write_text('{"question": "ban der", "choices": ["kin", "gos t"], "answer": 1}\n' * 4)
+    choices = [{"text": "ban der", "choices": ["kin", "gos t"], "label": 1}] * 4
     for name in ("demo_continuation", "demo_docstring"):
-        (assets / "tasks" / f"{name}.yaml").write_text(TASK.format(data=data).replace("tiny_choice", name))
+        write_task(assets / "tasks", name, choices, **CHOICE)
     for file in ("notes.txt", "TEXT.jsonl", "OTHER.jsonl"):
         (clone / file).write_text(f'{{"text": "{tiny_text(600, seed=0)}"}}\n')
     for readme in READMES:

@@ -17,6 +17,7 @@ from families_masked import (
     load,
     logits_of,
     masked,
+    pruned_plainly,
     some_kept,
     through_layers,
     two_layers,
@@ -24,11 +25,11 @@ from families_masked import (
 from masking import write
 from ranks import SoloWorld, on_ranks
 from refitting import refit
+from shapes import divergence
 from tiny import edit_json
 from transformers import AutoModel
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.checkpoints.pruned_config import is_plain
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
 from hfprune_dist.scoring.shard_scorer import ShardScorer
@@ -55,15 +56,7 @@ def scorer_of(checkpoint, world):
 @every_decoder
 def test_a_plain_checkpoint_is_the_masked_model(checkpoint_of, tmp_path, model_type):
     checkpoint = checkpoint_of(model_type)
-    kept = some_kept(checkpoint, two_layers(checkpoint), (15, 15))
-    assert is_plain(checkpoint, kept.shape)
-    write(checkpoint, kept, tmp_path)
-    smaller, loaded = open_checkpoint(tmp_path), load(tmp_path)
-    require_own_weights(smaller)
-    assert not list(tmp_path.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
-    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
-    distinct = {weight.data_ptr(): weight.numel() for weight in loaded.state_dict().values()}
-    assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(distinct.values())
+    pruned_plainly(checkpoint, some_kept(checkpoint, two_layers(checkpoint), (15, 15)), tmp_path)
 
 
 @every_family
@@ -103,8 +96,7 @@ def test_scores_and_single_layers_are_those_of_the_whole_model(checkpoint_of, mo
         for layer, count in enumerate(units.counts):
             found = sums.get(score_name(layer, "entropy", kind), torch.zeros(count))
             assert (found - expected[layer]).norm() < 1e-4 * expected[layer].norm(), (kind, layer)
-    with torch.no_grad():
-        through_layers(checkpoint, model, WINDOWS)
+    through_layers(checkpoint, model, WINDOWS)
 
 
 @every_model
@@ -151,13 +143,9 @@ def test_refits_lower_the_error(checkpoint_of, tmp_path, model_type):
     """One layer after another, where the family allows that, or all layers on dense activations."""
     checkpoint = checkpoint_of(model_type)
     windows_ST = torch.randint(3, 64, (24, 12), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        dense_STV = dense_of(checkpoint)(input_ids=windows_ST).logits.log_softmax(-1)
 
-    @torch.no_grad()
     def lost(folder):
-        model = load_causal_lm(folder, torch.float32)
-        return (dense_STV.exp() * (dense_STV - model(input_ids=windows_ST).logits.log_softmax(-1))).sum()
+        return divergence(dense_of(checkpoint), load_causal_lm(folder, torch.float32), windows_ST)
 
     kept = Kept.of_all_layers({"neurons": [torch.arange(2, 20)] * 3})
     write(checkpoint, kept, tmp_path / "cut")
@@ -176,11 +164,8 @@ def edited(folder, *gone, **changes):
 
 def assert_prunable(checkpoint, folder, layers=(0, 1)):
     """Check that a pruned checkpoint is the masked model; return the settings of the former."""
-    kept = some_kept(checkpoint, layers, (15, 15))
-    assert checkpoint.is_plain and is_plain(checkpoint, kept.shape)
-    write(checkpoint, kept, folder)
-    assert_same(logits_of(load_causal_lm(folder, torch.float32)), logits_of(masked(checkpoint, kept)))
-    return open_checkpoint(folder).config
+    smaller, _ = pruned_plainly(checkpoint, some_kept(checkpoint, layers, (15, 15)), folder)
+    return smaller.config
 
 
 def test_older_names_of_widths_and_layers_follow(tmp_path):

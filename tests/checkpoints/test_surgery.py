@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from families_masked import masked
+from families_masked import masked, through_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masking import kept_of, models, write
@@ -16,7 +16,6 @@ from transformers.integrations.heterogeneity.configuration_utils import Heteroge
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.pruned_config import is_plain, plain_group_counts
 from hfprune_dist.models.loading import load_causal_lm, require_own_weights
-from hfprune_dist.models.single_layer import LayerReader, run
 from hfprune_dist.structures.kept import Kept
 
 IDS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -50,7 +49,8 @@ def test_a_checkpoint_computes_what_the_masked_model_does_and_is_pruned_again(da
         assert smaller.is_plain or not uniform or model["variant"] == "llama-tied-biases"
         loaded, theirs = load_causal_lm(pruned, torch.float64), load(pruned, trust_remote_code=has_code)
         torch.testing.assert_close(logits(loaded), logits(masked(checkpoint, kept)), **EXACT)
-        assert torch.equal(logits(loaded), by_layers(smaller)) and torch.equal(logits(loaded), logits(theirs))
+        assert torch.equal(logits(loaded), logits(theirs))
+        through_layers(smaller, theirs, IDS)
         assert checkpoint.parameter_counts.after(kept.shape) == smaller.parameters == loaded.num_parameters()
         for kind, units in checkpoint.structures.items():
             assert smaller.structures[kind].counts == kept.shape.counts(units)
@@ -64,16 +64,6 @@ def test_a_checkpoint_computes_what_the_masked_model_does_and_is_pruned_again(da
         torch.testing.assert_close(logits(twice), logits(masked(smaller, second)), **EXACT)
         parameters = smaller.parameter_counts.after(second.shape)
         assert open_checkpoint(again).parameters == twice.num_parameters() == parameters
-
-
-def by_layers(checkpoint):
-    reader = LayerReader(checkpoint, torch.float64, torch.device("cpu"))
-    hidden_BTC = reader.embed({0: IDS})[0]
-    for number in range(checkpoint.num_layers):
-        hidden_BTC = run(reader.layer(number), hidden_BTC)
-    outputs = reader.head()
-    with torch.no_grad():
-        return outputs.norm(hidden_BTC) @ outputs.weight_VC.T
 
 
 RAGGED = Kept((0, 2), {"neurons": [torch.arange(5), torch.arange(3)], "kv_groups": [torch.arange(1), torch.arange(2)]})

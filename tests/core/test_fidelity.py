@@ -11,17 +11,14 @@ from hfprune_dist.core.fidelity import FidelitySums, compare_logits, compare_out
 from hfprune_dist.core.head import Outputs, next_ids
 
 
-def outputs(seed, tokens=13, hidden=8, vocabulary=17, bias=True):
+def outputs(seed):
     generator = torch.Generator().manual_seed(seed)
-    hidden_NC, weight_VC, bias_V = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((tokens, hidden), (vocabulary, hidden), (vocabulary,))
-    )
-    return Outputs(hidden_NC, weight_VC, bias_V if bias else None)
+    shapes = (13, 8), (17, 8), (17,)
+    return Outputs(*(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes))
 
 
-def following(tokens=13, vocabulary=17):
-    return next_ids(torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(9)))
+def following():
+    return next_ids(torch.randint(17, (13,), generator=torch.Generator().manual_seed(9)))
 
 
 def reference(dense_NV, model_NV, next_ids_N):

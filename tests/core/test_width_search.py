@@ -76,7 +76,7 @@ def test_is_never_worse_than_the_uniform_widths_or_scores_alone():
     assert search_shapes(reweighted, {}, lambda many: [float(counts != alone) for counts in many])[0] == alone
 
 
-def of_both(removals=600):
+def of_both(removals):
     groups = [scores_U * 20 for scores_U in some_scores(neurons=4, seed=1)]
     neurons = ladders(some_scores(), [4] * 6)
     return ReweightedShapes(neurons, ladders(groups, [1] * 6, parameters=20), removals)

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.slow
 
 # The embedding is the largest tensor; every matrix has more elements than DeepSpeed leaves unsharded.
 SHAPE = {"hidden_size": 320, "intermediate_size": 832, "num_hidden_layers": 4, "vocab_size": 1200}
+RANKS = 2
 
 
-def taken(checkpoint, ranks, file):
+def taken(checkpoint, file):
     """Return (peak, what stays after loading) of each rank's memory, in bytes."""
 
     def load(world):
@@ -28,18 +29,17 @@ def taken(checkpoint, ranks, file):
         if world.is_first:
             file.write_text(json.dumps(everywhere))
 
-    assert on_ranks(ranks, load) == [0] * ranks
+    assert on_ranks(RANKS, load) == [0] * RANKS
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_mapped(tmp_path, ranks):
+def test_a_rank_takes_its_shards_and_few_tensors_and_the_first_has_the_files_mapped(tmp_path):
     """No rank reads the model into its own memory, and the host needs no memory for a model on GPUs."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", **SHAPE))
     whole = checkpoint.parameters * 4
-    shards = whole / ranks
+    shards = whole / RANKS
     largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4
-    for rank, (peak, left) in enumerate(taken(checkpoint, ranks, tmp_path / "taken")):
+    for rank, (peak, left) in enumerate(taken(checkpoint, tmp_path / "taken")):
         mapped = whole if rank == 0 else 0
         assert left == pytest.approx(shards, rel=0.02)
         assert 0.9 * largest < peak - mapped - shards < 3 * largest < whole / 4

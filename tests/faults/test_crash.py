@@ -12,8 +12,8 @@ from hfprune_dist.store.atomic_files import fsync_path
 def recorded(tmp_path):
     """Return a function that records an action below a folder and returns path -> text for each state of a crash."""
 
-    def record(action, unsynced=""):
-        recorder = Recorder(tmp_path, unsynced)
+    def record(action):
+        recorder = Recorder(tmp_path)
         recorder.arm()
         try:
             action(tmp_path)

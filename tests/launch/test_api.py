@@ -47,10 +47,9 @@ def test_scores_are_those_of_dense_models_and_of_no_student(config, tmp_path, mo
     assert session.score() == {"alpha": {}} and len(made) == 1
 
 
-@pytest.mark.parametrize("number", [np.float64, float])
-def test_numbers_may_be_those_of_numpy(config, tmp_path, number):
+def test_numbers_may_be_those_of_numpy(config, tmp_path):
     settings = {"calibration": {"samples": np.int64(3), "add_bos_token": np.bool_(True)}, "seed": np.array(5)}
-    for ratios in (np.array([0.2, 0.3], dtype=number), [number(0.2), number(0.3)]):
+    for ratios in (np.array([0.2, 0.3]), [np.float64(0.2), np.float64(0.3)]):
         made = settings_of(Session(tmp_path / "out", config, ratios=ratios, **settings))
         assert made.ratios == [0.2, 0.3] and (made.calibration.samples, made.seed) == (3, 5)
         assert made.calibration.add_bos_token is True

@@ -2,9 +2,8 @@
 their sizes and times are as committed.
 """
 
-import os
-
 import pytest
+from damage import behind
 from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
 from made_stages import FakeBackend, failed
@@ -37,9 +36,8 @@ class Reading(FakeBackend):
 def damage(store, stage):
     """Change a file behind its size and times."""
     file = store.handle(stage.id).artifact / "content"
-    times = file.stat()
-    file.write_text(stage.id[::-1])
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with behind(file):
+        file.write_text(stage.id[::-1])
 
 
 @pytest.fixture

@@ -10,47 +10,32 @@ from hfprune_launch import run as sweep_run
 from hfprune_launch import sweep
 from made_stages import FakeBackend
 from safetensors.torch import load_file, save_file
-from sweeps import make_inputs
+from sweeps import in_process
 from tiny import edit_json
 
 CALIBRATION, HELD_OUT, PAIRS = "calibration.path", "evaluation.fidelity.path", "recovery.path"
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
+@pytest.fixture
+def inputs(config, tmp_path):
+    """A copy of good inputs, to be damaged."""
+    return shutil.copytree(config.parent, tmp_path / "inputs")
 
 
 @pytest.fixture
-def inputs(pristine, tmp_path):
-    """A copy of good inputs, to be damaged; its lm-eval task reads the data next to it."""
-    shutil.copytree(pristine, tmp_path / "inputs")
-    task = tmp_path / "inputs" / "tasks" / "choice.yaml"
-    task.write_text(task.read_text().replace(str(pristine), str(tmp_path / "inputs")))
-    return tmp_path / "inputs"
+def refusal(inputs, tmp_path, monkeypatch):
+    """Return the message with which a sweep and its dry run refuse the inputs."""
 
-
-@pytest.fixture
-def refusal(inputs, tmp_path, monkeypatch, capsys):
-    """Return the message with which a sweep and its dry run refuse the inputs, or one of the two alone."""
-
-    def message(*arguments, ways=(("--dry-run",), ())):
-        return [_refuse(inputs, tmp_path / "out", capsys, *arguments, *way) for way in ways][-1]
+    def message(*arguments):
+        files = ["--config", inputs / "tiny.yaml", "--out", tmp_path / "out"]
+        for way in (["--dry-run"], []):
+            code, _, said = in_process(sweep.main, *files, *arguments, *way)
+            assert code == 2 and said.startswith("error: ")
+            assert not (tmp_path / "out").exists(), "nothing is written"
+        return said
 
     monkeypatch.setattr(sweep_run, "LocalBackend", FakeBackend)
     return message
-
-
-def _refuse(inputs, out, capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        sweep.main(["--config", str(inputs / "tiny.yaml"), "--out", str(out), *arguments])
-    assert ended.value.code == 2
-    assert not out.exists(), "nothing is written"
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: ")
-    return printed
 
 
 def assert_parts(message, *parts):

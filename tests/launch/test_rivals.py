@@ -33,8 +33,6 @@ def config(tmp_path_factory):
     """Inputs whose model has nine layers; llm-pruner protects the first and the last."""
     folder = tmp_path_factory.mktemp("inputs")
     file = make_inputs(folder)
-    for old in (folder / "alpha").iterdir():
-        old.unlink()
     save_tiny(folder / "alpha", num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=4)
     return file
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import psutil
 import pytest
 import yaml
-from clusters import wait_for
+from clusters import Submitted, wait_for
 from fork_server import forked
 from huggingface_hub import ModelCard
 from ranks import FAULTS, ROOT, killing
-from sweeps import artifacts, command, finish, loaded_by_its_card, results, sweep
+from sweeps import artifacts, command, finish, id_of, loaded_by_its_card, results, sweep
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -55,16 +55,6 @@ def short_of(finished, tmp_path):
         return out
 
     return copy
-
-
-def id_of(out, stage):
-    """Return the id of a stage, which is named by its kind and label."""
-    stages = json.loads((out / "sweep.json").read_text())["stages"]
-    return next(
-        f"{record['kind']}/{record['fingerprint']}"
-        for record in stages
-        if f"{record['kind']} {record['label']}" == stage
-    )
 
 
 def assert_same_as(finished_out, out):
@@ -221,13 +211,8 @@ SLEEPING = {"PYTHONPATH": str(FAULTS), "SLOW_MATCH": "partial", "SLOW_S": "600"}
 
 
 def start(config, out, *arguments, environment=None):
-    return subprocess.Popen(
-        forked(command(config, out, *arguments)),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    whole = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return Submitted(forked(command(config, out, *arguments)), whole, out)
 
 
 def at_work(out, stage_id):
@@ -245,7 +230,7 @@ def test_killing_the_launcher_at_any_moment(finished, config, short_of):
         launcher = start(config, out, *ONE_CELL)
         wait_for(moment, 0.02)
         launcher.kill()
-        launcher.communicate()
+        launcher.end()  # its ranks, too, have gone
     result = sweep(config, out, *ONE_CELL)
     assert result.returncode == 0, result.stdout
     assert_same_as(finished[0], out)
@@ -289,15 +274,15 @@ def test_a_cancelled_launcher_leaves_nothing_half_written(finished, config, shor
     assert "on 1 rank" in sweep(config, out, *ONE_CELL, "--logs", f"{CELL} + lora").stdout, "said at once"
     cancelled = sweep(config, out, *ONE_CELL, "--cancel")
     assert cancelled.returncode == 0 and re.search(r"process \d+ has stopped work on it", cancelled.stdout)
-    output, _ = launcher.communicate(timeout=600)
-    assert launcher.returncode == 130 and "run the same command again" in output and "Traceback" not in output
+    code, output = launcher.end()
+    assert code == 130 and "run the same command again" in output and "Traceback" not in output
     assert not list((out / "store").rglob(".draft*"))
 
 
 def test_two_sweeps_at_once_share_the_work(finished, config, short_of):
     out = short_of(SCORES, PRUNE)
     sweeps = [start(config, out, *WITHOUT_RECOVERY) for _ in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in sweeps]
-    assert [process.returncode for process in sweeps] == [0, 0], outputs
+    ends = [each.end() for each in sweeps]
+    assert [code for code, _ in ends] == [0, 0], ends
     assert len(list((out / "logs").iterdir())) == 3, "every stage ran once"
     assert_same_as(finished[0], out)

@@ -12,7 +12,7 @@ import yaml
 from hfprune_launch.project import PROJECT, Project
 from hfprune_launch.slurm.snapshot import take_snapshot
 from ranks import ROOT
-from sweeps import finish, make_inputs, results, without_costs
+from sweeps import finish, id_of, make_inputs, results, without_costs
 
 import hfprune_dist
 from hfprune_dist.store.atomic_files import read_json
@@ -83,7 +83,8 @@ def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
     config, out = make_inputs(tmp_path / "inputs"), tmp_path / "out"
     finish(config, out, *ONE_CELL, "--ranks", "1")
     before = [without_costs(row) for row in results(out)]
-    shutil.rmtree(evaluation_of_pruned(out))
+    evaluation = out / "store" / id_of(out, "evaluate alpha 0.2 hfprune")
+    shutil.rmtree(evaluation)
     (out / "report.html").unlink()
     away, temporary = tmp_path / "away", tmp_path / "tmp"
     for folder in (away, temporary):
@@ -95,14 +96,8 @@ def test_a_wheel_takes_up_a_sweep(installed, tmp_path):
     assert [without_costs(row) for row in results(out)] == before
     assert list(temporary.iterdir()) == []
     assert "alpha 0.2" in (out / "report.html").read_text(), "its styles and script are in the wheel"
-    manifest = read_json(evaluation_of_pruned(out) / "manifest.json")
+    manifest = read_json(evaluation / "manifest.json")
     provenance = manifest["provenance"]
     assert manifest["world_size"] == 2
     assert (provenance["hfprune_dist"], provenance["git_commit"]) == (hfprune_dist.__version__, installed.commit)
     assert provenance["dirty_diff_sha256"] is None
-
-
-def evaluation_of_pruned(out):
-    """Return the artifact that has a pruned model's results."""
-    made = {read_json(file)["stage"]["label"]: file.parent for file in out.glob("store/evaluate/*/manifest.json")}
-    return made["alpha 0.2 hfprune"]

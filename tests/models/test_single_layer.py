@@ -1,12 +1,13 @@
 import pytest
 import torch
 from families import save_model
+from families_masked import through_layers
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.single_layer import LayerReader, before_down, output_for_update, part_of, residual_update, run
+from hfprune_dist.models.single_layer import LayerReader, before_down, output_for_update, part_of, residual_update
 
 CPU = torch.device("cpu")
 
@@ -15,17 +16,7 @@ def test_layer_after_layer_and_the_head_are_the_whole_model_in_bfloat16_too(tmp_
     folder, dtype = save_tiny(tmp_path, "mistral", sliding_window=4), torch.bfloat16
     input_ids_BT = torch.randint(264, (2, 12), generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    reader = LayerReader(open_checkpoint(folder), dtype, CPU)
-    hidden_BTC = reader.embed({0: input_ids_BT})[0]
-    for number, whole in enumerate(model.model.layers):
-        layer = reader.layer(number)
-        assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in whole.parameters())
-        hidden_BTC = run(layer, hidden_BTC)
-    with torch.no_grad():
-        assert torch.equal(model.model.norm(hidden_BTC), model.model(input_ids=input_ids_BT).last_hidden_state)
-        ((_, logits_NV),) = reader.head().outputs(reader.final_norm()(hidden_BTC)).logits()
-        expected = model(input_ids_BT).logits
-        assert (logits_NV.view(2, 12, -1) - expected).abs().max() <= 1e-2 * expected.abs().max()
+    through_layers(open_checkpoint(folder), model, input_ids_BT, tolerance=1e-2)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 from unittest import mock
 
 import huggingface_hub
@@ -33,13 +34,7 @@ def stages_of(plan, kind):
 
 def test_work_is_shared_and_every_table_has_its_baselines(config):
     plan = plan_of(config)
-    assert {kind: kinds(plan).count(kind) for kind in set(kinds(plan))} == {
-        "importance": 2,
-        "reference": 2,
-        "prune": 4,
-        "recover": 6,
-        "evaluate": 8,
-    }
+    assert Counter(kinds(plan)) == {"importance": 2, "reference": 2, "prune": 4, "recover": 6, "evaluate": 8}
     rows = [(cell.model, cell.ratio, cell.recovery) for cell in plan.cells]
     for model in ("alpha", "beta"):
         assert (model, None, "none") in rows and (model, None, "lora") in rows
@@ -53,12 +48,7 @@ def test_what_prunes_in_recovery_is_a_stage_and_an_evaluation_and_changes_nothin
     beside, alone = plan_of(config, methods=names, **settings), plan_of(config, methods=names[1:], **settings)
     without = plan_of(config, methods=names[:1], **settings)
     assert set(without.stages) | set(alone.stages) == set(beside.stages)
-    assert {kind: kinds(alone).count(kind) for kind in set(kinds(alone))} == {
-        "reference": 2,
-        "recover": 2,
-        "loraprune": 2,
-        "evaluate": 6,
-    }
+    assert Counter(kinds(alone)) == {"reference": 2, "recover": 2, "loraprune": 2, "evaluate": 6}
     (row,) = [cell for cell in alone.cells if cell.model == "alpha" and cell.ratio]
     assert (row.label, row.recovery, row.criterion, len(row.producers)) == ("alpha 0.1 loraprune", "own", None, 1)
     steps = plan_of(config, methods=names[1:], recovery__max_steps=3, **settings)

@@ -15,7 +15,7 @@ WHEN = "since the sweep was planned"
 # Kind of stage -> files that it reads, one of each sort.
 READS = {
     "importance": ["alpha/model.safetensors", "alpha/tokenizer.json", "calibration.jsonl"],
-    "evaluate": ["tasks/choice.jsonl", "data/more.jsonl", "data/base.yml"],
+    "evaluate": ["tasks/tiny_choice.jsonl", "data/more.jsonl", "data/base.yml"],
 }
 LINE = '{"text": "a", "answer": "b"}\n'
 

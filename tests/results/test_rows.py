@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 from headers import CONFIG, checkpoint_of, tensors_of
 from made_stages import being_made, failed, stage_of
-from rows import efficiency
+from rows import efficiency, shown
 
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, update_checkpoints
-from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.rows import DenseModel, collect_rows
-from hfprune_dist.results.table import columns, flat_row, write_reports
+from hfprune_dist.results.table import flat_row, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
@@ -49,12 +48,6 @@ def commit(store, stage, files=None, record=None, **metrics):
         for name, content in (files or {}).items():
             (draft / name).parent.mkdir(exist_ok=True)
             (draft / name).write_text(content)
-
-
-def table(rows):
-    """Map each header to what it shows for each row."""
-    shown = columns(rows, wide=True)
-    return dict(zip([column.header for column in shown], zip(*cells(rows, shown), strict=True), strict=True))
 
 
 @pytest.fixture
@@ -121,8 +114,8 @@ def test_sizes_of_experts_have_columns(store):
     dense = {"m": DenseModel.from_checkpoint(checkpoint_of(config, shapes))}
     store.handle(PRUNE.id).discard()
     commit(store, PRUNE, **{number: 3, shared: 39})
-    shown = table(collect_rows(PLAN, store, dense))
-    assert (shown["experts"], shown["shared expert width"]) == (("4", "3"), ("40", "39"))
+    found = shown(collect_rows(PLAN, store, dense), wide=True)
+    assert (found["experts"], found["shared expert width"]) == (("4", "3"), ("40", "39"))
 
 
 def test_a_missing_cell_is_missing_and_says_why(store):

@@ -1,18 +1,11 @@
 """Columns, notes and causes of the table of results."""
 
-from rows import efficiency, missing, row_of
+from rows import efficiency, missing, row_of, shown
 
-from hfprune_dist.results.markdown import cells
 from hfprune_dist.results.metrics import METRICS
-from hfprune_dist.results.table import causes, columns, findings, notes
+from hfprune_dist.results.table import causes, findings, notes
 
 DENSE = row_of(ratio=0.0, recovery="none", kl=0.0, kl_stderr=0.0)
-
-
-def shown(rows, wide=False):
-    """Map each header to what it shows for each row."""
-    found = columns(rows, wide)
-    return dict(zip([column.header for column in found], zip(*cells(rows, found), strict=True), strict=True))
 
 
 def test_few_columns_say_what_a_row_is_worth_and_costs():

@@ -10,7 +10,7 @@ import torch
 import transformers
 from made_stages import stage_of
 from pyarrow import parquet
-from ranks import metrics_of, run_here, run_stage
+from ranks import finish, metrics_of, run_here
 from tiny import save_tiny, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from worlds import Death, Ranks, run_in_threads
@@ -171,8 +171,7 @@ def test_two_ranks_with_whole_or_sharded_weights_write_the_file_of_one(source, t
     stage, files = stage_in(source, "many.jsonl", **settings), set()
     for ranks, sharding in ((1, "replicate"), (2, "replicate"), (2, "zero3")):
         store = Store(tmp_path / f"{ranks} {sharding}")
-        ended = run_stage(store, stage, ranks, sharding=sharding)
-        assert ended.returncode == 0, ended.output
+        finish(store, stage, ranks, sharding=sharding)
         files.add(file_of(store, stage).read_bytes())
     said = [record["response_ids"] for record in records_of(store, stage)[:8]]
     greedy = said == [*map(cut, plain_answers(source)[:8])]

@@ -1,10 +1,10 @@
 """The beginning and end of a stage, whatever has happened to its inputs and its claim meanwhile."""
 
-import os
 import shutil
 import time
 
 import pytest
+from damage import behind
 from made_stages import being_made, stage_of
 from ranks import SoloWorld
 
@@ -134,9 +134,8 @@ def test_damage_is_set_aside(store, text):
 
 def test_what_looks_as_committed_is_read_only_after_a_failed_attempt(store, text):
     file = store.handle(NEED.id).artifact / "scores"
-    stat = file.stat()
-    file.write_text(file.read_text()[::-1])
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with behind(file):
+        file.write_text(file.read_text()[::-1])
     context = begin(store, text)
     context.check_inputs()
     for cause in ("interrupted", "killed"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from damage import damage
 from evaluations import ALL_TASKS, DOCUMENTS, evaluate_stage, write_inputs
-from ranks import killing, metrics_of, run_stage
+from ranks import finish, killing, metrics_of, run_stage
 from safetensors.torch import load_file, save_file
 from tiny import tiny_text, tiny_tokenizer
 from torch.nn.functional import cross_entropy
@@ -23,13 +23,6 @@ from hfprune_dist.store.atomic_files import read_json, write_json
 def inputs(tmp_path_factory):
     """A dense model, another one of the same shape, large enough to be sharded, held-out text and tasks."""
     return write_inputs(tmp_path_factory.mktemp("inputs"), hidden_size=256, intermediate_size=416)
-
-
-def finish(store, stage, ranks, **options):
-    result = run_stage(store, stage, ranks, environment={"HF_HUB_OFFLINE": "1"}, **options)
-    assert result.returncode == 0, result.output[-3000:]
-    assert store.handle(stage.id).verify(thorough=True).state == "done"
-    return metrics_of(store, stage)
 
 
 def run_alone(store, stage, ranks=1):
@@ -74,8 +67,10 @@ def test_three_ranks_have_the_bits_of_one(inputs, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_sharded_ranks_have_the_scores_of_one(inputs, uninterrupted, tmp_path):
     store, tasks = Store(tmp_path), ["tiny_choice", "tiny_lonely"]
-    metrics = finish(store, evaluate_stage(store, inputs, tasks), ranks=2, sharding="zero3")
-    assert metrics["sharding"] == "zero3"
+    stage = evaluate_stage(store, inputs, tasks)
+    finish(store, stage, 2, environment={"HF_HUB_OFFLINE": "1"}, sharding="zero3")
+    metrics = metrics_of(store, stage)
+    assert metrics["sharding"] == "zero3" and store.handle(stage.id).verify(thorough=True).state == "done"
     for task in tasks:
         scores, expected = (
             {name: score or 0.0 for name, score in run["tasks"][task].items()}  # one document has no standard error

@@ -4,7 +4,7 @@ import pytest
 import torch
 from core_definition import OF_ONE_PASS, coupled_taylor, definition
 from made_stages import stage_of
-from ranks import killing, metrics_of, run_here, run_stage
+from ranks import finish, killing, metrics_of, run_here, run_stage
 from safetensors.torch import load_file
 from scoring import make_stage
 from tiny import tiny_model
@@ -27,23 +27,16 @@ def scores_of(store, stage):
     return load_file(store.handle(stage.id).artifact / "importance.safetensors")
 
 
-def run_in(folder, stage, ranks, **options):
-    store = Store(folder)
-    result = run_stage(store, stage, ranks, **options)
-    assert result.returncode == 0, result.output[-3000:]
-    return store
-
-
 def test_all_criteria_at_once_on_any_number_of_ranks(tmp_path):
     """The bits are the same on one rank and, from sharded weights, on two that die and resume."""
     kinds = ["neurons", "kv_groups"]
     stage = make_stage(tmp_path, criteria=OF_ONE_PASS, sizes=SHARDED, structures=kinds, samples=5, micro_batch_size=1)
-    one = run_in(tmp_path / "one", stage, 1)
-    two = Store(tmp_path / "two")
+    one, two = (Store(tmp_path / name) for name in ("one", "two"))
+    finish(one, stage)
     death = killing(rank=0, kill_at=5, match="partial.draft")
     assert run_stage(two, stage, 2, environment=death, sharding="zero3").returncode != 0
     assert load_file(two.handle(stage.id).work / "partial.safetensors")["next_shard"] == 4
-    run_in(two.root, stage, 2, sharding="zero3")
+    finish(two, stage, 2, sharding="zero3")
     scores = scores_of(one, stage)
     assert set(scores) == {
         score_name(layer, name, kind)

@@ -5,11 +5,10 @@ import shapes
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import INTERRUPTED, killing_in_reduction, metrics_of, on_ranks, run_here, run_stage
+from ranks import INTERRUPTED, Interrupting, finish, killing_in_reduction, metrics_of, on_ranks, run_here, run_stage
 from safetensors.torch import load_file
 from shapes import outcome
 
-from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.sums import HOLD_OUT_EVERY, is_held_out
 from hfprune_dist.kinds.memory import Passes
 from hfprune_dist.kinds.prune import PruneParameters
@@ -54,26 +53,13 @@ REDUCTIONS = 2 * 3 + 4 + 3 + 1 + 3
 @pytest.mark.slow
 def test_a_block_goes_on_with_the_same_bits_after_one_of_its_ranks_died_in_the_second_layer(tmp_path):
     reference, stage = prepare(tmp_path / "whole", refit="block", samples=24)
-    assert run_stage(reference, stage, 2).returncode == 0
+    finish(reference, stage, 2)
     store, stage = prepare(tmp_path / "killed", refit="block", samples=24)
     killed = run_stage(store, stage, 2, environment=killing_in_reduction(1, REDUCTIONS + REDUCTIONS // 2))
     assert killed.returncode != 0 and not store.handle(stage.id).artifact.exists()
     assert len(list(store.handle(stage.id).work.glob("refit-*/layer-*.safetensors"))) == 1
-    resumed = run_stage(store, stage, 2)
-    assert resumed.returncode == 0, resumed.output[-2000:]
+    finish(store, stage, 2)
     assert outcome(store, stage) == outcome(reference, stage)
-
-
-class Interrupting(Interruption):
-    """Asks all ranks to end when they check for an interruption the ``at``-th time."""
-
-    def __init__(self, at):
-        super().__init__()
-        self._at = at
-
-    def agreed(self, world):
-        self._at -= 1
-        return self._at == 0
 
 
 def test_an_interrupted_refit_goes_on_at_its_layer(tmp_path):

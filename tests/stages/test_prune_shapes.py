@@ -21,8 +21,7 @@ def prepare(folder, variant="llama", **changes):
     settings = {"criterion": "surgeon", "allocation": "searched", "refit": "none", "structures": BOTH}
     settings |= {"effort": "thorough"}
     limits = {"floor": 0.2, "protect_first": 0, "protect_last": 0}
-    biases = {"attention_bias": True} if variant == "qwen3" else {}
-    return shapes.prepare(folder, variant, layers=LAYERS, worth=4.0, **biases, **{**settings, **limits, **changes})
+    return shapes.prepare(folder, variant, layers=LAYERS, worth=4.0, **{**settings, **limits, **changes})
 
 
 def neuron_in(folder):

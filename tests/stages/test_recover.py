@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_stages import being_made, stage_of
 from peft import PeftModel
-from ranks import SoloWorld, killing, metrics_of, run_stage
+from ranks import SoloWorld, finish, killing, metrics_of, run_stage
 from tiny import save_tiny, write_pairs
 from tracked import require_reported
 from trained import assert_same_weights, lines_of, losses_of
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.config.schema import RuntimeConfig
-from hfprune_dist.config.training import Training
 from hfprune_dist.data.instructions import save_rows
 from hfprune_dist.errors import UserError
 from hfprune_dist.stages import training
@@ -31,17 +30,9 @@ RUNTIME = {"sharding": "replicate", "save_every_steps": 2, "collective_timeout_m
 
 
 def make_stage(source, **changes):
-    settings = Training(**{**RECOVERY, **changes})
-    recovery = settings.model_dump(exclude={"path", "dataset", "name", "split", "revision"})
     files = {"model": source / "model", "text": source / "pairs.jsonl"}
     inputs = {role: Input(role, str(file)) for role, file in files.items()}
-    return stage_of("recover", "tiny", {"recovery": recovery, "seed": 0}, inputs)
-
-
-def finish(store, stage, ranks, code=0, **runtime):
-    ended = run_stage(store, stage, ranks, **RUNTIME, **runtime)
-    assert ended.returncode == code, ended.output
-    return ended.output
+    return stage_of("recover", "tiny", {"recovery": RECOVERY | changes}, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,7 @@ def source(tmp_path_factory):
 def uninterrupted(tmp_path_factory, source):
     """The stage, run on two ranks, in bfloat16 and with dropout; each has whole weights."""
     store, stage = Store(tmp_path_factory.mktemp("uninterrupted") / "store"), make_stage(source)
-    finish(store, stage, ranks=2)
+    finish(store, stage, 2, **RUNTIME)
     return store, stage
 
 
@@ -105,14 +96,14 @@ def test_a_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     alone = Store(tmp_path / "one" / "store")
 
-    assert "step 1/" not in finish(store, stage, ranks=2, **tracked)
+    assert "step 1/" not in finish(store, stage, 2, **RUNTIME, **tracked)
     name = require_reported(tmp_path / "two" / "tracking", lines_of(store, stage))
     assert name.startswith("tiny-recover-") and not (uninterrupted[0].root.parent / "tracking").exists()
     expected = losses_of(*uninterrupted)
     assert losses_of(store, stage) == expected
     assert_same_weights(store.handle(stage.id).artifact, uninterrupted[0].handle(stage.id).artifact)
 
-    assert "step 1/" not in finish(alone, stage, ranks=1)
+    assert "step 1/" not in finish(alone, stage, **RUNTIME)
     assert losses_of(alone, stage) == pytest.approx(expected, rel=1e-3)
 
 
@@ -120,9 +111,8 @@ def test_a_killed_stage_goes_on_to_the_same_bits_and_on_another_world_size_close
 def test_a_snapshot_of_other_answers_is_left(tmp_path, source):
     """Answers that are lost are made again, on GPUs with other bits, and may fill fewer rows."""
     store, answers = Store(tmp_path / "store"), stage_of("answers", "tiny", {}, {"model": Input("m", "/m")})
-    settings = Training(**{**RECOVERY, "max_steps": None, "epochs": 1.0}).model_dump()
     inputs = {"model": make_stage(source).inputs["model"], "answers": answers.as_input()}
-    stage = stage_of("recover", "tiny", {"recovery": settings}, inputs)
+    stage = stage_of("recover", "tiny", {"recovery": RECOVERY | {"max_steps": None, "epochs": 1.0}}, inputs)
 
     def make_answers(count):
         records = ({"prompt_ids": [1, 3 + number], "response_ids": [5] * 200} for number in range(count))
@@ -134,14 +124,15 @@ def test_a_snapshot_of_other_answers_is_left(tmp_path, source):
     assert list(store.handle(stage.id).work.glob("snapshot.safetensors"))
     shutil.rmtree(store.handle(answers.id).artifact)
     make_answers(2)
-    assert "step 1/1," in finish(store, stage, ranks=1)
+    assert "step 1/1," in finish(store, stage, **RUNTIME)
     assert metrics_of(store, stage)["steps"] == 1
 
 
 @pytest.mark.slow
 def test_diverged_training_is_the_users_to_mend(tmp_path, source):
     store, stage = Store(tmp_path), make_stage(source, learning_rate=1e30)
-    assert "at step 2; lower recovery.learning_rate" in finish(store, stage, ranks=1, code=UserError.EXIT_CODE)
+    code, output = run_stage(store, stage, **RUNTIME)
+    assert code == UserError.EXIT_CODE and "at step 2; lower recovery.learning_rate" in output
     assert not store.handle(stage.id).artifact.exists()
 
 

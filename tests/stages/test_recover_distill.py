@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_stages import being_made, stage_of
 from masking import write
-from ranks import SoloWorld, killing, metrics_of, run_stage
+from ranks import SoloWorld, finish, killing, metrics_of, run_stage
 from shapes import divergence
 from tiny import save_tiny
 from trained import assert_same_weights, losses_of, weights_of
@@ -37,19 +37,15 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     dense = open_checkpoint(save_tiny(folder / "dense"))
     store = Store(folder / "store")
-    make_reference(store, dense, torch.float32)
+    stream = LayerStream(dense, windows(), torch.float32, MICRO_BATCH, SoloWorld())
+    with being_made(store, REFERENCE) as draft:
+        write_dense_states(stream, draft, lambda layers: None)
     with being_made(store, PASS) as draft:
         save_windows(windows(), draft)
     kept = Kept.of_all_layers({"neurons": [torch.arange(0, 48, 2), torch.arange(30)]})
     with being_made(store, PRUNE) as draft:
         write(dense, kept, draft)
     return folder
-
-
-def make_reference(store, dense, dtype):
-    stream = LayerStream(dense, windows(), dtype, MICRO_BATCH, SoloWorld())
-    with being_made(store, REFERENCE) as draft:
-        write_dense_states(stream, draft, lambda layers: None)
 
 
 def lay_out(source, folder, teacher="reference", **settings):
@@ -75,16 +71,10 @@ def lay_out(source, folder, teacher="reference", **settings):
     return Store(folder / "store"), stage_of("recover", "tiny", params, inputs)
 
 
-def finish(store, stage, ranks):
-    result = run_stage(store, stage, ranks, **RUNTIME)
-    assert result.returncode == 0, result.output[-2000:]
-    return result.output
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(source, tmp_path_factory):
     store, stage = lay_out(source, tmp_path_factory.mktemp("two"))
-    finish(store, stage, ranks=2)
+    finish(store, stage, 2, **RUNTIME)
     return store, stage
 
 
@@ -112,7 +102,7 @@ def test_another_number_of_ranks_comes_close_and_so_it_does_after_a_kill(source,
     """Three ranks have more places than a step has windows: the places left over must not count."""
     store, stage = lay_out(source, tmp_path)
     assert run_stage(store, stage, 3, environment=killing(0, 4, "/snapshot."), **RUNTIME).returncode != 0
-    assert "step 1/" not in finish(store, stage, ranks=3)
+    assert "step 1/" not in finish(store, stage, 3, **RUNTIME)
     assert losses_of(store, stage) == pytest.approx(losses_of(*uninterrupted), rel=1e-3)
     # Adam would hide a gradient that is too large by a factor, such as the number of ranks.
     norms = losses_of(store, stage, "grad_norm")
@@ -128,11 +118,11 @@ def test_all_weights_are_trained_beside_the_dense_model_and_a_kill_changes_nothi
     settings = {"method": "full", "learning_rate": 2e-3, "epochs": 3.0}
     (tmp_path / "whole").mkdir()
     store, stage = lay_out(source, tmp_path / "whole", "dense", **settings)
-    finish(store, stage, ranks=2)
+    finish(store, stage, 2, **RUNTIME)
     (tmp_path / "killed").mkdir()
     again, _ = lay_out(source, tmp_path / "killed", "dense", **settings)
     assert run_stage(again, stage, 2, environment=killing(1, 4, "/snapshot-"), **RUNTIME).returncode != 0
-    assert "step 1/" not in finish(again, stage, ranks=2)
+    assert "step 1/" not in finish(again, stage, 2, **RUNTIME)
     dense = AutoModelForCausalLM.from_pretrained(source / "dense")
     folders = [each.handle(stage.id).artifact for each in (store, again)]
     models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in folders]

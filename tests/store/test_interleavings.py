@@ -9,9 +9,8 @@ import pytest
 from faults.interleave import interleave
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_stages import being_made, stage_of
+from made_stages import being_made, stage_of, taken_over
 
-from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, try_claim
 from hfprune_dist.store.stage import Input
@@ -98,14 +97,10 @@ def commit_unless_lost(scratch, claim, content):
 @given(order=ORDERS)
 def test_who_was_taken_for_dead_never_harms_its_successor(scratch, order):
     store = fresh(scratch)
-    work = store.handle(STAGE.id).work
-    first = try_claim(work)
+    first = store.handle(STAGE.id).claim()
 
     def succeed():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(claims, "_lives", lambda *_: False)
-            second = try_claim(work)
-        return commit_unless_lost(scratch, second, "second")
+        return commit_unless_lost(scratch, taken_over(store, STAGE), "second")
 
     ends = interleave([lambda: commit_unless_lost(scratch, first, "first"), succeed], order)
     assert ends[1] == "done"

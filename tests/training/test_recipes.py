@@ -12,7 +12,7 @@ import torch
 from fine_tunings import ROWS, STEPS, TOKENS, make_task, train
 from peft.tuners.lora import Linear
 from pretended_gpu import GPU, pretended_gpu
-from ranks import SoloWorld
+from ranks import Interrupting, SoloWorld
 from shapes import divergence
 from tiny import save_tiny
 from torch.nn.functional import cross_entropy, kl_div
@@ -146,16 +146,6 @@ def test_a_warm_up_takes_at_most_a_quarter_of_the_steps(checkpoints):
     assert rates[0] == rates[1] == task.settings.learning_rate and rates[2] == 0
 
 
-class AfterTwoSteps(Interruption):
-    def __init__(self):
-        super().__init__()
-        self.steps = 0
-
-    def agreed(self, world):
-        self.steps += 1
-        return self.steps == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full, both", "parts, labels"])
 def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpoints, name, monkeypatch):
@@ -172,7 +162,7 @@ def test_ranks_share_the_optimizer_and_resume_as_more_or_fewer(tmp_path, checkpo
     together, gathered = train(tmp_path / "two", 2, task)
     assert len(together.shares) == 2 and len(alone.shares) == 1
     assert (0 < gathered[0] < gathered[1] < gathered[2]) == (name == "full, both"), gathered
-    monkeypatch.setattr("fine_tunings.Interruption", AfterTwoSteps)
+    monkeypatch.setattr("fine_tunings.Interruption", lambda: Interrupting(2))
     with pytest.raises(AssertionError):
         train(tmp_path / "resumed", 2, task)
     monkeypatch.undo()
@@ -248,7 +238,7 @@ def test_an_interrupted_step_is_saved(tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
     monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 4)
     with pytest.raises(Interrupted):
-        fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), AfterTwoSteps(), file, tmp_path / "run")
+        fine_tune(task, SoloWorld(), RuntimeConfig(), Progress(None), Interrupting(2), file, tmp_path / "run")
     (tmp_path / "whole").mkdir()
     expected = train_alone(task, tmp_path / "whole")
     monkeypatch.setattr(trainer, "rows_at_once", lambda *_: 1)

@@ -9,14 +9,13 @@ import pytest
 from hfprune_launch.local import backend as local
 from hfprune_launch.local.backend import LocalBackend, explain_death, wait_until_cancelled
 from hfprune_launch.stage.run import Provenance
-from made_stages import stage_of
+from made_stages import stage_of, taken_over
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.planning.plan import Plan
-from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import StageHandle
 from hfprune_dist.store.attempts import End, Ledger
-from hfprune_dist.store.claims import Cancellation, Claim, try_claim
+from hfprune_dist.store.claims import Cancellation, Claim
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -117,12 +116,8 @@ def test_a_launcher_that_goes_on_after_a_cancellation_is_named_with_what_ends_it
 
 
 def take_over(store):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "_lives", lambda *_: False)
-        claim = try_claim(store.handle(STAGE.id).work)
-    assert isinstance(claim, Claim)
-    draft = store.handle(STAGE.id).open_draft(claim)
-    return claim, draft
+    claim = taken_over(store, STAGE)
+    return claim, store.handle(STAGE.id).open_draft(claim)
 
 
 @pytest.mark.parametrize("codes", [{0: 1}, None])

@@ -6,14 +6,12 @@ from functools import partial
 import pytest
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.job import NodeError, Start, rank_environment
-from made_stages import stage_of
+from made_stages import stage_of, taken_over
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError
-from hfprune_dist.store import claims
 from hfprune_dist.store.attempts import Ledger, Run
-from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.heartbeat import Progress
 from hfprune_dist.store.stage import Input
 
@@ -90,9 +88,7 @@ def test_a_job_that_was_taken_for_dead_leaves_the_stage_to_its_successor(rank, s
     successors = []
 
     def suspended(claim):
-        with monkeypatch.context() as patch:
-            patch.setattr(claims, "_lives", lambda *_: False)
-            successors.append(try_claim(store.handle(STAGE.id).work))
+        successors.append(taken_over(store, STAGE))
         successors.append(store.handle(STAGE.id).open_draft(successors[0]))
         if error is None:
             claim.require_held()

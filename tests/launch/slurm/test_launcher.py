@@ -268,7 +268,7 @@ def cancel(store, sleep=lambda _: None):
 
 
 def test_a_launcher_that_waits_for_room_submits_nothing_after_it_was_cancelled(fake, store):
-    fake.faults = {"sbatch": ["", "limit"]}
+    fake.faults = {"sbatch": ["", "sbatch: error: AssocMaxSubmitJobLimit"]}
     (plan,) = plans_of_two("a")
     launcher = started(store, plan)
     fake.jobs["999"] = Job("mine", "RUNNING")
