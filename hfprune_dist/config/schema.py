@@ -124,8 +124,8 @@ class RuntimeConfig(Section):
     save_every_steps: Positive = 50
     """Recovery: optimizer steps between snapshots."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=366 * 24 * 60)] = 240
-    """Ranks that wait longer than this for another one end the stage. One that is lost ends it at once; this is for one
-    that hangs, and longer than rank 0 ever works alone."""
+    """Ranks that wait longer than this for another one, or half an hour for it to start, end the stage. One that is
+    lost ends it at once; this is for one that hangs, and longer than rank 0 ever works alone."""
     engine_pythons: dict[EngineName, Name] = Field(default={})
     """Engine -> path, or name in PATH, of a Python that has it; by default, the one that runs this. A ``vllm`` also
     writes the dense model's answers (``recovery.answers``)."""

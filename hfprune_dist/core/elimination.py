@@ -60,7 +60,8 @@ def elimination_scores(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor,
 
 def eliminate(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U: Tensor) -> tuple[Tensor, Tensor]:
     """Remove all units, the cheapest first, ``BLOCK`` channels between two updates of the costs. Return their order,
-    int64 [units], and their costs in that order, float64, nats per token; raises as ``elimination_scores``.
+    int64 [units], and costs in that order, float64, nats per token; raises UnresolvedError as ``damped_inverse``.
+
     All is computed in the weight's ``wide_dtype``. What a removal subtracts from a diagonal entry of G^-1 is never more
     than that entry, so float32 keeps its digits.
     """

@@ -31,7 +31,7 @@ class NonFiniteError(ValueError):
     """A layer's activations or gradients are NaN or infinite; the message says which."""
 
 
-# Called with the name of a Gram matrix, the layer's number and vectors to add to it: in the forward, ``gram_name`` a
+# Called with the name of a Gram matrix, the layer's number and vectors to add to it: in the forward, ``gram_name`` of a
 # kind of units and what their output projection reads [tokens, channels]; in the backward of the criterion that
 # ``needs_moments``, from the last layer to the first, the kind and the gradients at its output [tokens, hidden_size].
 SeeVectors = Callable[[str, int, Tensor], None]

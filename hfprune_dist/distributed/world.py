@@ -99,7 +99,8 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
     CPU tensors travel over gloo in any case, so that float64 sums and decisions never depend on the accelerator.
 
     Args:
-        timeout_minutes: a collective that takes longer raises, so that a rank that hangs doesn't hang the job.
+        timeout_minutes: a collective that takes longer raises, so that a rank that hangs doesn't hang the job; so does
+            waiting for all ranks to join, after ``MEETING`` at the latest.
         reproducible: whether what GPUs compute must have the same bits each time.
 
     Raises:

@@ -55,7 +55,7 @@ class Derivatives(NamedTuple):
 
 
 class NormGradients:
-    """Derivatives with respect to factors on the outputs of all norms: before (or after) each block, and the final one.
+    """Derivatives with respect to factors on the outputs of all norms: before and after blocks, and the final one.
 
     Args:
         stream: the windows before the first layer.

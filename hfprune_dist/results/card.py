@@ -271,7 +271,7 @@ class Card:
         recipe, names = self.recipe()
         if not recipe:
             return f"{text}, by a method or a recipe that has been renamed since."
-        also = f" It reads, besides itself, {', '.join(map(code, names.values()))}." if names else ""
+        also = f" It reads, from its own folder, {', '.join(map(code, names.values()))}." if names else ""
         command = f"```bash\npython launch/sweep.py --config {RECIPE}\n```"
         return f"{text}, by\n\n{command}\n\n`{RECIPE}` has all settings.{also}"
 

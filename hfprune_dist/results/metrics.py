@@ -91,8 +91,8 @@ METRICS = {
 # Those of the comparison with the dense model on one text.
 OF_TEXT = ("kl", "top1_agreement", "perplexity")
 
-# A task's headline is the first of these that it reports: shares of right answers, or as much alike as the paper, too,
-# averages them with. Perplexities can't be averaged with them: a task that reports nothing else has no headline.
+# A task's headline is the first of these that it reports: shares of right answers, or scores that the paper averages
+# with those. Perplexities can't be: a task that reports nothing else has no headline.
 HEADLINES = ("acc_norm", "acc", "accuracy", "prompt_level_strict_acc", "pct_stereotype", "exact_match", "em", "f1")
 
 

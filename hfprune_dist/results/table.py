@@ -121,13 +121,13 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _kept(row: Row, dense: Row) -> str:
-    """How much a row keeps of the dense model: of its average score after the same training, if that was measured, so
-    that training's gain isn't credited to pruning; else of its most likely next tokens.
+    """How much a row keeps of the dense model: of its average score after its recipe's training, if that was
+    measured, so that training's gain isn't credited to pruning; else of its most likely next tokens.
     """
     share, error, of_what = row["top1_agreement"], row["top1_agreement_stderr"], "most likely next tokens"
     if row["average"] is not None and dense["average"]:
         share, error, of_what = row["average"] / dense["average"], None, "average score"
-        of_what += "" if dense["recovery"] == NONE else " after the same training"
+        of_what += "" if dense["recovery"] == NONE else f" after {dense['recovery']}"
         if row["average_stderr"] is not None and dense["average_stderr"] is not None:  # as if they were independent
             error = math.hypot(row["average_stderr"], share * dense["average_stderr"]) / dense["average"]
     name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")

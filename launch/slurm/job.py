@@ -107,8 +107,10 @@ def require_usable_node(store: Store, environment: Mapping[str, str]) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use"
-            raise NodeError(f"node {node} has GPUs that {built}; if all nodes do, install a torch for an older CUDA")
+            told = (
+                f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use; check its driver, or, if"
+            )
+            raise NodeError(f"node {node} has GPUs that {told} it is so on all nodes, install one for an older CUDA")
 
 
 def run_rank(folder: Path, interruption: Interruption) -> int:

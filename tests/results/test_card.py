@@ -98,7 +98,7 @@ def test_people_read_how_it_was_made(config, tmp_path):
         "- KL: mean divergence of the next token's distribution from the dense model's, nats per token, lower is ",
         'AutoModelForCausalLM.from_pretrained("alpha-0.2-surgeon-uniform-block-lora")',
         "by\n\n```bash\npython launch/sweep.py --config recipe.yaml\n```",
-        "It reads, besides itself, `alpha`, `calibration.jsonl`, ",
+        "It reads, from its own folder, `alpha`, `calibration.jsonl`, ",
         "With hfprune_dist 0.1.0 at commit `0123abc` with changes (Python 3.12.1, torch 2.9)",
     ):
         assert shown in card, shown
