@@ -124,15 +124,16 @@ def _kept(row: Row, dense: Row) -> str:
     """How much a row keeps of the dense model: of its average score after its recipe's training, if that was
     measured, so that training's gain isn't credited to pruning; else of its most likely next tokens.
     """
-    share, error, of_what = row["top1_agreement"], row["top1_agreement_stderr"], "most likely next tokens"
+    share, error = row["top1_agreement"], row["top1_agreement_stderr"]
+    of_what = "the dense model's most likely next tokens"
     if row["average"] is not None and dense["average"]:
-        share, error, of_what = row["average"] / dense["average"], None, "average score"
-        of_what += "" if dense["recovery"] == NONE else f" after {dense['recovery']}"
+        share, error, trained = row["average"] / dense["average"], None, dense["recovery"]
+        of_what = "the dense model's average score" if trained == NONE else f"the average score of dense + {trained}"
         if row["average_stderr"] is not None and dense["average_stderr"] is not None:  # as if they were independent
             error = math.hypot(row["average_stderr"], share * dense["average_stderr"]) / dense["average"]
     name = row["method"] + (f" + {row['recovery']}" if row["recovery"] not in (NONE, OWN) else "")
     kept, kl = with_error(share, error, percent), METRICS["kl"].shown(row)
-    return f"with {100 * row['ratio']:g} % removed, {name} keeps {kept} % of the dense model's {of_what} (KL {kl})"
+    return f"with {100 * row['ratio']:g} % removed, {name} keeps {kept} % of {of_what} (KL {kl})"
 
 
 def notes(rows: Sequence[Row], wide: bool = False) -> list[str]:

@@ -73,7 +73,7 @@ def test_the_finding_is_the_closest_row_at_each_ratio_and_what_it_keeps_of_the_d
     ]
     control = row_of(ratio=0.0, average=0.7, average_stderr=None)
     (told,) = findings([DENSE, control, row_of(recovery="lora via 0.1"), row_of(ratio=0.5, recovery="distill")])
-    assert "keeps 97.6 % of the dense model's average score after lora (KL" in told
+    assert "surgeon-plain + lora via 0.1 keeps 97.6 % of the average score of dense + lora (KL" in told
     assert told.endswith("+ distill keeps 100.0±8.8 % of the dense model's average score (KL 0.263±0.012).")
     (told,) = findings([DENSE, row_of(average=None, average_stderr=None, recovery="none")])
     assert "surgeon-plain keeps 76.2±1.5 % of the dense model's most likely next tokens" in told
