@@ -94,7 +94,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 MLLAMA = {"model_type": "mllama", "vision_config": {}, "text_config": {}}
 MODELS = {
     "float8": (in_float8, [Q, "F8_E4M3", "quantized"]),
-    "mllama": (lambda model: edit_json(model / "config.json", **MLLAMA), ["mllama", "images", "llama"]),
+    "mllama": (lambda model: edit_json(model / "config.json", **MLLAMA), ["mllama", "vision-language", "llama"]),
     "pickle": (
         lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
         ["pytorch_model.bin", "save_pretrained"],
