@@ -152,10 +152,8 @@ def explain_death(left: End | None, codes: Mapping[int, int], log: Path) -> tupl
     ends = [f"rank {rank} by {number.name}{', from outside' * is_from_outside}" for rank, number in signals.items()]
     ends = ends or [f"rank {rank} with exit code {code}" for rank, code in codes.items() if code]
     how = ", ".join(ends) or ("all ended as if they had succeeded" if codes else "all, and what started them")
-    cause, message = (
-        Cause.CODE if signals and not is_from_outside else Cause.KILLED,
-        f"a rank died without a message: {how}",
-    )
+    cause = Cause.CODE if signals and not is_from_outside else Cause.KILLED
+    message = f"a rank died without a message: {how}"
     lines = [line for line in end_of_log(log, LOG_END_BYTES).splitlines() if line.strip()]
     ending = "\n  ".join([f"\n{log} ends with:", *lines[-LOG_TAIL_LINES:]])
     return cause, message + ending
