@@ -169,7 +169,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
         if torch.endswith("+cpu") and any(profile.resources[kind].gpus for kind in kinds):
             raise UserError(
                 f"torch {torch} was installed without CUDA, as where there is no GPU, and the profile asks for GPUs; "
-                "remove .venv, set UV_TORCH_BACKEND=cu128, or what their driver takes, and run launch/quickstart.sh"
+                "remove .venv, set UV_TORCH_BACKEND=cu130 (drivers before 580: cu126), and run launch/quickstart.sh"
             )
     if stages and profile is None and count_gpus():
         from hfprune_dist.distributed.world import require_usable_gpus  # torch takes seconds to import

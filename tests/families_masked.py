@@ -141,12 +141,19 @@ def pruned_plainly(checkpoint, kept, folder):
     smaller, loaded = open_checkpoint(folder), load(folder)
     require_own_weights(smaller)
     assert not list(folder.glob("*.py")) and type(loaded).__module__.startswith("transformers.")
-    assert_same(logits_of(loaded), logits_of(masked(checkpoint, kept)))
+    assert_same(logits_of(exact(copy.deepcopy(loaded))), logits_of(exact(masked(checkpoint, kept))), 1e-6)
     distinct = {weight.data_ptr(): weight.numel() for weight in loaded.state_dict().values()}
     assert smaller.parameters == checkpoint.parameter_counts.after(kept.shape) == sum(distinct.values())
     return smaller, loaded
 
 
-def assert_same(ours, theirs):
-    """Check that logits differ by at most 1e-5 of the largest."""
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+def exact(model):
+    """Have a model compute in double precision: how far single is from it depends on processors and multipliers."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # torch's grouped products know no doubles
+    return model.double()
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Check that logits differ by at most a small share of the largest."""
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()

@@ -35,7 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "repeats": 1,
         "dtype": "float32",
         "device": "a processor",
-        "packages": {},
     },
     "answers": {"dtype": "float32", "seed": 0},
     "check": {"engines": ["vllm"]},

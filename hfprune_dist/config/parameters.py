@@ -29,6 +29,7 @@ class StageKind:
         on_one_rank: whether stages run on a single rank, however many ranks others have.
         cuts: whether the artifact is a model with parts of the input model removed.
         trains: whether it trains.
+        libraries: packages besides ``LIBRARIES`` whose releases results depend on.
     """
 
     settings: str
@@ -37,18 +38,21 @@ class StageKind:
     on_one_rank: bool = False
     cuts: bool = False
     trains: bool = False
+    libraries: tuple[str, ...] = ()
 
 
+# Packages whose releases the results of every kind depend on.
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "deepspeed")
 KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 11, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 3),
     "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 8, trains=True),
-    "evaluate": StageKind("evaluate.EvaluateParameters", 5),
+    "recover": StageKind("training.RecoverParameters", 8, trains=True, libraries=("peft",)),
+    "evaluate": StageKind("evaluate.EvaluateParameters", 5, libraries=("lm-eval",)),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 6, cuts=True, trains=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 6, cuts=True, trains=True, libraries=("peft",)),
 }
 
 

@@ -12,15 +12,13 @@ from hfprune_dist.config.method import EngineName
 from hfprune_dist.config.schema import EfficiencyConfig
 from hfprune_dist.config.section import Dtype
 from hfprune_dist.kinds.memory import ITEMSIZE, Need, Planned, StageParameters, generation
-from hfprune_dist.store.provenance import package_versions
 
 
 class EfficiencyParameters(StageParameters):
-    """Settings of a measurement of speed and memory: those of an ``EfficiencyConfig``, and the environment.
+    """Settings of a measurement of speed and memory: those of an ``EfficiencyConfig``, and the machine.
 
     ``engine``: what generates, its version is among the results; null: transformers.
     ``device``: as the planner knows it, the processor or GPU of this machine or what is requested from a cluster.
-    ``packages``: versions of the libraries that do the computing in place of an engine.
     """
 
     batch_setting: ClassVar[str] = "efficiency.batch_sizes"
@@ -32,7 +30,6 @@ class EfficiencyParameters(StageParameters):
     repeats: int
     dtype: Dtype
     device: str
-    packages: dict[str, str | None]
 
     @classmethod
     def from_config(cls, efficiency: EfficiencyConfig, device: str) -> EfficiencyParameters:
@@ -41,7 +38,6 @@ class EfficiencyParameters(StageParameters):
             prompt_tokens=sorted(efficiency.prompt_tokens),
             **efficiency.model_dump(exclude={"enabled", "batch_sizes", "prompt_tokens"}),
             device=device,
-            packages=package_versions(() if efficiency.engine else ("torch", "transformers")),
         )
 
     def need(self, planned: Planned) -> Need:

@@ -92,6 +92,7 @@ def _loaded(checkpoint: Checkpoint, **options: Any) -> tuple[PreTrainedModel, di
             checkpoint.path,
             attn_implementation=attention,
             output_loading_info=True,
+            use_kernels=False,  # of a hub: code that nobody here has read, and other numbers
             **({"tie_word_embeddings": False} if untie else {}),
             **options,
         )

@@ -38,7 +38,7 @@ from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, label_of, recovery
 from hfprune_dist.planning.ratios import check_ratios, place_of, with_numbers
 from hfprune_dist.planning.user_files import own_tasks
 from hfprune_dist.store.hashing import FileHashes
-from hfprune_dist.store.stage import CUTTING, Input, Stage
+from hfprune_dist.store.stage import CUTTING, Input, Stage, releases_of
 from hfprune_dist.structures import NEURONS, UnitKind, kinds_among
 
 # The most that a dense model's hidden states may take on disk; it runs beside the model that is trained otherwise.
@@ -364,7 +364,7 @@ class _Planner:
 
     def _stage(self, kind: str, label: str, params: Parameters, inputs: Mapping[str, Input]) -> Stage:
         """A stage, or the equal one that is planned already."""
-        stage = Stage(kind, label, params, inputs)
+        stage = Stage(kind, label, params, inputs, releases_of(kind))
         return self.stages.setdefault(stage.id, stage)
 
     def _text(self, role: str, source: TextSource) -> dict[str, Input]:

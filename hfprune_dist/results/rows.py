@@ -119,16 +119,19 @@ class _Rows:
             OUTLOOK: self._outlook(cell),
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
-            "measured_as": self._measured_as(cell),
+            "measured_as": self._measured_as(cell, manifests),
             "status": status,
             "cause": cause,
         }
 
-    def _measured_as(self, cell: Cell) -> str:
-        """Digest of all that scores depend on besides the model: rows in which it is the same can be compared."""
+    def _measured_as(self, cell: Cell, manifests: Mapping[str, Manifest | None]) -> str:
+        """Digest of all that scores depend on besides the model, and of the versions of libraries that made the row:
+        rows in which it is the same can be compared.
+        """
         evaluation = self._plan.stages[cell.evaluate]
         inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
-        return digest_of([evaluation.params.to_json(), inputs])[:12]
+        packages = {digest_of(found.get("provenance", {}).get("packages")) for found in manifests.values() if found}
+        return digest_of([evaluation.params.to_json(), inputs, sorted(packages)])[:12]
 
     def _outlook(self, cell: Cell) -> str | None:
         """What more of a row's last training would give; None if too few others tell."""

@@ -24,7 +24,7 @@ Columns = list[Column[Row]]
 RESULTS = ("results.csv", "results.md", "results.json")
 # Fields of a row that only results.json has; results of texts, tasks and workloads get columns of their own.
 NESTED = (OTHER_TEXTS, "tasks", "efficiency", ENGINES, "stages", "provenance", *BY_LAYER)
-MEASURED_OTHERWISE = "not to be compared with the first rows of their models, since measured in another way"
+MEASURED_OTHERWISE = "not to be compared with their models' first rows: measured otherwise, or with other libraries"
 
 
 def metrics_shown(rows: Sequence[Row], wide: bool) -> list[Metric]:

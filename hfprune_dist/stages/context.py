@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from hfprune_dist.distributed.frozen_model import passes_here
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.distributed.world import World
-from hfprune_dist.errors import LostInputError
+from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.kinds.memory import Need, Passes, most_at_once
 from hfprune_dist.planning.user_files import ChangedInputError, require_planned
 from hfprune_dist.store.artifacts import StageHandle, Store
@@ -32,7 +33,7 @@ from hfprune_dist.store.attempts import Cause, Ledger
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.heartbeat import Progress
-from hfprune_dist.store.provenance import environment
+from hfprune_dist.store.provenance import environment, releases
 from hfprune_dist.store.stage import Stage
 
 INPUTS = "inputs.json"  # in a work folder: the content of artifacts that progress there was made with
@@ -161,9 +162,18 @@ class Context(Generic[P]):
             LostInputError: naming an artifact that is missing or corrupt (then set aside); the sweep makes it again.
             ChangedInputError: naming a file or folder of the user's that is not what the sweep was planned with.
                 Progress that earlier attempts have made with it is deleted.
+            UserError: if this Python has other releases of libraries than the launcher's.
         """
 
         def check() -> None:
+            here = releases(self.stage.releases)
+            if moved := [name for name, planned in self.stage.releases.items() if here.get(name) != planned]:
+                planned = ", ".join(f"{name} {self.stage.releases[name]}" for name in moved)
+                found = ", ".join(f"{name} {here.get(name)}" for name in moved)
+                raise UserError(
+                    f"{self.stage.id} was planned with {planned}, but {sys.executable} has {found}: "
+                    "use one environment for the launcher and for stages"
+                )
             ends = [end for _, end in Ledger(self.store).ends(self.stage.id) if end is not None]
             self.require_artifacts(thorough=any(end.cause not in (Cause.DONE, Cause.INTERRUPTED) for end in ends))
             for left in listed(self.work, "tmp*"):  # an engine's files, of an attempt that was killed

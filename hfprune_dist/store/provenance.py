@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 CODE = ("hfprune_dist", "launch")  # folders of a clone
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "datasets", "lm-eval", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "deepspeed",
+    "peft",
+    "accelerate",
+    "datasets",
+    "lm-eval",
+    "safetensors",
+)
 
 
 def code_version(root: Path) -> dict[str, Any]:
@@ -38,6 +48,11 @@ def environment() -> dict[str, Any]:
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Package -> its version; None if it isn't installed."""
     return {package: _version(package) for package in packages}
+
+
+def releases(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> its release as far as results depend on it: 5.25 for 5.25.1. Packages that aren't installed lack."""
+    return {name: ".".join(found.split(".")[:2]) for name, found in package_versions(packages).items() if found}
 
 
 @cache  # reads all of a package's metadata

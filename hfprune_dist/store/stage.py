@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hfprune_dist.config.parameters import KINDS, Parameters, parameters_of
+from hfprune_dist.config.parameters import KINDS, LIBRARIES, Parameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
+from hfprune_dist.store.provenance import releases
 
 # Kinds whose artifact is a model with parts of their input model removed.
 CUTTING = frozenset(name for name, kind in KINDS.items() if kind.cuts)
@@ -47,19 +48,21 @@ class Stage:
         label: name for people; not part of the fingerprint.
         params: all settings that affect the result, as the kind's class.
         inputs: role -> input.
+        releases: package -> release (major and minor number) of each library that the result depends on.
     """
 
     kind: str
     label: str
     params: Parameters
     inputs: Mapping[str, Input] = field(default_factory=dict)
+    releases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
-        """20 hex digits of the sha256 over version, settings and input identities."""
+        """20 hex digits of the sha256 over version, settings, input identities and releases."""
         identities = {role: source.identity for role, source in self.inputs.items()}
-        version, params = KINDS[self.kind].version, self.params.to_json()
-        return digest_of({"version": version, "kind": self.kind, "params": params, "inputs": identities})[:20]
+        made_from = {"params": self.params.to_json(), "inputs": identities, "releases": dict(self.releases)}
+        return digest_of({"version": KINDS[self.kind].version, "kind": self.kind, **made_from})[:20]
 
     @property
     def id(self) -> str:
@@ -80,6 +83,7 @@ class Stage:
             "label": self.label,
             "params": self.params.to_json(),
             "inputs": {role: asdict(source) for role, source in self.inputs.items()},
+            "releases": dict(self.releases),
         }
 
     @classmethod
@@ -87,11 +91,17 @@ class Stage:
         """Read a record written by ``to_json``; that of another version of the code is refused."""
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         with suppress(KeyError, ValidationError):
-            stage = cls(record["kind"], record["label"], parameters_of(record["kind"])(**record["params"]), inputs)
+            params = parameters_of(record["kind"])(**record["params"])
+            stage = cls(record["kind"], record["label"], params, inputs, record["releases"])
             if stage.fingerprint == record["fingerprint"]:
                 return stage
         planned = f"{record['kind']}/{record['fingerprint']}"
         raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
+
+
+def releases_of(kind: str) -> dict[str, str]:
+    """The installed releases that results of a kind of stage depend on: package -> major and minor number."""
+    return releases((*LIBRARIES, *KINDS[kind].libraries))
 
 
 def kind_of(stage_id: str) -> str:

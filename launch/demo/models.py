@@ -65,7 +65,8 @@ def write_llama(weights: Path, folder: Path) -> None:
     # transformers would parse the file three times, and make the map of its names for every module: half a minute.
     once: Any = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with mock.patch.multiple(gguf, **once):
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
+        dense = {"quantization_config": GgufConfig(dequantize=True), "use_kernels": False}
+        model = AutoModelForCausalLM.from_pretrained(**source, **dense)
         tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.config.max_position_embeddings)
     model.hf_quantizer = None  # otherwise the saved folder would still call itself quantized
     vars(model.config).pop("quantization_config", None)

@@ -120,6 +120,7 @@ def prepare_environment() -> None:
         os.environ.setdefault(key, value)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["USE_HUB_KERNELS"] = "0"  # which transformers downloads for some architectures, unless told not to
     # Threads that spin while they wait for each other take the cores from those that work. If others use the machine
     # too, generating tokens took ten times as long; on idle cores, sleeping costs nothing that can be measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

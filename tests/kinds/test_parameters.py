@@ -1,6 +1,7 @@
 """Parameters with which stages are planned, recorded and run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -38,6 +39,13 @@ def test_what_is_recorded_is_read_as_what_was_planned(stages):
         read = Stage.from_json(through_json(stage))
         assert type(read.params) is parameters_of(stage.kind)
         assert read.to_json() == stage.to_json() and read.id == stage.id
+
+
+def test_another_minor_release_of_a_library_is_another_result(stages):
+    for stage in stages:
+        assert stage.releases["transformers"].count(".") == 1, "patch releases share results"
+        assert {"recover": "peft", "evaluate": "lm-eval"}.get(stage.kind, "torch") in stage.releases
+        assert replace(stage, releases={**stage.releases, "transformers": "4.0"}).id != stage.id
 
 
 def test_no_place_of_a_file_is_recorded(stages, tmp_path_factory):

@@ -90,8 +90,9 @@ def test_a_finished_cell_shows_what_was_measured(store):
     }
     assert {name: pruned[name] for name in expected} == expected
     expected = {"ratio": 0.0, "ratio_reached": 0.0, "parameters": 100, "intermediate_size": 48, "weight_bytes": 400}
-    expected |= {"own_time_s": 2.0, "checkpoint": None, "device_hours": 0, "measured_as": pruned["measured_as"]}
+    expected |= {"own_time_s": 2.0, "checkpoint": None, "device_hours": 0}
     assert {name: dense[name] for name in expected} == expected
+    assert dense["measured_as"] != pruned["measured_as"], "other versions of libraries have made it"
 
 
 def test_a_row_names_the_folder_of_its_checkpoint(store):

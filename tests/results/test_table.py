@@ -86,5 +86,5 @@ def test_what_is_missing_or_not_comparable_is_named():
     assert causes(rows) == [
         "missing: llama 0.5 surgeon-plain: prune has not run yet",
         "missing: llama 0.2 surgeon-plain: no speed: a rank died",
-        "not to be compared with the first rows of their models, since measured in another way: this",
+        "not to be compared with their models' first rows: measured otherwise, or with other libraries: this",
     ], "of qwen, there is no other"

@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 from damage import behind
@@ -71,6 +73,14 @@ def test_a_stage_on_the_planned_files_commits(store, text):
     (draft / "weights").write_text("weights")
     context.commit(draft, {})
     assert store.handle(context.stage.id).verify().state == "done" and not context.work.exists()
+
+
+def test_a_stage_in_an_environment_of_other_releases_is_refused(store, text):
+    context = claimed(store, text)
+    releases = {"torch": ".".join(version("torch").split(".")[:2]), "peft": "0.1"}
+    context = replace(context, stage=replace(context.stage, releases=releases))
+    with pytest.raises(UserError, match=r"planned with peft 0\.1, but \S+ has peft 0\.\d+: use one environment"):
+        context.check_inputs()
 
 
 def test_a_file_that_changed_after_planning_is_refused_and_so_is_what_was_made_of_it(store, text):

@@ -28,7 +28,6 @@ PARAMS = {
     "repeats": 3,
     "dtype": "float32",
     "device": "here",
-    "packages": {"torch": torch.__version__},
 }
 
 
@@ -93,7 +92,7 @@ def test_in_an_engine_the_same_is_measured_but_memory(source, tmp_path, answers,
         {"dense": [[0.5, 2.0], [0.6, 4.0], [0.7, 8.0]], "model": [[0.1, 1.0], [0.3, 1.0], [0.7, 8.0]]}
     ] * 4
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    store, stage = Store(tmp_path), stage_of(source, engine="vllm", packages={})
+    store, stage = Store(tmp_path), stage_of(source, engine="vllm")
     metrics, asked = run_here(store, stage), answers["asked"]
     assert metrics["threads"] == asked["threads"] == 7
     assert metrics["engine"] == "vllm 1" and asked["engine"] == "vllm" and asked["repeats"] == asked["new_tokens"] == 3
@@ -131,7 +130,7 @@ def test_vllm_generates_with_both_models_in_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(RuntimeConfig, "python_of", lambda _, engine: python_of(engine))
     for name, width in (("dense", 48), ("pruned", 17)):
         save_tiny(tmp_path / name, hidden_size=128, intermediate_size=width)  # heads of 32, its smallest on CPUs
-    store, stage = Store(tmp_path), stage_of(tmp_path, engine="vllm", packages={})
+    store, stage = Store(tmp_path), stage_of(tmp_path, engine="vllm")
     began = time.monotonic()
     metrics = run_here(store, stage)
     waited = time.monotonic() - began
