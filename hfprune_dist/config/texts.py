@@ -37,8 +37,8 @@ class CalibrationConfig(TextSource):
     dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     samples: Positive = 1024
-    """Number of calibration windows, one at random from each document that is long enough. If there are fewer such
-    documents, each gives several, which may overlap; a plain-text file is one document."""
+    """Number of calibration windows, each at random from a document of its own that is long enough. A plain-text file
+    is one document."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     micro_batch_size: PositiveOrAuto = "auto"
@@ -110,8 +110,7 @@ class FidelityConfig(HeldOutText):
     dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
-    """Number of held-out windows from each text, cut as those of calibration. Standard errors assume they
-    are independent: with far fewer documents than windows they are too small."""
+    """Number of held-out windows from each text, cut as those of calibration: standard errors are between documents."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[TextName, HeldOutText], Field(min_length=1)] | None = None
