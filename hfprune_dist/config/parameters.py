@@ -40,15 +40,15 @@ class StageKind:
 
 
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 12, reproducible=True),
-    "reference": StageKind("reference.ReferenceParameters", 3, reproducible=True),
-    "answers": StageKind("answers.AnswersParameters", 3),
+    "importance": StageKind("importance.ImportanceParameters", 13, reproducible=True),
+    "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
+    "answers": StageKind("answers.AnswersParameters", 4),
     "prune": StageKind("prune.PruneParameters", 10, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 9, trains=True),
-    "evaluate": StageKind("evaluate.EvaluateParameters", 6),
+    "recover": StageKind("training.RecoverParameters", 10, trains=True),
+    "evaluate": StageKind("evaluate.EvaluateParameters", 7),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 6, cuts=True, trains=True),
+    "loraprune": StageKind("training.LoraPruneParameters", 7, cuts=True, trains=True),
 }
 
 

@@ -48,7 +48,7 @@ class CalibrationConfig(TextSource):
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     add_bos_token: bool | None = None
-    """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
+    """Begin windows with the BOS token that the tokenizer puts before a text; null: as in evaluation.add_bos_token."""
     mixture: Annotated[list[MixedText], Field(min_length=2)] | None = None
     """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
     ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,

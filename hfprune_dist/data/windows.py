@@ -24,8 +24,8 @@ TOKENIZED_CHARACTERS = 2 * 2**20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How windows are cut from documents: how many, and of how many tokens each, a BOS token included with which they
-    begin if the tokenizer has one; ``seed`` determines the order of documents, and where each window begins.
+    """How windows are cut from documents: how many, and of how many tokens each, a BOS token included if the
+    tokenizer puts one before a text; ``seed`` determines the order of documents, and where each window begins.
     """
 
     samples: int
@@ -34,7 +34,7 @@ class Sampling:
     add_bos_token: bool = True
 
     def bos(self, tokenizer: Any) -> list[int]:
-        """The ids before those that come from the text: one, or none."""
+        """The ids before those that come from the text."""
         return bos_ids(tokenizer) if self.add_bos_token else []
 
     def body(self, tokenizer: Any) -> int:

@@ -29,7 +29,7 @@ TOKENIZER = tiny_tokenizer()
 class LetterTokenizer:
     """A token for each letter; counts those that it is given."""
 
-    bos_token_id, name_or_path, characters = None, "/models/letters", 0
+    name_or_path, characters = "/models/letters", 0
 
     def __call__(self, text, **_):
         self.characters += len(text)
@@ -92,6 +92,17 @@ def test_windows_of_documents_in_random_order_are_those_of_a_shuffled_list(lengt
         except UserError as error:
             found.append(str(error))
     assert found[0] == found[1]
+
+
+@settings(max_examples=40)
+@given(st.text(min_size=1, max_size=20), st.booleans())
+def test_a_window_begins_as_the_tokenizer_begins_a_text(text, adds_bos):
+    """Some name a BOS token and don't put it there."""
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    whole = tokenizer(text)["input_ids"]
+    assert tokenizer.bos_token_id == 1 and (whole[0] == 1) == adds_bos
+    windows_ST = sample_windows([text], tokenizer, Sampling(1, len(whole), 0), "here")
+    assert windows_ST.tolist() == [whole]
 
 
 @settings(max_examples=60)
