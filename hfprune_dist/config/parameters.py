@@ -40,7 +40,7 @@ class StageKind:
 
 
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 13, reproducible=True),
+    "importance": StageKind("importance.ImportanceParameters", 14, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 4),
     "prune": StageKind("prune.PruneParameters", 10, reproducible=True, cuts=True),

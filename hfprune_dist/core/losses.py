@@ -142,7 +142,7 @@ def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tenso
     uint8 [SIGN_TOKENS, bytes]. The first of these tokens is number ``group * SIGN_TOKENS`` of the window.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
-    generator = window_generator(seed, window, f"signs {group}")
+    generator = numbered_generator(seed, window, f"signs {group}")
     return words.random_(torch.iinfo(torch.int64).min, None, generator=generator).view(torch.uint8)
 
 
@@ -159,13 +159,13 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     return ((bytes_256[:, None] >> places_8) & 1).to(dtype).mul_(2).sub_(1)
 
 
-def window_generator(seed: int, window: int, purpose: str) -> torch.Generator:
-    """Return the source of a calibration window's random numbers for some purpose; on the CPU."""
-    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, window, purpose)[:4], "little"))
+def numbered_generator(seed: int, number: int, purpose: str) -> torch.Generator:
+    """Return the source of random numbers for some purpose in a calibration window or a layer; on the CPU."""
+    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, number, purpose)[:4], "little"))
 
 
-def _digest(seed: int, window: int, purpose: str) -> bytes:
-    return hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
+def _digest(seed: int, number: int, purpose: str) -> bytes:
+    return hashlib.sha256(f"{seed} {number} {purpose}".encode()).digest()
 
 
 def summed_divergence(model: Outputs, dense: Outputs, labels_N: Tensor, label_weight: float) -> Tensor:

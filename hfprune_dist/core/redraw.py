@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.head import Outputs
-from hfprune_dist.core.losses import window_generator
+from hfprune_dist.core.losses import numbered_generator
 from hfprune_dist.core.portions import row_blocks
 
 # Share of the tokens that a copy redraws, on average.
@@ -29,7 +29,7 @@ def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int) -> Tensor:
     model's outputs for it, and its number ``window``, determine what is drawn.
     """
     # For each token, a number that says whether it is redrawn, and one that says which its successor is.
-    generator = window_generator(SEED, window, "copy 0")
+    generator = numbered_generator(SEED, window, "copy 0")
     chosen_T, uniform_T = torch.rand(2, len(ids_T), generator=generator, dtype=torch.float64)
     uniform_T, drawn_T = uniform_T.to(dense.hidden_NC.device), ids_T.clone()
     for rows, logits_NV in dense.logits():
