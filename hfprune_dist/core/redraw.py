@@ -48,6 +48,7 @@ def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
         cumulative_NV = p_NV.cumsum_(dim=-1)
     else:  # GPUs add in a varying order, which changes no bits of sums of integers
         cumulative_NV = p_NV.double().div_(QUANTUM).long().cumsum_(dim=-1).to(p_NV.dtype)
-    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
-    threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
-    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word that is possible.
+    total_N1 = cumulative_NV[:, -1:]
+    threshold_N1 = (uniform_N[:, None].to(total_N1.dtype) * total_N1).minimum(total_N1.nextafter(0 * total_N1))
+    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1)

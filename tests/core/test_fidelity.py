@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import statistics
 
@@ -77,6 +78,21 @@ def test_bfloat16_rounds_weights_and_states_but_no_logits(has_bias):
         sums = compare_outputs(*pair, ids_N)
         assert sums.agree == 300 and abs(sums.kl) < 300 * 1e-7
     assert divergences(model, [model]) == [0.0]
+
+
+@pytest.mark.parametrize("masked", [[0], [16], [0, 3, 4, 16]])
+def test_words_that_are_impossible_in_both_models_change_nothing(masked):
+    def both(value):
+        for model in (outputs(0), outputs(1)):
+            yield dataclasses.replace(model, bias_V=model.bias_V.index_fill(0, torch.tensor(masked), value))
+
+    dense, model, *low = *both(-torch.inf), *both(-1e4)
+    ids_N = torch.full((13,), -1)
+    found, expected = compare_outputs(dense, model, ids_N), compare_outputs(*low, ids_N)
+    assert found.kl == pytest.approx(expected.kl, rel=1e-12) and found.agree == expected.agree
+    assert divergences(dense, [model]) == [found.kl]
+    only_model = compare_outputs(outputs(0), model, ids_N)
+    assert only_model.kl == math.inf, "a word that the dense model may say"
 
 
 def test_certain_wrong_models_are_infinitely_far_not_nan():
