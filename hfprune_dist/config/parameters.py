@@ -43,7 +43,7 @@ KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 14, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 4),
-    "prune": StageKind("prune.PruneParameters", 10, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 11, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 10, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 7),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
