@@ -33,7 +33,7 @@ from hfprune_launch.screen import make_console, say
 from hfprune_dist.store.atomic_files import locked, read_object, write_json, write_jsonl
 
 # Raise this when the code makes different assets, so that older ones are made again.
-VERSION = "4"
+VERSION = "5"
 MANIFEST = "assets.json"
 FOLDERS = ("text", "papers", "tasks", "llama", "qwen")
 # DS_ACCELERATOR: transformers imports DeepSpeed, which otherwise looks for GPUs and reports that there are none.

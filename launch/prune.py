@@ -35,6 +35,7 @@ from hfprune_launch.sweep_folder import Sweep, read_sweep, record_run, require_a
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.checkpoints.engines import ENGINES
 from hfprune_dist.config.load import load_config, parse_assignments
+from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.data.text import CHECKED_CHARACTERS, read_beginning, read_texts
 from hfprune_dist.errors import UserError
 from hfprune_dist.planning.methods import resolve_methods
@@ -48,6 +49,7 @@ from hfprune_dist.store.hashing import FileHashes, digest_of
 
 METHOD = "surgeon-plain"
 HELD_OUT = 0.1  # share of a text, at its end
+CHARACTERS = 6  # in a token, at most, of most texts
 
 
 @command
@@ -124,9 +126,7 @@ def prune(
         overrides = {"recovery.method": "lora"} | overrides
         overrides |= {} if recover is True else {"recovery.path": str(recover)}
     if text is not None:
-        overrides |= _parts_of(
-            expanded_path(str(text)), load_config(files, overrides, PROJECT.configs).calibration.text_field, cache
-        )
+        overrides |= _parts_of(expanded_path(str(text)), load_config(files, overrides, PROJECT.configs), cache)
     configured = load_config(files, overrides, PROJECT.configs)
     resolve_methods(configured, PROJECT.configs / "methods")  # which takes no download
     hashes = FileHashes(cache / "hashes")
@@ -160,9 +160,11 @@ def prune(
     return out
 
 
-def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
-    """Settings for a text, of a long one its beginning: most to prune on, the end to compare on, in cached files."""
-    read = read_beginning(read_texts({}, text, field, 0, "--text")).records
+def _parts_of(text: Path, config: SweepConfig, cache: Path) -> dict[str, str | None]:
+    """Settings for a text, of a long one its beginning: most to prune on, the end to compare on, in cached files. If it
+    has too few documents for the windows, each document is cut into several.
+    """
+    read = read_beginning(read_texts({}, text, config.calibration.text_field, 0, "--text")).records
     documents = [document[:CHECKED_CHARACTERS] for document in read]
     left, kept, held_out = int((1 - HELD_OUT) * sum(map(len, documents))), list[str](), list[str]()
     for document in documents:
@@ -170,12 +172,20 @@ def _parts_of(text: Path, field: str, cache: Path) -> dict[str, str | None]:
         kept.append(document[:cut])
         held_out.append(document[cut:])
         left -= len(document)
-    at = cache / "texts" / digest_of(documents)[:10]
+    calibration, fidelity = config.calibration, config.evaluation.fidelity
+    sizes = [(calibration.samples, calibration.sequence_length), (fidelity.windows, fidelity.sequence_length)]
+    folder = cache / "texts" / digest_of([documents, sizes])[:10]
     overrides: dict[str, str | None] = {"calibration.mixture": None, "evaluation.fidelity.texts": None}
-    for section, part, end in (("calibration", kept, ""), ("evaluation.fidelity", held_out, "-end")):
-        file = at / f"{text.absolute().stem}{end}.jsonl"  # which cards name
+    for section, part, windows, tokens, end in (
+        ("calibration", kept, *sizes[0], ""),
+        ("evaluation.fidelity", held_out, *sizes[1], "-end"),
+    ):
+        longest = sum(map(len, part)) // (windows + len(part)) if len(part) < windows else CHECKED_CHARACTERS
+        longest = max(longest, CHARACTERS * tokens)
+        pieces = [document[at : at + longest] for document in part for at in range(0, len(document), longest)]
+        file = folder / f"{text.absolute().stem}{end}.jsonl"  # which cards name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(file, ({"text": piece} for piece in part if piece))
+        write_jsonl(file, ({"text": piece} for piece in pieces))
         overrides |= {f"{section}.path": str(file), f"{section}.text_field": "text"}
     return overrides
 

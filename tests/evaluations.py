@@ -19,8 +19,8 @@ def write_inputs(folder, **sizes):
     """Write a dense model, another model of the same shape, held-out texts and tasks."""
     save_tiny(folder / "dense", seed=0, **sizes)
     save_tiny(folder / "model", seed=1, **sizes)
-    write_documents(folder / "held-out.jsonl", count=3)
-    write_documents(folder / "news.jsonl", count=3, seed=5)
+    write_documents(folder / "held-out.jsonl", count=5)
+    write_documents(folder / "news.jsonl", count=5, seed=5)
     write_tasks(folder / "tasks")
     return folder
 

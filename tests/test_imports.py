@@ -159,3 +159,44 @@ for kind, unneeded in {unneeded}.items():
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+UNCHANGED = """
+import importlib, os, sys
+ours, libraries = {ours!r}, {libraries!r}
+def foreign():
+    return [name for name in sys.modules if name.partition(".")[0] in libraries]
+def attributes():
+    for name in foreign():
+        for attribute, value in vars(sys.modules[name]).items():
+            yield (name, attribute), value
+            if isinstance(value, type) and value.__module__ == name:
+                yield from (((name, attribute, inner), kept) for inner, kept in vars(value).items())
+read, write = os.pipe()
+if not os.fork():  # finds out which modules of libraries ours import
+    for name in ours:
+        importlib.import_module(name)
+    with open(write, "w") as file:
+        file.write("\\n".join(foreign()))
+    os._exit(0)
+os.close(write)
+with open(read) as file:
+    for name in file.read().split("\\n"):
+        try:
+            importlib.import_module(name)
+        except ImportError:  # made up by a library while it runs
+            pass
+before = dict(attributes())
+for name in ours:
+    importlib.import_module(name)
+after = dict(attributes())
+changed = [".".join(place) for place, value in before.items() if after.get(place) is not value]
+assert len(before) > 10_000 and not changed, changed
+"""
+
+
+def test_importing_changes_nothing_of_libraries():
+    ours = [name_of(file) for file in (ROOT / "hfprune_dist").rglob("*.py")]
+    script = UNCHANGED.format(ours=sorted(ours), libraries=("torch", "transformers", "peft", "deepspeed"))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

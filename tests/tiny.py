@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from made_stages import stage_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -74,12 +74,14 @@ def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreT
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, adds_bos: bool = True) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer without merges."""
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    bos = {"special_tokens": [("<s>", vocabulary["<s>"])]} if adds_bos else {}
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A" if adds_bos else "$A", **bos)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

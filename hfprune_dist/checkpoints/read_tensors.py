@@ -72,6 +72,7 @@ def scored_layer(
     return ScoredLayer(
         number=layer,
         units=units.counts[layer],
+        kind=units.kind,
         seed=seed,
         read_rows=lambda: _weights(checkpoint, owner, layer, owner.rows),
         read_columns=lambda: _weights(checkpoint, owner, layer, owner.columns)[0].T,

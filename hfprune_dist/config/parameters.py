@@ -44,15 +44,15 @@ class StageKind:
 # Packages whose releases the results of every kind depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "deepspeed")
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 11, reproducible=True),
-    "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
-    "answers": StageKind("answers.AnswersParameters", 3),
-    "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
-    "recover": StageKind("training.RecoverParameters", 8, trains=True, libraries=("peft",)),
-    "evaluate": StageKind("evaluate.EvaluateParameters", 5, libraries=("lm-eval",)),
-    "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
+    "importance": StageKind("importance.ImportanceParameters", 14, reproducible=True),
+    "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
+    "answers": StageKind("answers.AnswersParameters", 4),
+    "prune": StageKind("prune.PruneParameters", 11, reproducible=True, cuts=True),
+    "recover": StageKind("training.RecoverParameters", 10, trains=True, libraries=("peft",)),
+    "evaluate": StageKind("evaluate.EvaluateParameters", 7, libraries=("lm-eval",)),
+    "efficiency": StageKind("efficiency.EfficiencyParameters", 3, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 6, cuts=True, trains=True, libraries=("peft",)),
+    "loraprune": StageKind("training.LoraPruneParameters", 7, cuts=True, trains=True, libraries=("peft",)),
 }
 
 

@@ -72,7 +72,8 @@ class EvaluationConfig(Section):
     num_fewshot: NonNegative | None = 0
     """Number of examples in the prompt; null leaves it to each task."""
     add_bos_token: bool = True
-    """Begin every sequence with the tokenizer's BOS token. Applies to calibration windows too, unless set there."""
+    """Begin every sequence with the BOS token if the tokenizer itself puts one before a text (Llama's does, SmolLM2's
+    doesn't). Applies to calibration windows too, unless set there."""
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
     limit: Positive | None = None

@@ -37,8 +37,8 @@ class CalibrationConfig(TextSource):
     dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     samples: Positive = 1024
-    """Number of calibration windows, one at random from each document that is long enough. If there are fewer such
-    documents, each gives several, which may overlap; a plain-text file is one document."""
+    """Number of calibration windows, each at random from a document of its own that is long enough. A plain-text file
+    is one document."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     micro_batch_size: PositiveOrAuto = "auto"
@@ -48,7 +48,7 @@ class CalibrationConfig(TextSource):
     shard_size: Positive = 4
     """Micro-batches per shard. Sums are reduced over ranks and saved after each shard, from which a run can resume."""
     add_bos_token: bool | None = None
-    """Begin every window with the tokenizer's BOS token; null: as in evaluation.add_bos_token."""
+    """Begin windows with the BOS token that the tokenizer puts before a text; null: as in evaluation.add_bos_token."""
     mixture: Annotated[list[MixedText], Field(min_length=2)] | None = None
     """Several texts instead of one: a list of texts, each with the usual keys (path, or dataset, name, ...) and a
     ``weight``, e.g. [{path: code.jsonl, weight: 1}, {dataset: allenai/c4, name: en, weight: 3}]. They are interleaved,
@@ -110,8 +110,7 @@ class FidelityConfig(HeldOutText):
     dataset: Name | None = "allenai/c4"
     name: str | None = "en"
     windows: Positive = 64
-    """Number of held-out windows from each text, cut as those of calibration. Standard errors assume they
-    are independent: with far fewer documents than windows they are too small."""
+    """Number of held-out windows from each text, cut as those of calibration: standard errors are between documents."""
     sequence_length: Length = 1024
     """Tokens per window, the beginning-of-sequence token included."""
     texts: Annotated[dict[TextName, HeldOutText], Field(min_length=1)] | None = None

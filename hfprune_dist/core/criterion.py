@@ -86,6 +86,7 @@ class ScoredLayer:
     Attributes:
         number: the layer's number.
         units: number of its units.
+        kind: their kind.
         seed: the sweep's.
         read_rows: returns the weights whose rows the units own, each [units * rows of a unit, hidden_size].
         read_columns: returns the weight of the output projection [hidden_size, units * channels of a unit].
@@ -98,6 +99,7 @@ class ScoredLayer:
 
     number: int
     units: int
+    kind: str
     seed: int
     read_rows: Callable[[], list[Tensor]]
     read_columns: Callable[[], Tensor]

@@ -82,12 +82,14 @@ def divergences(dense: Outputs, models: Sequence[Outputs]) -> list[float]:
     for _, dense_NV in dense.logits():
         log_p_NV = dense_NV.log_softmax(dim=-1)
         p_NV = log_p_NV.exp()
+        impossible_NV = p_NV == 0  # 0 log 0 = 0, also where the other model's logit is -inf as well
         for place, of_model in enumerate(chunks):
             _, model_NV = next(of_model)
             log_q_NV = model_NV.log_softmax(dim=-1)
             del model_NV
             # In place, since making room for as many numbers as there are logits takes longer than computing them.
-            sums[place] += _summed(torch.sub(log_p_NV, log_q_NV, out=log_q_NV).mul_(p_NV))
+            ratio_NV = torch.sub(log_p_NV, log_q_NV, out=log_q_NV)
+            sums[place] += _summed(ratio_NV.masked_fill_(impossible_NV, 0.0).mul_(p_NV))
     return [float(total) for total in torch.stack(sums).tolist()] if sums else []
 
 
@@ -115,7 +117,8 @@ def compare_logits(dense_NV: Tensor, model_NV: Tensor, next_ids_N: Tensor) -> Fi
     has_next = next_ids_N >= 0
     nll_N = -log_q_NV.gather(1, next_ids_N.clamp(min=0)[:, None]).squeeze(1).where(has_next, 0.0)
     agree_N = (log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)) & known_N
-    kl = _summed(log_p_NV.exp() * (log_p_NV - log_q_NV))
+    p_NV = log_p_NV.exp()
+    kl = _summed(p_NV * (log_p_NV - log_q_NV).masked_fill_(p_NV == 0, 0.0))
     sums = [kl, *(each.double().sum() for each in (nll_N, agree_N, has_next))]
     kl, nll, agree, predicted = torch.stack(sums).tolist()  # for a GPU, the host waits once
     return FidelitySums(kl=kl, agree=int(agree), nll=nll, tokens=next_ids_N.numel(), predicted=int(predicted))

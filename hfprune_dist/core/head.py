@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.memory_limits import CHUNK_BYTES
-from hfprune_dist.core.portions import row_blocks, wide_dtype
+from hfprune_dist.core.portions import row_blocks, wide_dtype, wide_product
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,19 @@ class Outputs:
         return self.after(torch.nn.functional.linear(self.hidden_NC[rows], self.weight_VC, self.bias_V))
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, logits of those rows) in float32 or wider, one chunk at a time."""
+        """Yield (rows, logits of those rows), added up and kept in float32 or wider, one chunk at a time: rounded to
+        bfloat16, the largest two are the same at one token in fifty.
+        """
         wide = wide_dtype(self.hidden_NC.dtype)
         for rows in self.chunks(wide):
-            yield rows, self.logits_of(rows).to(wide)
+            if self.hidden_NC.dtype == wide:
+                yield rows, self.logits_of(rows)
+                continue
+            hidden_CN = self.hidden_NC[rows].T
+            logits_NV = hidden_CN.new_empty(hidden_CN.shape[1], len(self.weight_VC), dtype=wide)
+            for some in row_blocks(self.weight_VC):
+                logits_NV[:, some] = wide_product(hidden_CN, self.weight_VC[some].T)
+            yield rows, self.after(logits_NV if self.bias_V is None else logits_NV.add_(self.bias_V))
 
     def chunks(self, dtype: torch.dtype) -> Iterator[slice]:
         """Yield chunks of rows, as equal as possible, whose logits in ``dtype`` take at most ``CHUNK_BYTES``."""

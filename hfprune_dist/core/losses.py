@@ -1,7 +1,8 @@
 """Losses on a model's output distribution p = softmax(z), each with its gradient at the logits z in closed form.
 
 They take float32 or float64 logits [tokens, vocabulary], which they overwrite, and return in the same dtype the loss of
-each token [tokens], in nats but for random signs, and its gradient [tokens, vocabulary].
+each token [tokens], in nats but for random signs, and its gradient [tokens, vocabulary]. Words with logit -inf, as of a
+padded vocabulary, add nothing to either: 0 log 0 = 0.
 
 Random numbers depend on the sweep's seed and the window's number alone: chunks of tokens, micro-batches and ranks don't
 change them. A CPU draws signs from a Mersenne Twister, which other devices don't have: they make theirs by counting, so
@@ -30,7 +31,7 @@ SIGN_TOKENS = 64
 
 def entropy_gradient(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's entropy and its gradient: dH/dz = -p * (log p + H) = p * (sum_v p_v z_v - z)."""
-    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True))
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=-1, keepdim=True)).clamp_(min=torch.finfo(logits_NV.dtype).min)
     weight_NV = shifted_NV.exp()
     total_N = weight_NV.sum(dim=-1)
     mean_N = torch.linalg.vecdot(weight_NV, shifted_NV).div_(total_N)
@@ -74,7 +75,7 @@ def distillation_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor
     log_q_NV = logits_NV.sub_(torch.logsumexp(logits_NV, dim=-1, keepdim=True))
     log_p_NV = teacher_NV.sub_(torch.logsumexp(teacher_NV, dim=-1, keepdim=True))
     p_NV = log_p_NV.exp()
-    loss_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV))
+    loss_N = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV).masked_fill_(p_NV == 0, 0.0))
     return loss_N, log_q_NV.exp_().sub_(p_NV)
 
 
@@ -142,7 +143,7 @@ def draw_sign_bits(seed: int, window: int, group: int, vocabulary: int) -> Tenso
     uint8 [SIGN_TOKENS, bytes]. The first of these tokens is number ``group * SIGN_TOKENS`` of the window.
     """
     words = torch.empty(SIGN_TOKENS, -(-vocabulary // 64), dtype=torch.int64)
-    generator = window_generator(seed, window, f"signs {group}")
+    generator = numbered_generator(seed, window, f"signs {group}")
     return words.random_(torch.iinfo(torch.int64).min, None, generator=generator).view(torch.uint8)
 
 
@@ -159,13 +160,13 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     return ((bytes_256[:, None] >> places_8) & 1).to(dtype).mul_(2).sub_(1)
 
 
-def window_generator(seed: int, window: int, purpose: str) -> torch.Generator:
-    """Return the source of a calibration window's random numbers for some purpose; on the CPU."""
-    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, window, purpose)[:4], "little"))
+def numbered_generator(seed: int, number: int, purpose: str) -> torch.Generator:
+    """Return the source of random numbers for some purpose in a calibration window or a layer; on the CPU."""
+    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, number, purpose)[:4], "little"))
 
 
-def _digest(seed: int, window: int, purpose: str) -> bytes:
-    return hashlib.sha256(f"{seed} {window} {purpose}".encode()).digest()
+def _digest(seed: int, number: int, purpose: str) -> bytes:
+    return hashlib.sha256(f"{seed} {number} {purpose}".encode()).digest()
 
 
 def summed_divergence(model: Outputs, dense: Outputs, labels_N: Tensor, label_weight: float) -> Tensor:

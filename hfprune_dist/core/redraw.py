@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfprune_dist.core.head import Outputs
-from hfprune_dist.core.losses import window_generator
+from hfprune_dist.core.losses import numbered_generator
 from hfprune_dist.core.portions import row_blocks
 
 # Share of the tokens that a copy redraws, on average.
@@ -29,7 +29,7 @@ def redrawn_copy(ids_T: Tensor, dense: Outputs, *, window: int) -> Tensor:
     model's outputs for it, and its number ``window``, determine what is drawn.
     """
     # For each token, a number that says whether it is redrawn, and one that says which its successor is.
-    generator = window_generator(SEED, window, "copy 0")
+    generator = numbered_generator(SEED, window, "copy 0")
     chosen_T, uniform_T = torch.rand(2, len(ids_T), generator=generator, dtype=torch.float64)
     uniform_T, drawn_T = uniform_T.to(dense.hidden_NC.device), ids_T.clone()
     for rows, logits_NV in dense.logits():
@@ -48,6 +48,7 @@ def sample_labels(logits_NV: Tensor, uniform_N: Tensor) -> Tensor:
         cumulative_NV = p_NV.cumsum_(dim=-1)
     else:  # GPUs add in a varying order, which changes no bits of sums of integers
         cumulative_NV = p_NV.double().div_(QUANTUM).long().cumsum_(dim=-1).to(p_NV.dtype)
-    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word of the vocabulary.
-    threshold_N1 = uniform_N[:, None].to(logits_NV.dtype) * cumulative_NV[:, -1:]
-    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+    # The last entry is 1 up to rounding. A number that is rounded up to 1 selects the last word that is possible.
+    total_N1 = cumulative_NV[:, -1:]
+    threshold_N1 = (uniform_N[:, None].to(total_N1.dtype) * total_N1).minimum(total_N1.nextafter(0 * total_N1))
+    return torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(1)

@@ -22,8 +22,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
-    """The id that begins every sequence; none if the tokenizer has none (Qwen)."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """The ids that the tokenizer itself puts before a text, where the model knows them from its training: a BOS token,
+    or none, even if it names one (SmolLM2, Qwen).
+    """
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return ids[: ids.index(plain_ids(tokenizer, "a")[0])]
 
 
 def plain_ids(tokenizer: Any, texts: str | list[str]) -> list[Any]:

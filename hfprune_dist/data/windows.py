@@ -24,8 +24,8 @@ TOKENIZED_CHARACTERS = 2 * 2**20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How windows are cut from documents: how many, and of how many tokens each, a BOS token included with which they
-    begin if the tokenizer has one; ``seed`` determines the order of documents, and where each window begins.
+    """How windows are cut from documents: how many, and of how many tokens each, a BOS token included if the
+    tokenizer puts one before a text; ``seed`` determines the order of documents, and where each window begins.
     """
 
     samples: int
@@ -34,7 +34,7 @@ class Sampling:
     add_bos_token: bool = True
 
     def bos(self, tokenizer: Any) -> list[int]:
-        """The ids before those that come from the text: one, or none."""
+        """The ids before those that come from the text."""
         return bos_ids(tokenizer) if self.add_bos_token else []
 
     def body(self, tokenizer: Any) -> int:
@@ -48,7 +48,7 @@ def read_windows(
     """Cut windows [samples, sequence_length] from a text, given as for ``read_texts``; shuffle a file's documents."""
 
     def texts() -> Iterator[str]:
-        return read_texts(source, path, source["text_field"], sampling.seed, where)
+        return without_repetitions(read_texts(source, path, source["text_field"], sampling.seed, where))
 
     order = None if path is None else places_in_random_order(sum(1 for _ in texts()), sampling.seed)
     return sample_windows(texts(), tokenizer, sampling, f"{where} {path or source['dataset']}", order)
@@ -95,9 +95,12 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Tensor:
-    """Cut one random window from each document that is long enough; start again if documents run out. ``order`` gives
-    each document's place in the order of use; without it, they are used as they come, and no more are read than are
-    needed.
+    """Cut one random window from each of so many documents that are long enough, so that no two windows, wherever they
+    are used, have text of the same document. ``order`` gives each document's place in the order of use; without it,
+    they are used as they come, and no more are read than are needed.
+
+    Raises:
+        UserError: if there are too few such documents.
     """
     body, bos = sampling.body(tokenizer), sampling.bos(tokenizer)
     chosen: list[tuple[int, list[int]]] = []  # a heap, of which the last in order is the first; places are negated
@@ -112,16 +115,23 @@ def sample_windows(
         longest = max(longest, len(ids))
         if len(ids) >= body:
             (heappush if len(chosen) < sampling.samples else heapreplace)(chosen, (-place, ids))
-    if not chosen:
-        raise _too_short(where, tokenizer, sampling, longest)
-    documents = [ids for _, ids in sorted(chosen, reverse=True)]
+    if len(chosen) < sampling.samples:
+        raise _too_few(where, tokenizer, sampling, len(chosen), longest)
     generator = torch.Generator().manual_seed(sampling.seed)
     rows = []
-    for index in range(sampling.samples):
-        ids = documents[index % len(documents)]
+    for _, ids in sorted(chosen, reverse=True):
         start = int(torch.randint(len(ids) - body + 1, (), generator=generator))
         rows.append(bos + ids[start : start + body])
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def without_repetitions(texts: Iterable[str]) -> Iterator[str]:
+    """Leave out each text that has come before."""
+    seen: set[int] = set()
+    for text in texts:
+        if (key := hash(text)) not in seen:
+            seen.add(key)
+            yield text
 
 
 def places_in_random_order(documents: int, seed: int) -> list[int]:
@@ -142,19 +152,24 @@ def load_windows(folder: Path) -> Tensor:
 
 
 def check_length(beginning: Beginning[str], tokenizer: Any, sampling: Sampling, where: str) -> None:
-    """Refuse a source from which ``read_windows`` could cut no window, as far as its beginning tells."""
-    longest, tokenized = 0, 0
-    for text in sorted(beginning.records, key=lambda text: -len(text)):
-        longest = max(longest, len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS])))
-        tokenized += len(text)
-        if longest >= sampling.body(tokenizer) or tokenized > TOKENIZED_CHARACTERS:
+    """Refuse a source with too few documents for ``read_windows``, as far as its beginning tells."""
+    found, longest, tokenized = 0, 0, 0
+    for text in sorted(without_repetitions(beginning.records), key=lambda text: -len(text)):
+        tokens = len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS]))
+        found, longest, tokenized = (
+            found + (tokens >= sampling.body(tokenizer)),
+            max(longest, tokens),
+            tokenized + len(text),
+        )
+        if found == sampling.samples or tokenized > TOKENIZED_CHARACTERS:
             return
     if beginning.is_all:
-        raise _too_short(where, tokenizer, sampling, longest)
+        raise _too_few(where, tokenizer, sampling, found, longest)
 
 
-def _too_short(where: str, tokenizer: Any, sampling: Sampling, longest: int) -> UserError:
+def _too_few(where: str, tokenizer: Any, sampling: Sampling, found: int, longest: int) -> UserError:
     return UserError(
-        f"{where}: no document has {sampling.body(tokenizer)} tokens by the tokenizer of {tokenizer.name_or_path} "
-        f"(the longest has {longest}); use longer documents or a smaller sequence_length"
+        f"{where}: {sampling.samples} windows need as many different documents of at least {sampling.body(tokenizer)} "
+        f"tokens by the tokenizer of {tokenizer.name_or_path}, but it has {found} (the longest document has {longest} "
+        "tokens); use more text, fewer windows, or a smaller sequence_length. A plain-text file is one document"
     )

@@ -32,20 +32,22 @@ TOKENS = 16  # whose logits are compared
 def check_layers(
     checkpoint: Checkpoint, window_T: Tensor, dtype: torch.dtype, sharding: Sharding, world: World
 ) -> None:
-    """Run the whole model on one window, and each layer by itself on what it reads there; compare them. Collective.
+    """Check a model's logits (``check_logits``); run the whole model on one window, and each layer by itself on what it
+    reads there; compare them. Collective.
 
     Args:
         window_T: token ids, int64 [tokens].
         sharding: how the whole model is placed on the ranks (``runtime.sharding``).
 
     Raises:
-        UserError: naming the first layer that departs from the model by more than rounding explains.
+        UserError: as ``check_logits``, or naming the first layer that departs by more than rounding explains.
     """
     need = whole_forward(Sizes.from_checkpoint(checkpoint), len(window_T), dtype.itemsize)
     placed = choose_sharding(sharding, need, world)
     if placed == "zero3" or world.is_first:
         model = FrozenModel(checkpoint, dtype, placed, world)
         departures: list[Departure] = []
+        check_logits(checkpoint, model, window_T)
         if world.is_first:
             _compare_in_forward(model.module, checkpoint, dtype, window_T, world.device, departures)
         model.final_hidden(window_T)
@@ -96,12 +98,18 @@ def _compare_in_forward(
 
 @torch.no_grad()
 def check_logits(checkpoint: Checkpoint, model: FrozenModel, window_T: Tensor) -> None:
-    """Refuse a model whose logits of some text aren't those that its head and ``after_head`` give. Collective."""
+    """Refuse a model whose logits of some text aren't those that its head and ``after_head`` give, or are NaN or
+    infinite although its hidden states aren't; words may have -inf, as in a padded vocabulary. Collective.
+    """
     window_T = window_T[:TOKENS].to(model.world.device)
     logits_NV = model.module(input_ids=window_T[None], use_cache=False).logits[0].float()
     hidden_NC = model.final_hidden(window_T)
     with model.head() as (weight_VC, bias_V):
         ours_NV = after_head(checkpoint)(nn.functional.linear(hidden_NC, weight_VC, bias_V)).float()
+    impossible_NV = ours_NV.isneginf() & logits_NV.isneginf()
+    ours_NV, logits_NV = (z_NV.masked_fill(impossible_NV, 0.0) for z_NV in (ours_NV, logits_NV))
+    if hidden_NC.isfinite().all() and not logits_NV.isfinite().all():
+        raise UserError(f"{checkpoint.path}: logits are NaN or infinite; check the weights of its head")
     what = f"{checkpoint.path}: logits of {checkpoint.family.model_type} depart from what its head makes"
     refuse_departures([Departure.between(ours_NV, logits_NV, what)], hidden_NC.dtype)
 

@@ -53,11 +53,7 @@ def load_frozen(checkpoint: Path, dtype: torch.dtype, world: World) -> tuple[nn.
     model.requires_grad_(False)
     model.config.use_cache = False
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    # All process groups get the timeout that the ranks joined with: DeepSpeed makes some of half an hour.
-    joined: Any = dist.distributed_c10d._get_default_group()
-    timeout = joined._get_backend(torch.device("cpu")).options._timeout
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    _shorten_timeouts()
     module: nn.Module = engine.module
     if dtype != torch.float32:
         keep_float32(module, open_checkpoint(checkpoint), world.device)
@@ -65,6 +61,17 @@ def load_frozen(checkpoint: Path, dtype: torch.dtype, world: World) -> tuple[nn.
     # DeepSpeed learns the order of layers in one step and gathers ahead in the next. It takes a forward of the whole
     # module for the beginning of a step; if only a part is run, no second step would ever begin.
     return module.eval(), engine.optimizer.get_param_coordinator().reset_step
+
+
+def _shorten_timeouts() -> None:
+    """Give all process groups the timeout that the ranks joined with: DeepSpeed makes some of half an hour, which they
+    keep in a release of torch that sets none of a group that is there.
+    """
+    c10d: Any = dist.distributed_c10d
+    if hasattr(c10d, "_set_pg_timeout"):
+        timeout = c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+        for group in c10d._world.pg_map:
+            c10d._set_pg_timeout(timeout, group)
 
 
 def keep_float32(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -62,17 +62,15 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         report: called on rank 0 with how many batches of how many are answered.
 
     Args:
-        tokenizer: the model's tokenizer; its ``add_bos_token`` is set.
+        tokenizer: the model's tokenizer.
         interruption: checked after every round of batches, on all ranks.
         batch_size: requests, or contexts that several requests share, per forward of one rank.
-        add_bos_token: begin every sequence with BOS, if the tokenizer has one.
+        add_bos_token: begin every sequence with BOS, if the tokenizer puts one before a text.
     """
 
     def __init__(
         self, model: FrozenModel, tokenizer: Any, interruption: Interruption, batch_size: int, add_bos_token: bool
     ) -> None:
-        if tokenizer.bos_token_id is not None:
-            tokenizer.add_bos_token = add_bos_token  # some tokenizers add none unless told so
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token  # which may have no row in the embedding
         super().__init__(
             pretrained=model.module,

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 from gguf import TokenType as Type
 
-from hfprune_dist.data.tokenizer import load_tokenizer, require_embedded
+from hfprune_dist.data.tokenizer import bos_ids, load_tokenizer, plain_ids, require_embedded
 from hfprune_dist.errors import UserError
 
 _WORDS = (
@@ -38,8 +38,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     """
     require_embedded(tokenizer := load_tokenizer(folder), rows, folder)
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    before, behind = whole[: whole.index(bare[0])], whole[whole.index(bare[-1]) + 1 :]
+    before, bare, whole = bos_ids(tokenizer), plain_ids(tokenizer, "a"), tokenizer("a")["input_ids"]
+    behind = whole[len(before) + len(bare) :]
     simple = before in ([], [tokenizer.bos_token_id]) and behind in ([], [tokenizer.eos_token_id])
     if (splits := _splits_as(backend)) is None or not simple:
         known = f"byte-level BPE that splits text as {', '.join(SPLITS)}, with bos or eos at most"

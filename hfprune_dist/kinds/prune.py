@@ -15,6 +15,7 @@ from hfprune_dist.config.method import Allocation, Effort, Method, Refit, Struct
 from hfprune_dist.config.schema import SweepConfig
 from hfprune_dist.config.section import Dtype, PositiveOrAuto
 from hfprune_dist.core.memory_limits import KEPT_BYTES, NORM_TOKENS
+from hfprune_dist.errors import UserError
 from hfprune_dist.kinds.memory import (
     FLOAT32,
     FLOAT64,
@@ -70,11 +71,18 @@ class PruneParameters(StageParameters):
     def from_method(cls, config: SweepConfig, method: Method, ratio: float) -> PruneParameters:
         """The cut of a method with numbers, as ``with_numbers`` returns it."""
         runs_model = method.refit != "none" or method.allocation in ("plain", "searched", "low_rank")
+        holds_out = method.allocation in ("plain", "searched") or method.refit in ("dense", "layerwise", "block")
+        calibration, size = config.calibration, config.calibration.least_at_once
+        if holds_out and calibration.samples <= 2 * size:
+            raise UserError(
+                f"calibration.samples: {calibration.samples} windows in passes of {size} are too few for a method "
+                f"that fits some and holds out others; use {2 * size + 1} or more, or a smaller micro_batch_size there"
+            )
         return cls(
             ratio=ratio,
             **method.model_dump(include={*cls.model_fields}),
             dtype=config.importance.dtype if runs_model else None,
-            micro_batch_size=config.calibration.micro_batch_size if runs_model else None,
+            micro_batch_size=calibration.micro_batch_size if runs_model else None,
         )
 
     def forward_pass(self) -> tuple[Dtype, int]:

@@ -20,10 +20,12 @@ def weight_norm(_sums: Tensor, layer: ScoredLayer) -> Tensor:
 
 
 def random_scores(_sums: Tensor, layer: ScoredLayer) -> Tensor:
-    """Uniform numbers in [0, 1), determined by the seed and the layer's number."""
+    """Uniform numbers in [0, 1), determined by the seed, the kind of units and the layer's number."""
     import torch
 
-    generator = torch.Generator().manual_seed(layer.seed * 2**16 + layer.number)
+    from hfprune_dist.core.losses import numbered_generator
+
+    generator = numbered_generator(layer.seed, layer.number, f"random {layer.kind}")
     return torch.rand(layer.units, generator=generator, dtype=torch.float64)
 
 

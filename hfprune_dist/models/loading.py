@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -35,27 +37,34 @@ _MULTIPLYING = ("hyperclovax",)
 
 
 # To which text of its row each token of a forward belongs [B, T]; None if each row is a single text.
-_TEXTS: ContextVar[Tensor | None] = ContextVar("texts", default=None)
+_TEXTS: ContextVar[Tensor | None] = ContextVar("texts")
 _find_texts = masking_utils.find_packed_sequence_indices
 
 
-def _texts_of(position_ids: Tensor) -> Tensor | None:
-    """In place of transformers' question to a GPU in each forward, for whose answer the host would wait."""
-    return _find_texts(position_ids) if position_ids.device.type == "cpu" else _TEXTS.get()
-
-
-masking_utils.find_packed_sequence_indices = _texts_of
-
-
 @contextmanager
-def packed_rows(position_ids_BT: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Within the context, a forward's rows hold several texts each, whose positions begin at 0, or one each (None)."""
+def packed_rows(position_ids_BT: Tensor | None, device: torch.device | None = None) -> Iterator[None]:
+    """Within the context, a forward's rows hold several texts each, whose positions begin at 0, or one each (None): it
+    is told so in place of transformers' question to a GPU, for whose answer the host would wait.
+    """
     texts_BT = None if position_ids_BT is None else _find_texts(position_ids_BT)
-    token = _TEXTS.set(None if texts_BT is None else send(texts_BT, device))
+    token = _TEXTS.set(texts_BT if texts_BT is None or device is None else send(texts_BT, device))
     try:
-        yield
+        with mock.patch.object(masking_utils, "find_packed_sequence_indices", _texts_of):
+            yield
     finally:
         _TEXTS.reset(token)
+
+
+def _texts_of(position_ids_BT: Tensor) -> Tensor | None:
+    is_told = _TEXTS in copy_context()  # not in another thread
+    texts_BT: Tensor | None = _TEXTS.get() if is_told else _find_texts(position_ids_BT)
+    return texts_BT
+
+
+def _run_body(body: Any, *inputs: Any, **options: Any) -> Any:
+    """A body's own forward, in which rows without positions are known to be single texts."""
+    with packed_rows(None) if options.get("position_ids") is None else nullcontext():
+        return type(body).forward(body, *inputs, **options)
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
@@ -67,8 +76,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, device: torch.device | None
     _refuse_missing(checkpoint, told)
     for config in (model.config, model.config.get_text_config()):
         name_outputs(config)
+    body: Any = checkpoint.family.body_of(model)
+    body.forward = partial(_run_body, body)
     if checkpoint.family.has_vision:
-        checkpoint.family.body_of(model).register_forward_pre_hook(_with_text_positions, with_kwargs=True)
+        body.register_forward_pre_hook(_with_text_positions, with_kwargs=True)
     return model
 
 

@@ -26,7 +26,15 @@ from hfprune_dist.core.gauss_newton import Biases
 from hfprune_dist.core.head import AfterHead, Outputs
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import UserError
-from hfprune_dist.models.loading import ONE_AT_A_TIME, after_head, attention_of, auto_class, name_outputs, stays_float32
+from hfprune_dist.models.loading import (
+    ONE_AT_A_TIME,
+    after_head,
+    attention_of,
+    auto_class,
+    name_outputs,
+    packed_rows,
+    stays_float32,
+)
 from hfprune_dist.models.memory_efficient_backward import SILU
 from hfprune_dist.structures.units import Units
 
@@ -223,7 +231,8 @@ def run_with_graph(layer: nn.Module, hidden_BTC: Tensor) -> Tensor:
 
     handle = layer.get_submodule(LAYER).register_forward_pre_hook(enter)
     try:
-        output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
+        with packed_rows(None):
+            output_BTC: Tensor = layer(inputs_embeds=hidden_BTC, use_cache=False).last_hidden_state
     finally:
         handle.remove()
     return output_BTC

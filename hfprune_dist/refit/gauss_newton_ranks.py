@@ -152,7 +152,7 @@ class Reconstruction:
         rounded = weights.to(self._dtype)
         error = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for index in self._inputs:
-            if is_held_out(index, self._micro_batches) or self._micro_batches == 1:
+            if is_held_out(index, self._micro_batches):
                 missing_NC = self._target(index) - self._linearized(rounded, index).output()
                 error += missing_NC.square().sum(dtype=torch.float64)
         return error

@@ -2,7 +2,8 @@
 
 Layers that are fitted one by one each make up for what is lost so far, and none of them for what the logits lose in the
 end. Factors on norms' outputs are few, a checkpoint holds them in weights that it has anyway, and together they reach
-every block. The divergence is lowered by L-BFGS (``core.quasi_newton``) on some of the windows.
+every block. The divergence is lowered by L-BFGS (``core.quasi_newton``) on some of the windows, and the factors stay
+only if it is lower on others as well.
 
 A pass goes through the layers forwards, keeping what each of them reads, and then backwards: each layer runs once more,
 with a graph, which carries the gradient from what the layer puts out to what it reads. So a rank holds one layer at a
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune_dist.core.devices import send
+from hfprune_dist.core.fidelity import divergences
 from hfprune_dist.core.head import head_gradients
 from hfprune_dist.core.losses import divergence_of_rows
 from hfprune_dist.core.memory_limits import NORM_TOKENS
@@ -35,9 +37,9 @@ from hfprune_dist.refit.measurement import PrunedLayers
 RIDGE = 0.1
 
 
-def windows_of_norms(windows_ST: Tensor) -> Tensor:
-    """Evenly spaced windows, of up to ``NORM_TOKENS`` tokens in all, but at least one."""
-    return windows_ST[:: -(-len(windows_ST) // max(1, NORM_TOKENS // windows_ST.shape[1]))]
+def windows_of_norms(windows_ST: Tensor, tokens: int = NORM_TOKENS) -> Tensor:
+    """Evenly spaced windows, of up to so many tokens in all, but at least one."""
+    return windows_ST[:: -(-len(windows_ST) // max(1, tokens // windows_ST.shape[1]))]
 
 
 class Derivatives(NamedTuple):
@@ -85,15 +87,7 @@ class NormGradients:
             factors_RC: float64 [norms, hidden_size], on any device.
         """
         factors_RC, layers = factors_RC.to(self._device, torch.float32), self._pruned.kept.layers
-        entering = [self._stream.states]
-        for number, layer in self._pruned.layers(layers):
-            norms, outputs = self._norms_in(number, layer), States()
-            for index, hidden_BTC in entering[-1].items():
-                with multiplying(norms, factors_RC):
-                    outputs[index] = self._stream.keep(run(layer, send(hidden_BTC, self._device)))
-            entering.append(outputs)
-            del layer, norms
-            self._after_each(next(self._done))
+        entering = [*self._forwards(factors_RC)]
         kl = torch.zeros((), dtype=torch.float64, device=self._device)
         sums_2RC = torch.zeros(2, *self.shape, dtype=torch.float64, device=self._device)
 
@@ -118,6 +112,32 @@ class NormGradients:
             self._stream.world.all_reduce(total)
         tokens = self._stream.windows_ST.numel()
         return Derivatives(float(kl) / tokens, *(sums_2RC.cpu() / tokens))
+
+    def kl_at(self, factors_RC: Tensor) -> float:
+        """The divergence alone at some factors, nats per token, from logits in float32; collective."""
+        factors_RC, kl = factors_RC.to(self._device, torch.float32), torch.zeros((), dtype=torch.float64)
+        *_, reached = self._forwards(factors_RC)
+        for index, hidden_BTC in reached.items():
+            with multiplying({self.shape[0] - 1: self._head.norm}, factors_RC):
+                normed_BTC = self._head.norm(send(hidden_BTC, self._device))
+            model, dense = map(self._head.outputs, (normed_BTC, send(self._dense[index], self._device)))
+            kl += divergences(dense, [model])[0]
+        self._stream.world.all_reduce(kl)
+        return float(kl) / self._stream.windows_ST.numel()
+
+    def _forwards(self, factors_RC: Tensor) -> Iterator[States]:
+        """Yield what each layer reads in this rank's micro-batches, and then what the last one puts out."""
+        states = self._stream.states
+        for number, layer in self._pruned.layers(self._pruned.kept.layers):
+            yield states
+            norms, outputs = self._norms_in(number, layer), States()
+            for index, hidden_BTC in states.items():
+                with multiplying(norms, factors_RC):
+                    outputs[index] = self._stream.keep(run(layer, send(hidden_BTC, self._device)))
+            states = outputs
+            del layer, norms
+            self._after_each(next(self._done))
+        yield states
 
     def _norms_in(self, number: int, layer: nn.Module) -> dict[int, nn.Module]:
         return {row: part_of(layer, name) for row, (owner, name) in enumerate(self.norms) if owner == number}
@@ -155,12 +175,16 @@ class NormGradients:
         return slopes
 
 
-def fit_norms(gradients: NormGradients) -> tuple[Tensor, list[float]]:
+def fit_norms(gradients: NormGradients, held_out: NormGradients) -> tuple[Tensor, list[float], list[float]]:
     """Find the factors with the lowest divergence; collective.
 
+    Args:
+        held_out: of the same model, on windows to which nothing is fitted here.
+
     Returns:
-        The factors, float64 [norms, hidden_size] on the CPU; and the divergence from the dense model in each pass, the
-        first before the fit, nats per token.
+        The factors, float64 [norms, hidden_size] on the CPU, or ones if the divergence on the held-out windows is no
+        lower with them; and the divergence from the dense model, nats per token: in each pass, the first before the
+        fit, and on the held-out windows before and after it.
 
     Raises:
         UserError: if the divergence of the model as it is, or its gradient, is NaN or infinite.
@@ -177,7 +201,9 @@ def fit_norms(gradients: NormGradients) -> tuple[Tensor, list[float]]:
     while not search.is_over:
         there = gradients.at(search.candidate_P.view_as(ones_RC))
         search.tell(there.kl, there.gradient_RC.flatten())
-    return search.best_P.view_as(ones_RC), search.values
+    factors_RC = search.best_P.view_as(ones_RC)
+    before, after = held_out.kl_at(ones_RC), held_out.kl_at(factors_RC)
+    return factors_RC if after < before else ones_RC, search.values, [before, after]
 
 
 def curvature_of(squares_RC: Tensor) -> Tensor:

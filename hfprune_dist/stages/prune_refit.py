@@ -15,6 +15,7 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from hfprune_dist.checkpoints.read_tensors import as_stored
 from hfprune_dist.core import quasi_newton
 from hfprune_dist.core.devices import send
+from hfprune_dist.core.memory_limits import NORM_TOKENS
 from hfprune_dist.core.redraw import redrawn_copy
 from hfprune_dist.distributed.layer_stream import LayerStream, States
 from hfprune_dist.distributed.sums import windows_held_out
@@ -197,28 +198,36 @@ def refitted_norms(
         replacements: refitted weights of the model that the stage will write.
 
     Returns:
-        The norms' new weights; and the divergence from the dense model before the fit and in its passes, None where it
-        is NaN or infinite, and how many windows passed at once.
+        The norms' weights, new if they are better on windows that are held out; and the divergence from the dense model
+        before the fit and in its passes, and on the held-out windows before and after it, None where it is NaN or
+        infinite, and how many windows passed at once.
 
     Raises:
         UserError: as ``as_stored`` and the refits do.
     """
-    windows_ST = windows_of_norms(context.calibration_windows())
+    windows_ST = context.calibration_windows()
+    is_held_out = torch.tensor(windows_held_out(len(windows_ST), context.params.forward_pass()[1]))
+    judged_ST = windows_of_norms(windows_ST[is_held_out], NORM_TOKENS // 4)
+    windows_ST = windows_of_norms(windows_ST[~is_held_out])
     at_once, stay = passes_of(context, checkpoint, windows_ST)
     # They are few: each rank has some.
     passes = Passes(min(at_once, -(-len(windows_ST) // context.world.size)), stay)
-    dense = dense_states(context, checkpoint, windows_ST, passes)
-    stream = stream_of(context, checkpoint, windows_ST, passes)
-    pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
-    after_each = context.reporting("norms", 2 * quasi_newton.PASSES * len(kept.layers))
-    gradients, weights = NormGradients(pruned, stream, dense, after_each), dict[str, Callable[[], Tensor]]()
-    factors_RC, kls = fit_norms(gradients)
+
+    def gradients_on(some_ST: Tensor, phase: str, most: int) -> NormGradients:
+        dense = dense_states(context, checkpoint, some_ST, passes)
+        stream = stream_of(context, checkpoint, some_ST, passes)
+        pruned = PrunedLayers(checkpoint, kept, replacements, stream.reader)
+        return NormGradients(pruned, stream, dense, context.reporting(phase, 2 * most * len(kept.layers)))
+
+    gradients, weights = gradients_on(windows_ST, "norms", quasi_newton.PASSES), dict[str, Callable[[], Tensor]]()
+    factors_RC, kls, held_out_kls = fit_norms(gradients, gradients_on(judged_ST, "norms, held-out windows", 1))
     for (norm_name, norm), factors_C in zip(_norms(checkpoint, gradients.norms).items(), factors_RC, strict=True):
         for of_norm, weight_C in with_factors(norm, factors_C).items():
             tensor = f"{norm_name}.{of_norm}"
             weights[tensor] = partial(as_stored, checkpoint, tensor, weight_C, otherwise="set prune.effort to quick")
-    finite = [kl if math.isfinite(kl) else None for kl in kls]
-    return weights, {"norms_kl": finite, "norms_micro_batch_size": passes.at_once}
+    found = {"norms_kl": kls, "norms_held_out_kl": held_out_kls}
+    finite = {name: [kl if math.isfinite(kl) else None for kl in values] for name, values in found.items()}
+    return weights, finite | {"norms_micro_batch_size": passes.at_once}
 
 
 def _norms(checkpoint: Checkpoint, of_layers: list[tuple[int, str]]) -> Mapping[str, nn.Module]:

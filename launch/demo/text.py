@@ -23,8 +23,9 @@ from hfprune_dist.store.atomic_files import write_jsonl, write_text
 
 # About 900 tokens of SmolLM2: long enough for a window of 512 to begin anywhere.
 DOCUMENT_CHARACTERS = 3600
-# Every third topic, in order of length, is held out: a third of the long and a third of the short ones.
-HELD_OUT_EVERY = 3
+# Of the topics in order of length, every third is held out, a third of the long and of the short ones; of the few
+# papers every second.
+HELD_OUT_EVERY, PAPERS_HELD_OUT_EVERY = 3, 2
 # Two paragraphs that share this many words in a row count as the same text.
 SHINGLE_WORDS = 12
 # A README's paragraphs that are English sentences without markup.
@@ -49,7 +50,7 @@ def reference_prose() -> dict[str, list[str]]:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ModuleNotFoundError:
         raise UserError("this Python lacks pydoc_data, the demo's text; use a full CPython installation") from None
-    return _divided(_own_paragraphs(topics))
+    return _divided(_own_paragraphs(topics), HELD_OUT_EVERY)
 
 
 def paper_prose() -> dict[str, list[str]]:
@@ -59,7 +60,7 @@ def paper_prose() -> dict[str, list[str]]:
     files = Path(spec.submodule_search_locations[0], "tasks").rglob("README.md")
     readmes = {file.parent.as_posix(): file.read_text(encoding="utf-8") for file in files}
     described = ([line for block in blocks if (line := _description(block))] for blocks in _own_paragraphs(readmes))
-    return _divided([paragraphs for paragraphs in described if paragraphs])
+    return _divided([paragraphs for paragraphs in described if paragraphs], PAPERS_HELD_OUT_EVERY)
 
 
 def _description(block: str) -> str:
@@ -86,11 +87,11 @@ def shingles(text: str) -> set[str]:
     return {" ".join(words[end - SHINGLE_WORDS : end]) for end in range(SHINGLE_WORDS, len(words) + 1)}
 
 
-def _divided(topics: Sequence[list[str]]) -> dict[str, list[str]]:
+def _divided(topics: Sequence[list[str]], held_out_every: int) -> dict[str, list[str]]:
     """Join topics' paragraphs into documents of at least ``DOCUMENT_CHARACTERS``; the last ones may be longer."""
     parts: dict[str, list[list[str]]] = {"calibration": [[]], "heldout": [[]]}
     for number, topic in enumerate(topics, 1):
-        documents = parts["calibration" if number % HELD_OUT_EVERY else "heldout"]
+        documents = parts["calibration" if number % held_out_every else "heldout"]
         for paragraph in topic:
             if sum(map(len, documents[-1])) >= DOCUMENT_CHARACTERS:
                 documents.append([])

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfprune_dist.core import head, losses
 from hfprune_dist.core.head import IDENTITY, AfterHead, Batch, Outputs, Rows
@@ -74,6 +76,24 @@ def test_in_float32_a_large_vocabulary_and_large_logits_cost_no_digits(name):
     torch.testing.assert_close(value.double(), exact_value, rtol=1e-5, atol=1e-5)
     assert (gradient - exact).norm() < 1e-5 * exact.norm()
     assert all(found.isfinite().all() for found in closed(1e4 * some_logits().float(), some_logits().float()))
+
+
+@given(masked=st.sets(st.integers(0, 29), max_size=20), seed=st.integers(0, 99))
+@settings(max_examples=30)
+@pytest.mark.parametrize("name", LOSSES)
+def test_words_that_are_impossible_change_nothing(name, masked, seed):
+    """As if the vocabulary didn't have them."""
+    closed, _ = LOSSES[name]
+    masked -= set(LABELS.tolist())
+    columns = torch.tensor(sorted(masked), dtype=torch.int64)
+    logits, teacher = (some_logits(seed=seed + add).index_fill(1, columns, -torch.inf) for add in range(2))
+    value, gradient = closed(logits.clone(), teacher.clone())
+    # In place of -inf, a logit so low that its probability is 0 in float64.
+    low = (z.nan_to_num(neginf=-1e4) for z in (logits, teacher))
+    expected, slopes = closed(*low)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, slopes, rtol=1e-12, atol=1e-12)
+    assert gradient.isfinite().all() and not gradient[:, columns].any()
 
 
 def test_over_all_signs_the_expectation_is_the_exact_fisher_matrix():

@@ -25,10 +25,12 @@ def tokenize(texts: list[str]) -> list[list[int]]:
 def encode_pairs(texts, sequence_length=64, bos=BOS, tokenize=tokenize):
     """Encode pairs as with a tokenizer of these special tokens."""
 
-    def tokenizer(texts, **_options):
-        return {"input_ids": tokenize(texts)}
+    def tokenizer(texts, *, add_special_tokens=True, **_options):
+        start = [] if bos is None or not add_special_tokens else [bos]
+        ids = [start + of_text for of_text in tokenize([texts] if isinstance(texts, str) else texts)]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
 
-    tokenizer.bos_token_id, tokenizer.eos_token_id = bos, EOS
+    tokenizer.eos_token_id = EOS
     return encode(tokenizer, [Example("here", prompt, response) for prompt, response in texts], sequence_length)
 
 

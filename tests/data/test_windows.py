@@ -1,5 +1,7 @@
 """Windows of one text or several, and checks of texts before a sweep begins, which agree with the stages' own."""
 
+import json
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer, write_documents
@@ -16,6 +18,7 @@ from hfprune_dist.data.windows import (
     read_mixture,
     read_windows,
     sample_windows,
+    without_repetitions,
 )
 from hfprune_dist.distributed.sums import is_held_out
 from hfprune_dist.errors import UserError
@@ -26,7 +29,7 @@ TOKENIZER = tiny_tokenizer()
 class LetterTokenizer:
     """A token for each letter; counts those that it is given."""
 
-    bos_token_id, name_or_path, characters = None, "/models/letters", 0
+    name_or_path, characters = "/models/letters", 0
 
     def __call__(self, text, **_):
         self.characters += len(text)
@@ -47,7 +50,7 @@ def test_the_check_and_the_stage_agree_on_windows(documents, length, add_bos, sa
     sampling = Sampling(samples, length, 0, add_bos)
     whole = Beginning(documents, is_all=True)
     refusal = message_of(check_length, whole, TOKENIZER, sampling, "here")
-    assert refusal == message_of(sample_windows, documents, TOKENIZER, sampling, "here")
+    assert refusal == message_of(sample_windows, without_repetitions(documents), TOKENIZER, sampling, "here")
     check_length(Beginning(whole.records, is_all=False), TOKENIZER, sampling, "here")  # the rest may be longer
 
 
@@ -67,10 +70,10 @@ def test_the_check_and_the_stage_agree_on_pairs(pairs, length):
 
 def test_the_search_for_long_documents_ends(monkeypatch):
     monkeypatch.setattr("hfprune_dist.data.windows.TOKENIZED_CHARACTERS", 1000)
-    for texts in (["x" * 10**7], ["x" * 99] * 10**4):
+    for texts in (["x" * 10**7], [f"{number:099}" for number in range(10**4)]):
         tokenizer = LetterTokenizer()
         beginning = Beginning(texts, is_all=True)
-        check_length(beginning, tokenizer, Sampling(200, 100, 0), "here")
+        message_of(check_length, beginning, tokenizer, Sampling(200, 100, 0), "here")
         assert tokenizer.characters < 1200
 
 
@@ -89,6 +92,33 @@ def test_windows_of_documents_in_random_order_are_those_of_a_shuffled_list(lengt
         except UserError as error:
             found.append(str(error))
     assert found[0] == found[1]
+
+
+@settings(max_examples=40)
+@given(st.text(min_size=1, max_size=20), st.booleans())
+def test_a_window_begins_as_the_tokenizer_begins_a_text(text, adds_bos):
+    """Some name a BOS token and don't put it there."""
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    whole = tokenizer(text)["input_ids"]
+    assert tokenizer.bos_token_id == 1 and (whole[0] == 1) == adds_bos
+    windows_ST = sample_windows([text], tokenizer, Sampling(1, len(whole), 0), "here")
+    assert windows_ST.tolist() == [whole]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 5), st.integers(0, 3))
+def test_each_window_has_a_document_of_its_own_or_the_number_needed_is_told(tmp_path_factory, lengths, samples, seed):
+    """So no window that is held out has text that was fitted. Documents of the same length are the same document."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    texts = [chr(65 + length) * length for length in lengths]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["-", *texts]))
+    enough = {text for text in texts if len(text) >= 8}
+    given_to = {"text_field": "text"}, file, LetterTokenizer(), Sampling(samples, 8, seed), "here"
+    if len(enough) < samples:
+        told = f"{samples} windows need as many different documents of at least 8 tokens"
+        assert told in (message := message_of(read_windows, *given_to)) and f"but it has {len(enough)} (" in message
+    else:
+        assert len({window[0] for window in read_windows(*given_to).tolist()}) == samples
 
 
 @settings(max_examples=100)

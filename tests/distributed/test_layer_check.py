@@ -6,10 +6,13 @@ import pytest
 import tiny
 import torch
 from ranks import SoloWorld, on_ranks
+from safetensors.torch import load_file, save_file
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from hfprune_dist.checkpoints import families as families_module
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.head import AfterHead
+from hfprune_dist.distributed import layer_check
 from hfprune_dist.distributed.layer_check import check_layers
 from hfprune_dist.errors import UserError
 from hfprune_dist.models.single_layer import LayerReader
@@ -58,6 +61,24 @@ def _scale(output):
         return output * 1.001
     output.last_hidden_state = output.last_hidden_state * 1.001
     return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("damage", "refusal"), [("nan", "logits are NaN or infinite"), ("scale", "logits of qwen3 depart")]
+)
+def test_every_pass_layer_by_layer_checks_logits(tmp_path, monkeypatch, damage, refusal, dtype):
+    """Those of refits, distillation and fidelity, too, where a head made NaN, or something else, without a name."""
+    folder = tiny.save_tiny(tmp_path / "model", "qwen3", num_hidden_layers=LAYERS, dtype=dtype)
+    check(open_checkpoint(folder), dtype)
+    if damage == "nan":
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"][7, 3] = torch.nan
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        monkeypatch.setattr(layer_check, "after_head", lambda _: AfterHead(1.1))
+    with pytest.raises(UserError, match=refusal):
+        check(open_checkpoint(folder), dtype)
 
 
 def test_sharded_models_are_compared_as_well(tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_the_tokenizer_is_in_the_file(tmp_path):
     control, unused = gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
     assert fields["ggml.token_type"] == [control] * 3 + [gguf.TokenType.NORMAL] * 256 + [unused] * 5
     assert [fields[f"ggml.{role}_token_id"] for role in ("unknown", "bos", "eos")] == [0, 1, 2]
-    assert not fields["ggml.add_bos_token"] and not fields["ggml.add_eos_token"]
+    assert fields["ggml.add_bos_token"] and not fields["ggml.add_eos_token"]
 
 
 def test_a_tokenizer_that_splits_text_as_none_in_llama_cpp_is_refused(tmp_path):

@@ -54,10 +54,10 @@ def test_good_inputs_reach_the_first_stage(inputs, tmp_path, refusal):
 
 
 @pytest.mark.parametrize("key", [CALIBRATION, HELD_OUT])
-def test_no_document_is_long_enough(inputs, refusal, key):
+def test_too_few_documents_are_long_enough(inputs, refusal, key):
     (inputs / "short.jsonl").write_text("\n".join([json.dumps({"text": ""}), json.dumps({"text": "short"})]))
     message = refusal("--set", f"{key}={inputs / 'short.jsonl'}")
-    assert_parts(message, "short.jsonl", "no document has 31 tokens", "the longest has", "sequence_length")
+    assert_parts(message, "short.jsonl", "documents of at least 31 tokens", "it has 0", "sequence_length")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     """A model, a text, settings for both, and the cache."""
     folder = tmp_path_factory.mktemp("prune")
     save_tiny(folder / "alpha")
-    (folder / "notes.txt").write_text(tiny_text(600, seed=0))
+    (folder / "notes.txt").write_text(tiny_text(2400, seed=0))
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
     return folder
 

@@ -1,6 +1,7 @@
 """Scores from sums, compared with what the papers define."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from core_definition import fluctuation
 from hfprune_dist.core.criterion import ScoredLayer
 from hfprune_dist.methods import CRITERIA
 from hfprune_dist.methods.sdmprune import student_keeps
+from hfprune_dist.structures import ALL_KINDS, EXPERTS, NEURONS
 
 
 def some_layer(number=0, seed=0):
     generator = torch.Generator().manual_seed(number)
     rows = [torch.randn(6, 4, generator=generator).bfloat16() for _ in range(2)]
     column = torch.randn(4, 6, generator=generator).bfloat16()
-    return ScoredLayer(number, 6, seed, lambda: rows, lambda: column)
+    return ScoredLayer(number, 6, NEURONS, seed, lambda: rows, lambda: column)
 
 
 def unread():
@@ -50,7 +52,7 @@ def test_layers_whose_channels_all_fluctuate_alike_have_scores_nonetheless():
     constant = torch.tensor([[2.0, 2.0]], dtype=torch.float64).repeat(6, 1).flatten()
     still = score("fluctuation", constant, dataclasses.replace(some_layer(), tokens=2, units=2))
     assert torch.equal(still, torch.tensor([0.0, 0.0], dtype=torch.float64)), "in which nothing varies over tokens"
-    one = ScoredLayer(0, 1, 0, unread, lambda: torch.ones(3, 1), tokens=2)
+    one = ScoredLayer(0, 1, NEURONS, 0, unread, lambda: torch.ones(3, 1), tokens=2)
     assert score("fluctuation", torch.tensor([2.0, 10.0]).double(), one).isfinite().all()
 
 
@@ -66,7 +68,7 @@ def test_reap_is_a_mean_over_the_tokens_that_an_expert_is_given():
     outputs, weights = torch.randn(5, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     sums = torch.cat([CRITERIA["reap"].reduce(outputs, weights).sum(0), torch.zeros(2, dtype=torch.float64)])
     expected = torch.stack([(weights * outputs.norm(dim=1)).mean(), torch.zeros((), dtype=torch.float64)])
-    torch.testing.assert_close(score("reap", sums, ScoredLayer(0, 2, 0, unread, unread)), expected)
+    torch.testing.assert_close(score("reap", sums, ScoredLayer(0, 2, EXPERTS, 0, unread, unread)), expected)
 
 
 def test_a_student_lacks_the_tenth_that_scores_least():
@@ -75,9 +77,10 @@ def test_a_student_lacks_the_tenth_that_scores_least():
     assert (~keeps).sum() == 4 and scores[~keeps].max() < scores[keeps].min()
 
 
-def test_random_scores_depend_on_the_seed_and_the_layer():
-    def scores(number, seed):
-        return score("random", torch.zeros(6), ScoredLayer(number, 6, seed, unread, unread))
+def test_random_scores_depend_on_the_seed_the_kind_and_the_layer():
+    def scores(seed, kind, number):
+        return score("random", torch.zeros(6), ScoredLayer(number, 6, kind, seed, unread, unread))
 
-    assert torch.equal(scores(1, 2), scores(1, 2))
-    assert not torch.equal(scores(1, 2), scores(2, 2)) and not torch.equal(scores(1, 2), scores(1, 3))
+    all_given = list(itertools.product((0, 1, 2**16), ALL_KINDS, (0, 1, 2)))
+    found = {tuple(scores(*given).tolist()) for given in all_given}
+    assert len(found) == len(all_given) and found == {tuple(scores(*given).tolist()) for given in all_given}

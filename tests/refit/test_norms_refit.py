@@ -93,17 +93,33 @@ def test_layers_and_units_that_go_have_no_part_in_it_and_ranks_share_the_windows
 
 def test_the_divergence_falls_and_is_that_of_the_factors(tmp_path):
     gradients = gradients_of(checkpoint_in(tmp_path / "model"), some_kept([0, 2]), windows_of(5), dtype=torch.float32)
-    factors_RC, kls = fit_norms(gradients)
+    factors_RC, kls, _ = fit_norms(gradients, gradients)
     assert min(kls) < 0.97 * kls[0]
     assert gradients.at(factors_RC).kl == pytest.approx(min(kls), rel=1e-5)
     assert factors_RC.shape == (5, 32) and (factors_RC != 1).any(dim=1).all()
     there = gradients.at(torch.ones(gradients.shape, dtype=F64))
     gradients.at = lambda _factors: there._replace(kl=0.0, gradient_RC=torch.zeros_like(there.gradient_RC))
-    factors_RC, kls = fit_norms(gradients)  # nothing is lost, so there is nothing to gain
+    factors_RC, kls, _ = fit_norms(gradients, gradients)  # nothing is lost, so there is nothing to gain
     assert kls == [0.0] and torch.equal(factors_RC, torch.ones(5, 32, dtype=F64))
     gradients.at = lambda _factors: there._replace(gradient_RC=there.gradient_RC * float("nan"))
     with pytest.raises(UserError, match=r"^the norms can't be refitted: .* NaN or infinite; set importance\.dtype"):
-        fit_norms(gradients)
+        fit_norms(gradients, gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_kept_is_never_worse_on_held_out_windows_and_both_are_told(tmp_path, seed, dtype):
+    """Held out are windows that gain from any fit, and a text on which the pruned model is the dense one already."""
+    checkpoint, kept, windows_ST = checkpoint_in(tmp_path / "model"), some_kept([0, 2]), windows_of(6, seed=seed)
+    fitted, gaining, losing = (gradients_of(checkpoint, kept, windows_ST, dtype=dtype) for _ in range(3))
+    ones_RC = torch.ones(fitted.shape, dtype=F64)
+    *_, reached = losing._forwards(ones_RC.float())
+    losing._dense = {index: losing._head.norm(hidden_BTC) for index, hidden_BTC in reached.items()}
+    assert gaining.kl_at(ones_RC) == pytest.approx(fitted.at(ones_RC).kl, rel=1e-5 if dtype == torch.float32 else 0.02)
+    for held_out, stays in ((gaining, False), (losing, True)):
+        factors_RC, _, told = fit_norms(fitted, held_out)
+        assert held_out.kl_at(factors_RC) == min(told) and told[0] == held_out.kl_at(ones_RC)
+        assert (told[1] >= told[0]) == torch.equal(factors_RC, ones_RC) == stays
 
 
 def test_curvature_is_held_up_by_its_norms_mean_and_infinite_where_nothing_matters():

@@ -171,7 +171,7 @@ def used(monkeypatch):
 
 
 @pytest.mark.usefixtures("all_compete")
-@pytest.mark.parametrize(("samples", "judged"), [(4, 2), (70, 4)])
+@pytest.mark.parametrize(("samples", "judged"), [(6, 2), (70, 4)])
 def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples, judged):
     store, stage = prepare(tmp_path, samples=samples, layers=3, groups=2)
     run_here(store, stage)
@@ -188,11 +188,11 @@ def test_no_window_judges_finalists_that_was_seen_before(tmp_path, used, samples
 
 @pytest.mark.usefixtures("all_compete")
 def test_any_number_of_ranks_finds_and_writes_the_same(tmp_path):
-    """Of three ranks, one has no micro-batch."""
+    """Of three ranks, one has no micro-batch in the search."""
     outcomes = []
     for ranks in (1, 3):
         (folder := tmp_path / str(ranks)).mkdir()
-        store, stage = prepare(folder, "qwen3", samples=4, layers=3, refit="dense")
+        store, stage = prepare(folder, "qwen3", samples=6, layers=3, refit="dense")
         ended = on_ranks(ranks, lambda world, store=store, stage=stage: run_here(store, stage, world))
         assert ended == [0] * ranks
         outcomes.append(outcome(store, stage))

@@ -24,7 +24,7 @@ IMPORTANCE = stage_of("importance", "tiny", {}, {})
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     save_tiny(folder / "dense")
-    write_documents(folder / "held-out.jsonl", count=3)
+    write_documents(folder / "held-out.jsonl", count=5)
     return folder
 
 

@@ -29,5 +29,7 @@ def test_pairs_of_a_row_do_not_see_each_other(tmp_path, device):
         row, places = torch.cat(pairs, dim=1).to(device), positions.to(device)
         with packed_rows(positions, model.device):
             packed_BTV = model(input_ids=row, position_ids=places, use_cache=False).logits.cpu()
+        without_BTV = model(input_ids=row, position_ids=places, use_cache=False).logits.cpu()  # transformers asks
         alone_BTV = torch.cat([model(input_ids=pair.to(device)).logits for pair in pairs], dim=1).cpu()
     torch.testing.assert_close(packed_BTV, alone_BTV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(without_BTV, alone_BTV, rtol=1e-4, atol=1e-4)
