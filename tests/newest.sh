@@ -9,7 +9,7 @@ git clone --quiet . "$folder"
 cd "$folder"
 source launch/setup.sh demo,test newest
 verdict=passed
-bash tests/run.sh quick || verdict="FAILED: quick tests"
+bash tests/run.sh quick --deselect tests/test_scripts.py::test_what_is_installed_is_what_is_locked || verdict="FAILED: quick tests"
 bash launch/quickstart.sh --models llama --ratios 0.2 || verdict="FAILED: sweep"
 "$PYTHON" - "$verdict" <<'END'
 import platform, sys

@@ -68,7 +68,8 @@ class SeenLinear:
         def after(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not is_observed():
                 return None
-            shown: Any = _WithInputs.apply(_in_graph(output), inputs[0].detach())  # type: ignore[no-untyped-call]
+            function: Any = _WithInputs  # torch 2.13 has no types for apply, 2.15 does
+            shown = function.apply(_in_graph(output), inputs[0].detach())
             if phase.backward_of is None:  # otherwise a checkpointed layer runs again
                 shown.grad_fn.observer = show
             seen: Tensor = shown

@@ -202,7 +202,8 @@ def summed_divergence(model: Outputs, dense: Outputs, labels_N: Tensor, label_we
             replace(model, hidden_NC=hidden_NC.detach()), [weighted], dense, add_to_head if trained else None
         )
     known = gradient_NC, *gradients
-    divergence: Tensor = _WithGradients.apply(loss_N.sum(), known, hidden_NC, *trained)  # type: ignore[no-untyped-call]
+    function: Any = _WithGradients  # torch 2.13 has no types for apply, 2.15 does
+    divergence: Tensor = function.apply(loss_N.sum(), known, hidden_NC, *trained)
     return divergence
 
 
