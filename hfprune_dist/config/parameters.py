@@ -40,10 +40,10 @@ class StageKind:
 
 
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 11, reproducible=True),
+    "importance": StageKind("importance.ImportanceParameters", 12, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 2, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 3),
-    "prune": StageKind("prune.PruneParameters", 9, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 10, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 8, trains=True),
     "evaluate": StageKind("evaluate.EvaluateParameters", 5),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 2, on_one_rank=True),
