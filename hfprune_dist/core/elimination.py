@@ -28,10 +28,9 @@ from hfprune_dist.core.selection import entries_of
 # Number of channels, in whole units, removed between two updates of the costs; and number of such updates that are
 # collected and then applied to the whole matrices at once.
 BLOCK, WAITING = 8, 8
-# Factor on the ridge of G (``ridge_of``), since the sample is finite. A column's weight is what it costs in nats by
-# itself, W_u^T F W_u per unit of energy. Without half the neurons of layer 11 or 28 of SmolLM2-135M, in which a channel
-# has 1e5 times the median energy or more, KL was .0063 and .0189 (4,096 tokens). With ridges in proportion to energies,
-# it was .0064 and .0222; with one ridge for all channels, .0067 and .0191, the former of which was foreseen as .310.
+# Factor on the ridge of G, since the sample is finite; a channel's weight in it is W_c^T F W_c. Layers 11 and 28 of
+# SmolLM2-135M have channels of 1e5 times the median energy. Without half of their neurons, KL was .0063 and .0189; with
+# ridges in proportion to energies .0064 and .0222; with one for all channels .0067, foreseen as .310, and .0191.
 RIDGE = 0.1
 # Smallest share of a unit's cost that a correction may leave.
 LEAST_SHARE = 0.1

@@ -155,11 +155,8 @@ class GaussNewtonSums:
     def damping(self) -> MlpWeights:
         """Return what is added to the diagonal of J^T J, with derivatives and inputs taken as independent."""
         inputs_C, (*ridges_K, of_down_K) = self.inputs_CC.diagonal() / self.tokens, self._ridges()
-        rows_KC = (
-            DAMPING * torch.outer(row_K, inputs_C) + inputs_C.mean() * ridge_K[:, None]
-            for row_K, ridge_K in zip(self.rows_K, ridges_K, strict=True)
-        )
-        down_K = DAMPING * self.hidden_KK.diagonal().float() + of_down_K
+        pairs, down_K = zip(self.rows_K, ridges_K, strict=True), DAMPING * self.hidden_KK.diagonal().float() + of_down_K
+        rows_KC = [DAMPING * row_K[:, None] * inputs_C + ridge_K[:, None] * inputs_C.mean() for row_K, ridge_K in pairs]
         return MlpWeights.of(*rows_KC, down_K.expand(len(inputs_C), -1))
 
     def _ridges(self) -> list[Tensor]:

@@ -52,9 +52,8 @@ def mirrored(sum_DD: Tensor) -> Tensor:
 def ridge_of(factor: float | Tensor, energy_D: Tensor, weight_D: Tensor | float = 1.0) -> Tensor:
     """Return each channel's ridge: ``factor`` times the median contribution, divided by the channel's weight.
 
-    A contribution is a channel's energy, E[h^2], times its weight, such as the squared norm of the column that reads
-    it. If a channel is multiplied by s, and its column by 1/s, its ridge is s^2 times as large: it means the same in
-    any units. The ridge of a silent channel is 1.
+    A contribution is a channel's energy, E[h^2], times its weight, such as the squared norm of its column: the same in
+    any units of the channel, as is what the ridge means. The ridge of a silent channel is 1.
     """
     contribution_D = energy_D * weight_D
     typical = contribution_D.median()

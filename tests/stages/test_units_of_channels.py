@@ -81,5 +81,5 @@ def test_what_stays_and_what_refits_make_of_it_is_the_same(scored, refit, alloca
             results.append((kept_of(store, stage), metrics_of(store, stage), pruned(ids).logits))
     (kept, metrics, logits), (others, measured, changed) = results
     assert kept == others
-    assert metrics["search_kl"] == pytest.approx(measured["search_kl"], rel=1e-3)
+    assert min(metrics["search_kl"].values()) == pytest.approx(min(measured["search_kl"].values()), rel=1e-3)
     assert (logits - changed).norm() < 1e-3 * logits.norm()
