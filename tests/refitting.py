@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
+from hfprune_dist.core.gram import ridge_of
 from hfprune_dist.core.least_squares import RIDGES
 from hfprune_dist.distributed.layer_stream import LayerStream
 from hfprune_dist.distributed.sums import is_held_out
@@ -157,8 +158,8 @@ def embedded(checkpoint, windows_ST):
 
 def ridge_regression(weight, hidden, targets, ridge):
     """Return weights near ``weight`` that map ``hidden`` to ``targets``, by QR of the stacked problem."""
-    strength = (ridge * hidden.square().sum(0).mean()).sqrt()
-    rows = torch.cat([hidden, strength * torch.eye(hidden.shape[1]).double()])
+    pull = ridge_of(ridge, hidden.square().sum(0), weight.square().sum(0)).sqrt()
+    rows = torch.cat([hidden, pull.diag().double()])
     missing = targets - hidden @ weight.T
     wanted = torch.cat([missing, torch.zeros(hidden.shape[1], len(weight)).double()])
     return weight + torch.linalg.lstsq(rows, wanted).solution.T

@@ -44,10 +44,10 @@ class StageKind:
 # Packages whose releases the results of every kind depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "deepspeed")
 KINDS = {
-    "importance": StageKind("importance.ImportanceParameters", 14, reproducible=True),
+    "importance": StageKind("importance.ImportanceParameters", 15, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 4),
-    "prune": StageKind("prune.PruneParameters", 11, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 12, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 10, trains=True, libraries=("peft",)),
     "evaluate": StageKind("evaluate.EvaluateParameters", 7, libraries=("lm-eval",)),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 3, on_one_rank=True),

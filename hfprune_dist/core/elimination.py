@@ -21,15 +21,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfprune_dist.core.gram import UnresolvedError, damped_inverse
+from hfprune_dist.core.gram import UnresolvedError, damped_inverse, ridge_of
 from hfprune_dist.core.portions import wide_dtype
 from hfprune_dist.core.selection import entries_of
 
 # Number of channels, in whole units, removed between two updates of the costs; and number of such updates that are
 # collected and then applied to the whole matrices at once.
 BLOCK, WAITING = 8, 8
-# Added to the diagonal of G, as a share of its mean, since the sample is finite.
-RIDGE = 1e-2
+# Factor on the ridge of G, since the sample is finite; a channel's weight in it is W_c^T F W_c. Layers 11 and 28 of
+# SmolLM2-135M have channels of 1e5 times the median energy. Without half of their neurons, KL was .0063 and .0189; with
+# ridges in proportion to energies .0064 and .0222; with one for all channels .0067, foreseen as .310, and .0191.
+RIDGE = 0.1
 # Smallest share of a unit's cost that a correction may leave.
 LEAST_SHARE = 0.1
 
@@ -68,12 +70,12 @@ def eliminate(gram_DD: Tensor, curvature_CC: Tensor, weight_CD: Tensor, fisher_U
     units, device = len(fisher_U), gram_DD.device
     channels = len(gram_DD) // units
     block = max(1, BLOCK // channels)
-    if not gram_DD.diagonal().any():  # a silent layer, in which no removal costs anything
-        return torch.arange(units, device=device), torch.zeros(units, dtype=gram_DD.dtype, device=device)
-    weight_CD = weight_CD.to(device, wide_dtype(weight_CD.dtype), copy=True)
+    energy_D = gram_DD.diagonal().to(device, wide_dtype(weight_CD.dtype))
+    weight_CD = weight_CD.to(energy_D).masked_fill(energy_D == 0, 0.0)  # columns of silent channels cost nothing
     gram_DD, curvature_CC = gram_DD.to(weight_CD), curvature_CC.to(weight_CD)
-    inverse = _Shrinking(damped_inverse(gram_DD, RIDGE), channels)
     curved_Ucc = _product_blocks(weight_CD.T, curvature_CC @ weight_CD, channels)  # the units' blocks of W^T F W
+    ridge_D = ridge_of(RIDGE, energy_D, curved_Ucc.diagonal(dim1=1, dim2=2).flatten().clamp(min=0))
+    inverse = _Shrinking(damped_inverse(gram_DD, ridge_D), channels)
     correction_Ucc = _correction(curved_Ucc, _diagonal_blocks(gram_DD, channels), fisher_U.to(weight_CD))
     left_U = torch.arange(units, device=device)
     gone_U = torch.zeros_like(left_U, dtype=torch.bool)

@@ -2,9 +2,10 @@
 
 With y the targets, minimise the sum over tokens of ||y - D h||^2, h = act(G x) * (U x) or, without a gate, act(U x),
 over gate G, up U and down D of the kept neurons. In each step, h is taken as linear in G and U around their current
-values, and the damped normal equations (J^T J + damping (diag(J^T J) + its mean)) delta = J^T r are solved by conjugate
-gradients, which need only products with J and J^T. They are preconditioned with blocks of J^T J in Kronecker form (as
-in K-FAC, arXiv 1503.05671). No parameters are added, and biases stay as they are.
+values, and the damped normal equations (J^T J + damping (diag(J^T J) + ridge)) delta = J^T r are solved by conjugate
+gradients, which need only products with J and J^T. A neuron's ridge (``ridge_of``) is the same in any units of its
+activation. They are preconditioned with blocks of J^T J in Kronecker form (as in K-FAC, arXiv 1503.05671). No
+parameters are added, and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from hfprune_dist.core.gram import damped_inverse, damping_of, gram_matrix
+from hfprune_dist.core.gram import damped_inverse, gram_matrix, ridge_of
 from hfprune_dist.core.portions import wide_product
 
 DAMPING = 1e-2
@@ -142,26 +143,35 @@ class GaussNewtonSums:
     Attributes:
         rows_K: sum over tokens of the outputs' squared derivatives with respect to each neuron's gate, and to its up.
         inputs_CC, hidden_KK: sums of x x^T and h h^T over so many ``tokens``.
+        around: the weights around which the MLP is linearized.
     """
 
     rows_K: tuple[Tensor, ...]
     inputs_CC: Tensor
     hidden_KK: Tensor
     tokens: int
+    around: MlpWeights
 
-    def diagonal(self) -> MlpWeights:
-        """Return the approximate diagonal of J^T J, with derivatives and inputs taken as independent."""
-        inputs_C = self.inputs_CC.diagonal() / self.tokens
-        return MlpWeights.of(
-            *(torch.outer(row_K, inputs_C) for row_K in self.rows_K),
-            self.hidden_KK.diagonal().to(inputs_C).expand(len(inputs_C), -1),
-        )
+    def damping(self) -> MlpWeights:
+        """Return what is added to the diagonal of J^T J, with derivatives and inputs taken as independent."""
+        inputs_C, (*ridges_K, of_down_K) = self.inputs_CC.diagonal() / self.tokens, self._ridges()
+        pairs, down_K = zip(self.rows_K, ridges_K, strict=True), DAMPING * self.hidden_KK.diagonal().float() + of_down_K
+        rows_KC = [DAMPING * row_K[:, None] * inputs_C + ridge_K[:, None] * inputs_C.mean() for row_K, ridge_K in pairs]
+        return MlpWeights.of(*rows_KC, down_K.expand(len(inputs_C), -1))
+
+    def _ridges(self) -> list[Tensor]:
+        """Each neuron's ridge in gate and up, to be multiplied by the inputs' mean energy; the last is that in down."""
+        energies_K = *self.rows_K, self.hidden_KK.diagonal().float()
+        rows_KC = *self.around.rows_KC, self.around.down_CK.T
+        weights_K = (row_KC.square().sum(dim=1) for row_KC in rows_KC)
+        return [ridge_of(DAMPING, *pair) for pair in zip(energies_K, weights_K, strict=True)]
 
     def inverse(self) -> Callable[[MlpWeights], MlpWeights]:
         """Return a function that multiplies by about (J^T J)^-1, damped; raises as ``damped_inverse``."""
-        by_inputs_CC = damped_inverse(self.inputs_CC / self.tokens, DAMPING)
-        by_hidden_KK = damped_inverse(self.hidden_KK.float(), DAMPING)
-        rows_K = [row_K + damping_of(row_K, DAMPING) for row_K in self.rows_K]
+        inputs_CC, (*ridges_K, hidden_K) = self.inputs_CC / self.tokens, self._ridges()
+        by_inputs_CC = damped_inverse(inputs_CC, ridge_of(DAMPING, inputs_CC.diagonal()))
+        by_hidden_KK = damped_inverse(self.hidden_KK.float(), hidden_K)
+        rows_K = [row_K + ridge_K for row_K, ridge_K in zip(self.rows_K, ridges_K, strict=True)]
         return lambda change: MlpWeights.of(
             *(row_KC @ by_inputs_CC / row_K[:, None] for row_KC, row_K in zip(change.rows_KC, rows_K, strict=True)),
             change.down_CK @ by_hidden_KK,
@@ -175,8 +185,8 @@ def solve_normal_equations(
     curvature: GaussNewtonSums,
     iterations: int,
 ) -> MlpWeights:
-    """Return an approximate solution x of (J^T J + DAMPING (diag + its mean)) x = right, with diag the approximate
-    diagonal of J^T J, by preconditioned conjugate gradients from x = 0; raises UnresolvedError as ``damped_inverse``.
+    """Return an approximate solution x of (J^T J + damping) x = right, damped as ``curvature`` says, by preconditioned
+    conjugate gradients from x = 0; raises UnresolvedError as ``damped_inverse``.
 
     Args:
         product: v -> J^T J v.
@@ -184,8 +194,7 @@ def solve_normal_equations(
         right: J^T residual.
         iterations: how many; those after the residual has vanished change nothing. A GPU's host waits for none of them.
     """
-    damping = MlpWeights.of(*(DAMPING * (diagonal + diagonal.mean()) for diagonal in curvature.diagonal().tensors()))
-    inverse = curvature.inverse()
+    damping, inverse = curvature.damping(), curvature.inverse()
     solution = MlpWeights.of(*(torch.zeros_like(tensor) for tensor in right.tensors()))
     residual, direction = right, inverse(right)
     rho = residual.dot(direction)

@@ -1,4 +1,4 @@
-"""Gram matrices of many vectors, of which CPUs compute only one half, as they are symmetric; and damped inverses."""
+"""Gram matrices of many vectors, of which CPUs compute only one half, as they are symmetric; ridges and inverses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from hfprune_dist.core.portions import wide_dtype, wide_product, widened
 
 # Number of rows in a block: large enough for matrix products at full speed.
 BLOCK = 256
-# Factors on the damping, which are tried in turn until the damped matrix is positive definite.
+# Bounds of a channel's ridge, as shares of its energy: float32 resolves no less, and more hardly changes anything.
+LEAST, MOST = 1e-4, 1e4
+# Factors on the ridge, which are tried in turn until the damped matrix is positive definite.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 
 
@@ -47,21 +49,28 @@ def mirrored(sum_DD: Tensor) -> Tensor:
     return sum_DD
 
 
-def damping_of(diagonal_D: Tensor, damping: float) -> Tensor:
-    """Return ``damping`` times the mean of a diagonal, or ``damping`` itself if that mean is 0."""
-    mean = diagonal_D.mean()
-    return damping * mean.where(mean != 0, 1.0)
+def ridge_of(factor: float | Tensor, energy_D: Tensor, weight_D: Tensor | float = 1.0) -> Tensor:
+    """Return each channel's ridge: ``factor`` times the median contribution, divided by the channel's weight.
+
+    A contribution is a channel's energy, E[h^2], times its weight, such as the squared norm of its column: the same in
+    any units of the channel, as is what the ridge means. The ridge of a silent channel is 1.
+    """
+    contribution_D = energy_D * weight_D
+    typical = contribution_D.median()
+    typical = typical.where(typical > 0, contribution_D.mean())
+    share_D = (typical / contribution_D).nan_to_num(nan=MOST).clamp(LEAST, MOST)
+    return (factor * share_D * energy_D).where(energy_D > 0, 1.0)
 
 
-def damped_inverse(gram_DD: Tensor, damping: float) -> Tensor:
-    """Return the inverse, in the same dtype, of the matrix with ``damping_of`` its diagonal added to the diagonal.
+def damped_inverse(gram_DD: Tensor, ridge_D: Tensor) -> Tensor:
+    """Return the inverse, in the same dtype, of the matrix with a ridge added to its diagonal.
 
     What is added is up to 100 times as large if less leaves a matrix that is, due to rounding, not positive definite;
     an ``UnresolvedError`` is raised if that isn't enough.
     """
     damped_DD, diagonal_D = gram_DD.clone(), gram_DD.diagonal()
     for factor in MORE_DAMPING:
-        torch.add(diagonal_D, damping_of(diagonal_D, factor * damping), out=damped_DD.diagonal())
+        torch.add(diagonal_D, ridge_D, alpha=factor, out=damped_DD.diagonal())
         factor_DD, problem = torch.linalg.cholesky_ex(damped_DD)
         if not problem:
             del damped_DD  # as large as the result of the next line

@@ -1,8 +1,9 @@
 """Least-squares refit of an output projection: the channels that stay take over the work of those removed.
 
-W' minimises E||y - W' h_S||^2 + ridge * mean(diag G[S, S]) * ||W' - W_S||^2 over the kept channels S, where targets y
-are W h, or anything else. That needs only G = E[h h^T] and E[y h_S^T]:
-W' = (E[y h_S^T] + r W_S) (G[S, S] + r I)^-1, r = ridge * mean(diag G[S, S]). No bias or other parameter is added.
+W' minimises E||y - W' h_S||^2 + sum_c r_c ||W'_c - W_c||^2 over the kept channels S, where targets y are W h, or
+anything else, and r_c = ridge * (median of E[h_c^2] ||W_c||^2) / ||W_c||^2: changes count relative to a column's size,
+so that the problem is the same in any units of the channels. It needs only G = E[h h^T] and E[y h_S^T]:
+W' = (E[y h_S^T] + W_S R) (G[S, S] + R)^-1, R = diag(r). No bias or other parameter is added.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hfprune_dist.core.gram import ridge_of
 from hfprune_dist.core.portions import widened
 
-# Candidate ridges, as shares of the kept channels' mean energy; the best one on held-out tokens is used.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Candidate ridges, as factors on ``ridge_of``; the best one on held-out tokens is used.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Projection:
@@ -54,13 +56,13 @@ class LeastSquares:
         """Return the refitted weight [hidden_size, kept], the old one if the kept channels are silent; and a scalar,
         which isn't 0 if the Gram matrix with the ridge isn't positive definite: the weight is then meaningless.
         """
-        mean = self.gram_KK.diagonal().mean()
-        strength = (ridge * mean).where(mean != 0, 1.0)  # of silent channels, any ridge leaves the old weight
+        energy_K = self.gram_KK.diagonal()
+        ridge_K = ridge_of(ridge, energy_K, self.old_CK.square().sum(dim=0))
         damped_KK = self.gram_KK.to(self.old_CK, copy=True)
-        damped_KK.diagonal().add_(strength)
+        damped_KK.diagonal().add_(ridge_K)
         factor_KK, problem = torch.linalg.cholesky_ex(damped_KK)
         del damped_KK
-        right_CK = (self.cross_CK + strength * self.old_CK).to(self.old_CK)
+        right_CK = (self.cross_CK + ridge_K * self.old_CK).to(self.old_CK)
         return torch.cholesky_solve(right_CK.T, factor_KK).T.contiguous(), problem
 
     def error(self, weight_CK: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class Reconstruction:
         measured = [index for index in indices if index % 8 in MEASURED]
         counts = [sum(len(self._inputs[index]) for index in some) for some in (indices, measured)]
         tokens, seen = map(sum, zip(*self._world.all_gather(counts), strict=True))
-        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, hidden_KK, tokens)
+        curvature = GaussNewtonSums(tuple(rows_K), inputs_CC, hidden_KK, tokens, start)
 
         def product(change: MlpWeights) -> MlpWeights:
             rounded = change.to(self._dtype)

@@ -3,7 +3,7 @@ import torch
 
 from hfprune_dist.core import elimination
 from hfprune_dist.core.elimination import RIDGE, eliminate, elimination_scores
-from hfprune_dist.core.gram import UnresolvedError
+from hfprune_dist.core.gram import UnresolvedError, ridge_of
 
 D, C, T = 20, 6, 400
 
@@ -27,7 +27,7 @@ def independent(gram, curvature, weight, channels=1):
 
 def cost_of_removing(gram, curvature, weight, removed, channels=1):
     """1/2 tr(F E G E^T), where E is the change of the weight when the rest is refitted by least squares."""
-    gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(D)
+    gram = gram + torch.diag(ridge_of(RIDGE, gram.diagonal(), (weight.T @ curvature @ weight).diagonal()))
     stay = [n for n in range(D) if n // channels not in removed]
     refitted = torch.zeros_like(weight)
     if stay:

@@ -13,6 +13,7 @@ from hfprune_dist.core.gauss_newton import (
     MlpWeights,
     solve_normal_equations,
 )
+from hfprune_dist.core.gram import ridge_of
 from hfprune_dist.core.portions import wide_product
 
 K, C, N = 7, 5, 60
@@ -24,16 +25,18 @@ def some(seed=0):
     return weights, torch.randn(N, C, generator=generator)
 
 
-def curvature_of(at):
+def curvature_of(at, weights):
     *rows, inputs = at.curvature()
-    return GaussNewtonSums(tuple(rows), inputs, at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK))
+    return GaussNewtonSums(tuple(rows), inputs, at.hidden_NK.T @ at.hidden_NK, len(at.hidden_NK), weights)
 
 
-def solved(at, right, iterations):
+def solved(at, weights, right, iterations):
     def length(change):
         return at.forward(change).square().sum().item()
 
-    return solve_normal_equations(lambda v: at.backward(at.forward(v)), length, right, curvature_of(at), iterations)
+    return solve_normal_equations(
+        lambda v: at.backward(at.forward(v)), length, right, curvature_of(at, weights), iterations
+    )
 
 
 def mlp(weights, biases, x):
@@ -67,17 +70,22 @@ def test_the_inverse_is_that_of_each_block():
     biases = Biases((torch.full((K,), 40.0), torch.linspace(100, 200, K)))
     small = MlpWeights.of(*(1e-3 * row for row in weights.rows_KC), weights.down_CK)
     at, change = Linearized(small, biases, x), some(1)[0]
-    inverse = curvature_of(at).inverse()(change)
+    inverse = curvature_of(at, small).inverse()(change)
     jacobian = torch.func.jacrev(lambda *t: mlp(MlpWeights.of(*t), biases, x), argnums=(0, 1))(*small.tensors())
-    for derivative, before, found in zip(jacobian, change.tensors()[:2], inverse.tensors()[:2], strict=True):
+    energy, places = (
+        x.square().mean(0),
+        zip(jacobian, change.tensors()[:2], inverse.tensors()[:2], small.rows_KC, strict=True),
+    )
+    for derivative, before, found, row in places:
         blocks = [rows.T @ rows for rows in derivative.flatten(0, 1).unbind(1)]
         traces = torch.stack([block.trace() for block in blocks])
+        ridges = ridge_of(DAMPING, traces, row.square().sum(1))
         for neuron, block in enumerate(blocks):
-            damped = block + DAMPING * block.trace() / C * torch.eye(C)
-            damped = damped * (1 + DAMPING * traces.mean() / traces[neuron])
+            damped = block + block.trace() / energy.sum() * ridge_of(DAMPING, energy).diag()
+            damped = damped * (1 + ridges[neuron] / traces[neuron])
             torch.testing.assert_close(damped @ found[neuron], before[neuron], rtol=1e-2, atol=1e-2)
     gram = at.hidden_NK.T @ at.hidden_NK
-    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(K)
+    damped = gram + ridge_of(DAMPING, gram.diagonal(), small.down_CK.square().sum(0)).diag()
     torch.testing.assert_close(inverse.down_CK @ damped, change.down_CK, rtol=1e-2, atol=1e-2)
 
 
@@ -85,11 +93,25 @@ def test_conjugate_gradients_solve_the_damped_equations():
     weights, x = some()
     at = Linearized(weights, Biases(), x)
     target = mlp(some(3)[0], Biases(), x)
-    curvature, right = curvature_of(at), at.backward(target - at.output())
-    change = solved(at, right, iterations=200)
-    left, diagonal = at.backward(at.forward(change)), curvature.diagonal()
-    for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), diagonal.tensors(), strict=True):
-        torch.testing.assert_close(a + DAMPING * (d + d.mean()) * v, b, rtol=1e-3, atol=1e-2)
+    right = at.backward(target - at.output())
+    change = solved(at, weights, right, iterations=200)
+    left, damping = at.backward(at.forward(change)), curvature_of(at, weights).damping()
+    for a, b, v, d in zip(left.tensors(), right.tensors(), change.tensors(), damping.tensors(), strict=True):
+        torch.testing.assert_close(a + d * v, b, rtol=1e-3, atol=1e-2)
+
+
+def test_a_step_changes_the_same_function_in_any_units_of_the_activations():
+    weights, x = some()
+    factor_K = torch.logspace(-3, 3, K)
+    gate_KC, up_KC = weights.rows_KC
+    changed = MlpWeights.of(gate_KC, factor_K[:, None] * up_KC, weights.down_CK / factor_K)
+    target, moved = mlp(some(3)[0], Biases(), x), []
+    for start in (weights, changed):
+        at = Linearized(start, Biases(), x)
+        step = solved(at, start, at.backward(target - at.output()), iterations=4)
+        moved.append(mlp(start.plus(step), Biases(), x))
+    torch.testing.assert_close(*moved, rtol=1e-3, atol=1e-3)
+    assert (moved[0] - target).norm() < 0.9 * (mlp(weights, Biases(), x) - target).norm()
 
 
 def test_a_silent_mlp_is_left_alone():
@@ -98,7 +120,7 @@ def test_a_silent_mlp_is_left_alone():
     silent = MlpWeights.of(*(torch.zeros_like(weight) for weight in weights.tensors()))
     at = Linearized(silent, Biases(), x)
     right = at.backward(torch.ones(len(x), silent.down_CK.shape[0], dtype=x.dtype))
-    step = solved(at, right, iterations=5)
+    step = solved(at, silent, right, iterations=5)
     assert all(torch.equal(change, torch.zeros_like(change)) for change in step.tensors())
 
 

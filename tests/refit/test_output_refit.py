@@ -1,7 +1,5 @@
 """Least squares on output projections: against float64 and the tokens themselves, dropped layers, ranks and deaths."""
 
-import math
-
 import pytest
 import torch
 from faults.kill import deaths_during
@@ -104,11 +102,7 @@ def problems(weight_CD, fitted_ND, held_out_ND, kept):
 
 def solution(weight_CD, hidden_ND, kept, ridge):
     """Return the kept columns by least squares on tokens, with further rows that pull towards the old columns."""
-    scale = math.sqrt(len(hidden_ND))
-    pull = math.sqrt(ridge * hidden_ND[:, kept].square().mean())
-    inputs = torch.cat([hidden_ND[:, kept] / scale, pull * torch.eye(len(kept), dtype=torch.float64)])
-    targets = torch.cat([hidden_ND @ weight_CD.T / scale, pull * weight_CD[:, kept].T])
-    return torch.linalg.lstsq(inputs, targets).solution.T
+    return ridge_regression(weight_CD[:, kept], hidden_ND[:, kept], hidden_ND @ weight_CD.T, ridge)
 
 
 def lost(weight_CD, hidden_ND, kept, new_CK):
