@@ -38,7 +38,7 @@ def write_in_other_units(folder, model):
         tensors |= {value: tensors[value] * of_values[:, None], output: tensors[output] / of_heads}
     save_tiny(folder / "model")
     save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
-    write_documents(folder / "text.jsonl")
+    write_documents(folder / "text.jsonl", count=40)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def scored(tmp_path_factory):
     """The same model in two folders, in different units, with its scores."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     save_tiny(one / "model")
-    write_documents(one / "text.jsonl")
+    write_documents(one / "text.jsonl", count=40)
     write_in_other_units(two, one / "model")
     stages = [make_stage(folder, criteria=OF_ONE_PASS, structures=BOTH, samples=40) for folder in (one, two)]
     for folder, stage in zip((one, two), stages, strict=True):
