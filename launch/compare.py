@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [{**row, "label": f"{place}: {row['label']}"} for place, found in named_rows for row in found]
     # Rows that the table leaves out, and those whose scores are of other held-out text than their model's first one.
     warnings = [f"missing: {row['label']}: {row['cause']}" for row in rows if row["status"] != DONE]
-    warnings += not_comparable([row for row in rows if row["status"] == DONE])
+    warnings += not_comparable(rows)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", {"methods": methods, "sweeps": [*map(str, folders)]}, sort_keys=False)
     shown, told = methods_table(methods, reference, wide=True)

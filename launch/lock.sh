@@ -4,7 +4,8 @@
 # Arguments hold packages back: bash launch/lock.sh 'torch==2.13.*'.
 set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/setup.sh demo,test
+source launch/setup.sh uv
+install_uv
 configure_uv
 unset UV_TORCH_BACKEND UV_FIND_LINKS # versions are chosen among PyPI's files, which are there for all platforms
 work=$(mktemp -d)
@@ -28,4 +29,4 @@ awk -v cuda=launch/lock-cuda.txt -v rest=launch/lock.txt '
     !torch { print > file }
 ' "$work/all.txt"
 grep -hoE '^[^ ]+==[^ ]+' launch/lock*.txt | sort >"$work/after.txt"
-(diff "$work/before.txt" "$work/after.txt" || true) | grep '^[<>]' || echo "nothing moved"
+(diff "$work/before.txt" "$work/after.txt" || true) | grep '^[<>]' || git diff --stat launch/lock*.txt

@@ -180,7 +180,8 @@ def _parts_of(text: Path, config: SweepConfig, cache: Path) -> dict[str, str | N
         ("calibration", kept, *sizes[0], ""),
         ("evaluation.fidelity", held_out, *sizes[1], "-end"),
     ):
-        longest = sum(map(len, part)) // (windows + len(part)) if len(part) < windows else CHECKED_CHARACTERS
+        whole = sum(len(document) >= CHARACTERS * tokens for document in part)
+        longest = CHECKED_CHARACTERS if whole >= windows else sum(map(len, part)) // (windows + sum(map(bool, part)))
         longest = max(longest, CHARACTERS * tokens)
         pieces = [document[at : at + longest] for document in part for at in range(0, len(document), longest)]
         file = folder / f"{text.absolute().stem}{end}.jsonl"  # which cards name

@@ -1,6 +1,6 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: installs into .venv, in the project's folder, the project and the
 # releases that launch/lock.txt names, with the optional dependencies that the argument names, or all of them; newest as
-# a second argument takes the newest releases instead. Sets $PYTHON to .venv's interpreter. PYTHON_BASE chooses the
+# a second argument takes the newest releases instead; uv as the only one installs nothing. Sets $PYTHON to .venv's interpreter. PYTHON_BASE chooses the
 # Python that .venv is made from (3.11 to 3.14), UV_TORCH_BACKEND the build of torch (cpu, cu126, cu130 ...).
 
 # With CDPATH, cd goes to other folders of the same name, and prints where it goes.
@@ -41,29 +41,36 @@ make_venv() {
     "$base" -m venv "$PROJECT/.venv"
 }
 
-# uv doesn't read pip's configuration: a mirror, wheels on a disk, limits on releases.
+# Whether packages come from elsewhere than PyPI.
+has_mirror() {
+    [ -n "${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_INDEX_URL:-}${UV_EXTRA_INDEX_URL:-}${UV_FIND_LINKS:-}" ]
+}
+
+# uv doesn't read pip's configuration, a mirror or wheels on a disk, which counts where uv has none of its own.
 configure_uv() {
     local line value
+    ! has_mirror || return 0
     while IFS= read -r line; do
         value=${line#*=\'} value=${value%\'}
+        value=$(xargs <<<"${value//\\n/ }")
         case "$line" in
             *.index-url=*) export UV_DEFAULT_INDEX="$value" ;;
             *.extra-index-url=*) export UV_INDEX="$value" ;;
-            *.find-links=*) export UV_FIND_LINKS="$value" ;;
+            *.find-links=*) export UV_FIND_LINKS="${value// /,}" ;;
             *.cert=*) export SSL_CERT_FILE="$value" ;;
         esac
-    done < <("$PYTHON" -m pip config list 2>/dev/null)
+    done < <("$PYTHON" -m pip config list 2>/dev/null | sed 's/^:env:/~env/' | LC_ALL=C sort) # what is in effect, last
 }
 
 # PyPI's build of torch is for CUDA 13. Builds for CUDA 12, and without CUDA, come from PyTorch's own index, which uv
 # knows; where packages come from a mirror, its build is taken.
 choose_torch() {
     local driver cuda needed
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 -oE '^[0-9][0-9.]+$')
     if [ -z "${UV_TORCH_BACKEND:-}" ]; then
         if [ -z "$driver" ]; then
-            [ -n "${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_FIND_LINKS:-}" ] || export UV_TORCH_BACKEND=cpu
-        elif [ "${driver%%.*}" -lt 580 ]; then
+            has_mirror || export UV_TORCH_BACKEND=cpu
+        elif [ "${driver%%.*}" -lt 580 ] && ! has_mirror; then
             export UV_TORCH_BACKEND=cu126
         fi
     fi
@@ -79,6 +86,13 @@ choose_torch() {
     fi
 }
 
+# Makes .venv, and uv in it.
+install_uv() {
+    has_venv || make_venv || return
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes \
+        -r <(awk '/^[^ ]/ { uv = /^uv=/ } uv' "$PROJECT/launch/lock.txt")
+}
+
 # Arguments: the optional dependencies to install; newest, for the newest releases.
 install_project() {
     local wanted stamp="$PROJECT/.venv/installed" lock="$PROJECT/launch/lock.txt" locked=()
@@ -89,12 +103,11 @@ install_project() {
         return
     fi
     echo "installing into $PROJECT/.venv: about a minute on a fast network"
-    has_venv || make_venv || return
+    install_uv || return
     (
         configure_uv
         choose_torch || exit
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes \
-            -r <(awk '/^[^ ]/ { uv = /^uv=/ } uv' "$lock") || exit
+        unset UV_REQUIRE_HASHES UV_OVERRIDE # the lock has what the first asks for, and the second would displace it
         if [ "${2:-}" != newest ]; then
             locked=(--constraint "$lock" --build-constraint "$lock")
             [[ "${UV_TORCH_BACKEND:-}" == cu* ]] || locked+=(--constraint "$PROJECT/launch/lock-cuda.txt")
@@ -106,4 +119,4 @@ install_project() {
     echo "$wanted" >"$stamp"
 }
 
-install_project "$@" || exit
+[ "$1" = uv ] || install_project "$@" || exit

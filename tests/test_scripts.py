@@ -13,12 +13,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ranks import ROOT
 
+WITHOUT_MIRROR = dict.fromkeys(
+    ("UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS"), ""
+)
 LOCK = ROOT / "launch" / "lock.txt"
 CLUSTER = ROOT / "slurm" / "cluster.sh"
 # Stands in for Python and, in an environment, for its pip and the project's commands.
 PYTHON = """#!/bin/bash
-echo "$*${UV_TORCH_BACKEND:+ for $UV_TORCH_BACKEND}" >>"$CALLS"
-[ "$1 $2" != "$FAILS" ] || exit 1
+echo "$*${UV_TORCH_BACKEND:+ for $UV_TORCH_BACKEND}${CONFIG:+ from $UV_DEFAULT_INDEX and $UV_FIND_LINKS}" >>"$CALLS"
+[ "$3 $4" != "config list" ] || echo "${CONFIG:-}"
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin"
     cp "$0" "$3/bin/python"
@@ -53,7 +56,7 @@ def quickstart(project, tmp_path):
         result = subprocess.run(
             ["bash", "launch/quickstart.sh"],
             cwd=project,
-            env={**os.environ, "CALLS": str(calls), "PATH": path, "PYTHON_BASE": "", "FAILS": "", **environment},
+            env={**os.environ, "CALLS": str(calls), "PATH": path, "PYTHON_BASE": "", **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -81,13 +84,14 @@ def test_the_quickstart_installs_what_is_locked_and_once(quickstart, project):
         ("595.71", "cu126", " for cu126"),
         ("550.54", "cu130", "CUDA 13"),
         ("470.82", "", "CUDA 12"),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the driver", "", " for cpu"),
     ],
 )
 def test_torch_is_built_for_a_driver_no_newer_than_the_one_there(quickstart, tmp_path, driver, asked, expected):
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho {driver}\n")
     smi.chmod(0o755)
-    result, calls = quickstart(UV_TORCH_BACKEND=asked)
+    result, calls = quickstart(UV_TORCH_BACKEND=asked, **WITHOUT_MIRROR)
     if expected.startswith("CUDA"):
         assert (
             result.returncode == 2 and f"torch built for {expected} needs" in result.stderr and driver in result.stderr
@@ -109,7 +113,8 @@ def test_a_newer_release_does_not_displace_the_locked_one(tmp_path):
     free = subprocess.run(uv, capture_output=True, text=True, check=True)
     held = subprocess.run([*uv, "--constraint", LOCK], capture_output=True, text=True, check=False)
     assert "transformers==99.0.0" in free.stderr
-    assert held.returncode != 0 and f"transformers=={version('transformers')}" in held.stderr
+    locked = re.search(r"^transformers==\S+", LOCK.read_text(), re.MULTILINE)[0]
+    assert held.returncode != 0 and locked in held.stderr
 
 
 def test_what_is_installed_is_what_is_locked():
@@ -126,6 +131,14 @@ def test_what_is_installed_is_what_is_locked():
 
 def in_use(requirement):
     return not requirement.marker or any(requirement.marker.evaluate({"extra": extra}) for extra in ("demo", "test"))
+
+
+@pytest.mark.parametrize(("own", "expected"), [("", "https://env and /a,/b"), ("own", " and ")])
+def test_uv_finds_packages_where_pip_does_unless_it_is_told_itself(quickstart, own, expected):
+    config = "global.find-links='\\n/a\\n/b'\nglobal.index-url='https://file'\n:env:.index-url='https://env'"
+    calls = quickstart(**WITHOUT_MIRROR | {"CONFIG": config, "UV_INDEX": own})[1]
+    (call,) = [call for call in calls if "uv pip install" in call and " -e " in call]
+    assert call.endswith(f" from {expected}")
 
 
 def test_no_other_python_is_taken_than_the_one_asked_for(quickstart, project):

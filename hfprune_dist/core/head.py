@@ -84,8 +84,8 @@ class Outputs:
         return self.after(torch.nn.functional.linear(self.hidden_NC[rows], self.weight_VC, self.bias_V))
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, logits of those rows), added up and kept in float32 or wider, one chunk at a time: rounded to
-        bfloat16, the largest two are the same at one token in fifty.
+        """Yield (rows, logits of those rows), added up and kept in float32 or wider, one chunk at a time: in
+        bfloat16, the two largest are equal at 2 % of all tokens.
         """
         wide = wide_dtype(self.hidden_NC.dtype)
         for rows in self.chunks(wide):

@@ -25,8 +25,9 @@ def bos_ids(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer itself puts before a text, where the model knows them from its training: a BOS token,
     or none, even if it names one (SmolLM2, Qwen).
     """
-    ids: list[int] = tokenizer("a")["input_ids"]
-    return ids[: ids.index(plain_ids(tokenizer, "a")[0])]
+    ids, plain = list(tokenizer("a")["input_ids"]), plain_ids(tokenizer, "a")
+    places = [place for place in range(len(ids)) if plain and ids[place : place + len(plain)] == plain]
+    return ids[: places[-1]] if places else []
 
 
 def plain_ids(tokenizer: Any, texts: str | list[str]) -> list[Any]:

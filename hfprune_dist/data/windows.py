@@ -95,8 +95,8 @@ def interleaved(counts: Sequence[int], apart: Sequence[bool], seed: int) -> list
 def sample_windows(
     texts: Iterable[str], tokenizer: Any, sampling: Sampling, where: str, order: Sequence[int] | None = None
 ) -> Tensor:
-    """Cut one random window from each of so many documents that are long enough, so that no two windows, wherever they
-    are used, have text of the same document. ``order`` gives each document's place in the order of use; without it,
+    """Cut one random window from each of so many documents that are long enough, so that no two of these windows have
+    text of the same document. ``order`` gives each document's place in the order of use; without it,
     they are used as they come, and no more are read than are needed.
 
     Raises:
@@ -156,11 +156,8 @@ def check_length(beginning: Beginning[str], tokenizer: Any, sampling: Sampling, 
     found, longest, tokenized = 0, 0, 0
     for text in sorted(without_repetitions(beginning.records), key=lambda text: -len(text)):
         tokens = len(plain_ids(tokenizer, text[:TOKENIZED_CHARACTERS]))
-        found, longest, tokenized = (
-            found + (tokens >= sampling.body(tokenizer)),
-            max(longest, tokens),
-            tokenized + len(text),
-        )
+        found += tokens >= sampling.body(tokenizer)
+        longest, tokenized = max(longest, tokens), tokenized + len(text)
         if found == sampling.samples or tokenized > TOKENIZED_CHARACTERS:
             return
     if beginning.is_all:

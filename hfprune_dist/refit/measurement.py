@@ -133,7 +133,7 @@ def mean_divergences(stream: LayerStream, dense: States, models: Sequence[States
 
 def held_out_windows(windows_ST: Tensor, micro_batch_size: int, most: int) -> Tensor:
     """The first windows among those that refits hold out to choose their ridge, up to ``most``, but at least one
-    micro-batch; there must be two.
+    micro-batch; there must be at least two of them.
     """
     batches = windows_ST.split(micro_batch_size)
     held_out = [batch for index, batch in enumerate(batches) if is_held_out(index, len(batches))]

@@ -130,7 +130,8 @@ class _Rows:
         """
         evaluation = self._plan.stages[cell.evaluate]
         inputs = {role: source.identity for role, source in evaluation.inputs.items() if role != "model"}
-        packages = {digest_of(found.get("provenance", {}).get("packages")) for found in manifests.values() if found}
+        made = [manifests[stage_id] for stage_id in (*cell.producers, cell.evaluate)]
+        packages = {digest_of(found.get("provenance", {}).get("packages")) for found in made if found}
         return digest_of([evaluation.params.to_json(), inputs, sorted(packages)])[:12]
 
     def _outlook(self, cell: Cell) -> str | None:

@@ -198,6 +198,7 @@ def outlooks(rows: Sequence[Row]) -> list[str]:
 def not_comparable(rows: Sequence[Row]) -> list[str]:
     """A line on rows whose scores can't be compared with their model's first row's: other weights, text or tasks."""
     first: dict[str, str] = {}
+    rows = [row for row in rows if row["status"] == DONE]
     others = [row["label"] for row in rows if first.setdefault(row["model"], row["measured_as"]) != row["measured_as"]]
     return [f"{MEASURED_OTHERWISE}: {', '.join(others)}"] if others else []
 

@@ -51,8 +51,11 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def releases(packages: Iterable[str]) -> dict[str, str]:
-    """Package -> its release as far as results depend on it: 5.25 for 5.25.1. Packages that aren't installed lack."""
-    return {name: ".".join(found.split(".")[:2]) for name, found in package_versions(packages).items() if found}
+    """Package -> its release as far as results depend on it: 5.25 for 5.25.1, but 0.4.13 for 0.4.13, whose last number
+    is a minor one. Packages that aren't installed are left out.
+    """
+    versions = {name: found for name, found in package_versions(packages).items() if found}
+    return {name: ".".join(found.split(".")[: 3 if found[0] == "0" else 2]) for name, found in versions.items()}
 
 
 @cache  # reads all of a package's metadata

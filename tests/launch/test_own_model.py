@@ -28,7 +28,15 @@ def here_alone(host, *arguments, **options):
         raise OSError(f"no network: {host}")
     return look_up(host, *arguments, **options)
 
-socket.getaddrinfo = here_alone
+connect = socket.socket.connect
+
+def connect_here(self, address):
+    if isinstance(address, tuple) and address[0] not in HERE:
+        pathlib.Path(os.environ["ASKED"]).write_text(str(address))
+        raise OSError(f"no network: {address}")
+    return connect(self, address)
+
+socket.getaddrinfo, socket.socket.connect = here_alone, connect_here
 """
 
 

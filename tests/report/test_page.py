@@ -206,7 +206,7 @@ def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
     assert finding.startswith("m: with 20 % removed, ")
     assert failures == ("note failed", "m 0.5 hfprune: evaluate failed (input): no such task")
     assert kind == "note missing" and lacking.startswith("m 0.5 other: evaluate has not run yet<br>")
-    assert lacking.endswith(f"measured in another way: {rows[-1]['label']}")
+    assert lacking.endswith(f"with other libraries: {rows[-1]['label']}")
     assert [row["label"] for row in rows_of(text) if row["status"] == "missing"] == ["m 0.5 other"]
 
 

@@ -13,7 +13,7 @@ from rows import efficiency, shown
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import Contents, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, collect_rows
-from hfprune_dist.results.table import flat_row, write_reports
+from hfprune_dist.results.table import MEASURED_OTHERWISE, flat_row, not_comparable, write_reports
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.experts import EXPERT_COUNT_KEYS, SHARED_WIDTHS
@@ -42,8 +42,11 @@ SCORES = {
 }
 
 
+MADE = {"git_commit": "abc", "packages": {"torch": "2.6"}}
+
+
 def commit(store, stage, files=None, record=None, **metrics):
-    costs = {"world_size": 1, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind)}
+    costs = {"world_size": 1, "wall_time_s": 2.0, "peak_memory_bytes": 100 + len(stage.kind), "provenance": MADE}
     with being_made(store, stage, metrics=metrics, **costs | (record or {})) as draft:
         for name, content in (files or {}).items():
             (draft / name).parent.mkdir(exist_ok=True)
@@ -64,8 +67,7 @@ def store(tmp_path):
 
 
 def test_a_finished_cell_shows_what_was_measured(store):
-    made = {"git_commit": "abc", "packages": {"torch": "2.6"}}
-    record = {"provenance": made, "finished": 1.7e9, "config": {"seed": 3}, "device": "cpu", "wall_time_s": 7.0}
+    record = {"finished": 1.7e9, "config": {"seed": 3}, "device": "cpu", "wall_time_s": 7.0}
     commit(store, EVALUATE, record=record, **SCORES)
     dense, pruned = collect_rows(PLAN, store, DENSE)
     expected = {
@@ -86,13 +88,20 @@ def test_a_finished_cell_shows_what_was_measured(store):
         "status": "done",
         "cause": None,
         "stages": {IMPORTANCE.id: 2.0, PRUNE.id: 2.0, EVALUATE.id: 7.0},
-        "provenance": {"date": "2023-11-14T22:13:20+00:00", "seed": 3, "device": "cpu", **made},
+        "provenance": {"date": "2023-11-14T22:13:20+00:00", "seed": 3, "device": "cpu", **MADE},
     }
     assert {name: pruned[name] for name in expected} == expected
     expected = {"ratio": 0.0, "ratio_reached": 0.0, "parameters": 100, "intermediate_size": 48, "weight_bytes": 400}
-    expected |= {"own_time_s": 2.0, "checkpoint": None, "device_hours": 0}
+    expected |= {"own_time_s": 2.0, "checkpoint": None, "device_hours": 0, "measured_as": pruned["measured_as"]}
     assert {name: dense[name] for name in expected} == expected
-    assert dense["measured_as"] != pruned["measured_as"], "other versions of libraries have made it"
+
+
+def test_a_row_made_by_other_versions_of_libraries_is_told_apart(store):
+    other = {"provenance": {"packages": {"torch": "2.6.1"}}}
+    commit(store, EVALUATE, record=other, **SCORES)
+    rows = collect_rows(PLAN, store, DENSE)
+    assert not_comparable(rows) == [f"{MEASURED_OTHERWISE}: m 0.2"]
+    assert not not_comparable([{**row, "status": "missing"} for row in rows]), "what has no scores isn't compared"
 
 
 def test_a_row_names_the_folder_of_its_checkpoint(store):
