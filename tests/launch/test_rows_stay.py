@@ -124,8 +124,8 @@ def test_todays_row_replaces_the_one_of_other_settings(config, tmp_path):
     assert f"rows of earlier runs: {ALPHA}, {BETA}" in shown and "not to be compared" not in shown
     other_text = {"evaluation__fidelity__windows": 3, "ratios": [0.2]}
     shown = done(config, out, "--set", "evaluation.fidelity.windows=3", "--ratios", "0.2", **other_text)
-    assert f"since measured in another way: {ALPHA}, {BETA}" in " ".join(shown.split())
-    assert f"since measured in another way: {ALPHA}, {BETA}" in (out / "results.md").read_text()
+    assert f"measured otherwise, or with other libraries: {ALPHA}, {BETA}" in " ".join(shown.split())
+    assert f"measured otherwise, or with other libraries: {ALPHA}, {BETA}" in (out / "results.md").read_text()
 
 
 def test_rows_of_another_checkpoint_with_the_same_name_are_refused(config, tmp_path, monkeypatch):
