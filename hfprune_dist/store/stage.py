@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hfprune_dist.config.parameters import KINDS, Parameters, parameters_of
+from hfprune_dist.config.parameters import KINDS, Parameters, UnreadParameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 
@@ -47,16 +47,20 @@ class Stage:
         label: name for people; not part of the fingerprint.
         params: all settings that affect the result, as the kind's class.
         inputs: role -> input.
+        planned_as: the fingerprint with which another version of the code planned it; empty for this version's.
     """
 
     kind: str
     label: str
     params: Parameters
     inputs: Mapping[str, Input] = field(default_factory=dict)
+    planned_as: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings and input identities."""
+        if self.planned_as:
+            return self.planned_as
         identities = {role: source.identity for role, source in self.inputs.items()}
         version, params = KINDS[self.kind].version, self.params.to_json()
         return digest_of({"version": version, "kind": self.kind, "params": params, "inputs": identities})[:20]
@@ -84,14 +88,22 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read a record written by ``to_json``; that of another version of the code is refused."""
+        """Read a record written by ``to_json``, to run the stage; that of another version of the code is refused."""
+        stage = cls.recorded(record)
+        if stage.planned_as:
+            raise UserError(f"{stage.id} was planned by another version of the code; run sweep.py again")
+        return stage
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Stage:
+        """Read a record written by ``to_json``, by whatever version of the code, to show the stage or end its job."""
+        kind, label, planned_as = record["kind"], record["label"], record["fingerprint"]
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         with suppress(KeyError, ValidationError):
-            stage = cls(record["kind"], record["label"], parameters_of(record["kind"])(**record["params"]), inputs)
-            if stage.fingerprint == record["fingerprint"]:
+            stage = cls(kind, label, parameters_of(kind)(**record["params"]), inputs)
+            if stage.fingerprint == planned_as:
                 return stage
-        planned = f"{record['kind']}/{record['fingerprint']}"
-        raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
+        return cls(kind, label, UnreadParameters(settings=record["params"]), inputs, planned_as)
 
 
 def kind_of(stage_id: str) -> str:
