@@ -26,7 +26,7 @@ def test_stages_that_run_a_model_on_gpus_are_estimated(config, tmp_path):
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_would_help(config, tmp_path):
-    many = {"calibration__samples": 4096, "calibration__micro_batch_size": 4096}
+    many = {"calibration__samples": 3 * 4096, "calibration__micro_batch_size": 4096}
     small = estimates(config, tmp_path, GPUS + "gpu_memory_gib: 0.5\n", **many)
     with pytest.raises(UserError, match=r"importance alpha: about .* GiB on each GPU, which has 0.5 .*lower calib"):
         refuse_what_cannot_fit([each for each in small if each.stage.kind == "importance"])
