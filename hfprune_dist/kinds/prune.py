@@ -76,7 +76,7 @@ class PruneParameters(StageParameters):
         if holds_out and calibration.samples <= 2 * size:
             raise UserError(
                 f"calibration.samples: {calibration.samples} windows in passes of {size} are too few for a method "
-                f"that fits some and holds out others; use {2 * size + 1} or more, or a smaller calibration.micro_batch_size"
+                f"that fits some and holds out others; use {2 * size + 1} or more, or a lower micro_batch_size"
             )
         return cls(
             ratio=ratio,
