@@ -4,9 +4,10 @@ import torch
 from hypothesis import strategies as st
 from tiny import SHAPE, VARIANTS
 
-from hfprune_dist.checkpoints.pruned_config import pruned_config, read_kept_numbers
+from hfprune_dist.checkpoints.pruned_config import pruned_config, read_kept
 from hfprune_dist.checkpoints.write_pruned import write_companions, write_weight_file
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.layout import axis_of, kind_of_axis
 
 HIDDEN = SHAPE["hidden_size"]
 # What stays of two layers: other neurons in each, other numbers of KV groups, and one group of each.
@@ -65,7 +66,16 @@ def write(checkpoint, kept, target, replacements=None):
     write_companions(checkpoint, target, pruned_config(checkpoint, kept.shape))
 
 
-def read_kept(folder):
-    """Read ``kept.json``."""
-    layers, units = read_kept_numbers(folder)
+def kept_by_kind(folder):
+    """Return the layers in a folder's ``kept.json``, and kind -> the units of each of them."""
+    axes = read_kept(folder)
+    layers = axes.pop("layers")
+    kinds = sorted({kind_of_axis(axis)[1] for axis in axes})
+    return {"layers": layers, **{kind: [axes.get(axis_of(layer, kind), []) for layer in layers] for kind in kinds}}
+
+
+def kept_in(folder):
+    """Return what a folder's ``kept.json`` says."""
+    units = kept_by_kind(folder)
+    layers = tuple(units.pop("layers"))
     return Kept(layers, {kind: [torch.tensor(row, dtype=torch.int64) for row in rows] for kind, rows in units.items()})

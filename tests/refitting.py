@@ -101,11 +101,11 @@ def found(folder, number, name):
 
 def in_files(files, units, number, expert):
     """Return the output projection of an expert or single MLP [hidden_size, kept], from tensors as files have them."""
-    first = units.columns[0]
-    if not first.stacked:
-        return files[units.tensor(number, units.columns[expert].tensor)]
-    matrix = files[units.tensor(number, first.tensor)][expert]
-    return matrix if first.axis == 2 else matrix.T
+    name, place, _ = units.owned[-1]
+    if "{}" in name or units.experts == 1:
+        return files[units.tensor(number, name.format(expert))]
+    matrix = files[units.tensor(number, name)][expert]
+    return matrix if place == 2 else matrix.T
 
 
 def columns(kept, number, kind, per_unit):

@@ -2,6 +2,7 @@
 
 import torch
 from made_stages import being_made, stage_of
+from masking import kept_by_kind
 from ranks import metrics_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import read_json
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.stage import Input
 from hfprune_dist.structures.score_names import score_name
@@ -74,7 +74,7 @@ def outcome(store, stage):
 
 
 def kept_of(store, stage):
-    return read_json(store.handle(stage.id).artifact / "kept.json")
+    return kept_by_kind(store.handle(stage.id).artifact)
 
 
 def windows_of(store):

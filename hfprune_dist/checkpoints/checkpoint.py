@@ -22,8 +22,9 @@ from hfprune_dist.checkpoints.weight_files import (
     refuse_pointer,
 )
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, NEURONS, SHARED_NEURONS, Structure
-from hfprune_dist.structures.kept import ParameterCounts, count_parameters
+from hfprune_dist.structures import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, Structure
+from hfprune_dist.structures.kept import ParameterCounts
+from hfprune_dist.structures.layout import Layout
 from hfprune_dist.structures.low_rank import linear_modules
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, Units
 
@@ -94,6 +95,11 @@ class Checkpoint:
         """All kinds of units in the model, by name."""
         return self.family.structures(self.config)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The axes that the model's tensors follow."""
+        return self.family.layout(self.config, self.tensors)
+
     def pruned_kinds(self, structures: Iterable[Structure]) -> list[Units]:
         """The kinds of units that belong to some structures; those of MLPs first."""
         wanted: set[str] = {*structures}
@@ -130,7 +136,7 @@ class Checkpoint:
         """Numbers of parameters in the model, in its layers and in their units."""
         tied_head = self.family.head_tensor if self.config.get("tie_word_embeddings") else None
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        return count_parameters(shapes, self.structures, tied_head)
+        return ParameterCounts(self.layout, shapes, self.structures, tied_head)
 
     @cached_property
     def parameters(self) -> int:
@@ -273,21 +279,18 @@ def _check_tensors(path: Path, config: Mapping[str, Any], family: Family, found:
         bias = f"{linear_modules(module, ranks)[-1]}.bias"
         if not all(f"{family.layers}.{layer}.{bias}" in found for layer in range(config["num_hidden_layers"])):
             raise UserError(f"{path / 'config.json'}: {OUTPUT_BIASES} names {module}, but not all layers have a {bias}")
-    check_shapes(path, found, family.structures(config), config["hidden_size"])
+    check_shapes(path, found, family.structures(config), family.layout(config, found))
 
 
-def check_shapes(path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], hidden: int) -> None:
+def check_shapes(
+    path: Path, tensors: Mapping[str, TensorInfo], structures: Mapping[str, Units], layout: Layout
+) -> None:
     """Check that every layer's tensors have the shapes that follow from the config's numbers of units."""
     for units in structures.values():
         for layer in (number for number, count in enumerate(units.counts) if count):
-            for name, owned in units.in_layer(layer, tensors):
+            for name in units.in_layer(layer, tensors):
                 found = list(tensors[name].shape)
-                if units.kind != EXPERTS:
-                    wanted = units.shape_of(owned, layer, hidden)
-                else:  # whose other dimensions are checked with their neurons
-                    size = found[owned.axis : owned.axis + 1] if owned.unit is not None else [units.counts[layer]]
-                    wanted = [*found[: owned.axis], *size, *found[owned.axis + 1 :]]
-                if found != wanted:
+                if found != (wanted := layout.shape(name, found)):
                     stated = units.values([units.counts[layer]]).items()
                     raise UserError(
                         f"{path}: {name} has shape {found}, but config.json makes it {wanted}: "

@@ -7,12 +7,12 @@ experts, has a row for each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
 from hfprune_dist.structures.experts import (
     EXPERT_COUNT_KEYS,
     WIDTHS,
@@ -23,7 +23,7 @@ from hfprune_dist.structures.experts import (
     number_of_experts,
     shared_experts,
 )
-from hfprune_dist.structures.units import Owned
+from hfprune_dist.structures.layout import OF_HIDDEN, Dimension, Dimensions, Tensors
 
 # Name of a tensor -> its shape; and what makes an error of the reason why a model can't be pruned.
 Shapes = Mapping[str, Sequence[int]]
@@ -57,25 +57,28 @@ _GROUPS, _CHOSEN_GROUPS = ("n_group", "num_expert_group"), "topk_group"
 _GROUPS_UNSTATED = dict.fromkeys(("axk1", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), (8, 4))
 
 
-def _each(gate: str, up: str, down: str) -> tuple[tuple[Owned, ...], tuple[Owned, ...]]:
-    rows = tuple(Owned(f"experts.{{}}.{name}.weight", 0) for name in (gate, up))
-    return rows, (Owned(f"experts.{{}}.{down}.weight", 1),)
+_EXPERTS, _NEURONS = Dimension(EXPERTS), Dimension(EXPERT_NEURONS)
 
 
-# Forms in which files may hold experts, within their block: what neurons own of rows, and of columns; {} stands for an
-# expert's number.
-_FORMS = (
+def _each(gate: str, up: str, down: str) -> Tensors:
+    rows = {f"experts.{{}}.{name}.weight": (_NEURONS, OF_HIDDEN) for name in (gate, up)}
+    return rows | {f"experts.{{}}.{down}.weight": (OF_HIDDEN, _NEURONS)}
+
+
+# Forms in which files may hold experts, within their block: tensors that make neurons, and the one that reads them.
+_FORMS: tuple[Tensors, ...] = (
     _each("gate_proj", "up_proj", "down_proj"),
     _each("w1", "w3", "w2"),
     # Matrices [in, out], in which gate and up alternate.
-    (
-        (
-            Owned("experts.gate_up_proj", 2, per_unit=2, stacked=True),
-            Owned("experts.gate_up_proj_bias", 1, per_unit=2, stacked=True),
-        ),
-        (Owned("experts.down_proj", 1, stacked=True),),
-    ),
-    ((Owned("experts.gate_up_proj", 1, parts=2, stacked=True),), (Owned("experts.down_proj", 2, stacked=True),)),
+    {
+        "experts.gate_up_proj": (_EXPERTS, OF_HIDDEN, Dimension(EXPERT_NEURONS, entries=2)),
+        "experts.gate_up_proj_bias": (_EXPERTS, Dimension(EXPERT_NEURONS, entries=2)),
+        "experts.down_proj": (_EXPERTS, _NEURONS, OF_HIDDEN),
+    },
+    {
+        "experts.gate_up_proj": (_EXPERTS, Dimension(EXPERT_NEURONS, stretches=2), OF_HIDDEN),
+        "experts.down_proj": (_EXPERTS, OF_HIDDEN, _NEURONS),
+    },
 )
 
 
@@ -85,23 +88,12 @@ def find_experts(config: Mapping[str, Any], parts: Sequence[Shapes], refuse: Ref
     if not count:
         return None
     for form, block in product(_FORMS, _BLOCKS):
-        first = [f"{block}.{part.tensor.format(0)}" for of_part in form for part in of_part]
-        layers = tuple(number for number, there in enumerate(parts) if all(name in there for name in first))
+        tensors = {f"{block}.{name}": dimensions for name, dimensions in form.items()}
+        layers = tuple(number for number, there in enumerate(parts) if all(name.format(0) in there for name in tensors))
         if layers:
-            rows, columns = (tuple(_of_all(of_part, block, count)) for of_part in form)
-            return _described(config, parts, refuse, block, rows, columns, layers)
+            return _described(config, parts, refuse, block, tensors, layers)
     keys = ", ".join(key for key in EXPERT_COUNT_KEYS if key in config)
     raise refuse(f"it is a mixture of experts ({keys}) of a kind that isn't known")
-
-
-def _of_all(of_part: Sequence[Owned], block: str, count: int) -> Iterator[Owned]:
-    """What the neurons of a block's experts, ``count`` in number, own."""
-    for owned in of_part:
-        if owned.stacked:
-            yield replace(owned, tensor=f"{block}.{owned.tensor}")
-        else:
-            for expert in range(count):
-                yield replace(owned, tensor=f"{block}.{owned.tensor.format(expert)}", expert=expert)
 
 
 def _described(
@@ -109,8 +101,7 @@ def _described(
     parts: Sequence[Shapes],
     refuse: Refuse,
     block: str,
-    rows: tuple[Owned, ...],
-    columns: tuple[Owned, ...],
+    tensors: Tensors,
     layers: tuple[int, ...],
 ) -> Experts:
     """The experts of these layers, which have a known form; after checking that nothing else is in their block."""
@@ -120,13 +111,14 @@ def _described(
         raise refuse(f"of {numbers} experts, a token can't have {chosen!r}")
     shared = _shared(config, first, block, refuse)
     inside = ((name, name.removeprefix(f"{block}.")) for name in sorted(first))
-    routers = [Owned(name, int(own == _STATICS)) for name, own in inside if own != name and _ROUTERS.fullmatch(own)]
+    routers: dict[str, Dimensions] = {
+        name: (None, _EXPERTS) if own == _STATICS else (_EXPERTS, OF_HIDDEN)[: len(first[name])]
+        for name, own in inside
+        if own != name and _ROUTERS.fullmatch(own)
+    }
     if not routers:
         raise refuse(f"layer {layers[0]} has {count} experts, and nothing that chooses among them")
-    owned = (*rows, *columns)
-    whole = [Owned(part.tensor, 0, unit=part.expert) for part in owned]
-    whole += [Owned(f"{block}.{_BIAS}", 0)] if rows[0].stacked else []
-    known = {part.tensor for part in (*owned, *routers)}
+    known = {name.format(expert) for name in tensors for expert in range(count)} | routers.keys()
     if shared is not None:
         of_shared = (*shared.projections[0], shared.projections[1])
         known |= {f"{shared.name}.{name}.weight" for name in of_shared}
@@ -140,9 +132,10 @@ def _described(
                 raise refuse(f"in layer {layer}, {name} is not part of {count} experts of a known kind")
     # The fields that state the experts' width: one or, if no layer has a plain MLP, all that state the same.
     stated = [key for key in WIDTHS if config.get(key) is not None]
-    saying = [key for key in stated if config[key] == first[columns[0].tensor][columns[0].axis]]
+    *_, (down, dimensions) = tensors.items()
+    saying = [key for key in stated if config[key] == first[down.format(0)][dimensions.index(_NEURONS)]]
     fields = (saying if len(layers) == len(parts) else saying[:1]) or stated[:1]
-    corrected = any(router.tensor.endswith(_CORRECTION) for router in routers)
+    corrected = any(name.endswith(_CORRECTION) for name in routers)
     groups, fewest = _groups(config, count, chosen, corrected, refuse)
     return Experts(
         count=count,
@@ -151,9 +144,8 @@ def _described(
         module=f"{block}.experts",
         fields=tuple(fields),
         numbers=tuple(numbers),
-        rows=rows,
-        columns=columns,
-        whole=(*whole, *routers),
+        tensors=tensors,
+        chooses={f"{block}.{_BIAS}": (_EXPERTS, OF_HIDDEN), **routers},
         groups=groups,
         fewest=fewest,
         shared=shared,

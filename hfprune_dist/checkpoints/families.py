@@ -5,13 +5,15 @@ The parts are found in a checkpoint (see ``discovery``); the defaults here are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from hfprune_dist.checkpoints.layer_settings import OTHER_LAYERS
 from hfprune_dist.errors import UserError
+from hfprune_dist.structures import LAYERS
 from hfprune_dist.structures.experts import WIDTHS, Experts, Projections, units_of_mixture
+from hfprune_dist.structures.layout import HIDDEN, OF_HIDDEN, OF_VOCABULARY, VOCABULARY, Dimensions, Layout
 from hfprune_dist.structures.low_rank import read_ranks
 from hfprune_dist.structures.units import OLDER_WIDTHS, OTHER_WIDTHS, Block, Units, kv_groups, neurons
 
@@ -116,6 +118,17 @@ class Family:
         projections = () if self.whole_groups else self.attention_projections
         groups = kv_groups(self.completed(config), attention, projections)
         return {units.kind: units for units in (*found, groups)}
+
+    def layout(self, config: Mapping[str, Any], names: Iterable[str]) -> Layout:
+        """The axes that tensors of these names follow in a model with this ``config.json``."""
+        units = [*self.structures(config).values()]
+        norms = (self.attention_norm, self.attention_norm_after, self.mlp_norm, self.mlp_norm_after)
+        inside = {f"{name}.{part}": (OF_HIDDEN,) for name in norms if name for part in ("weight", "bias")}
+        inside |= {f"{kind.output}.bias": (OF_HIDDEN,) for kind in units}
+        outside: dict[str, Dimensions] = {f"{self.head}.bias": (OF_VOCABULARY,), f"{self.norm}.weight": (OF_HIDDEN,)}
+        outside |= dict.fromkeys((self.embedding_tensor, self.head_tensor), (OF_VOCABULARY, OF_HIDDEN))
+        sizes = {VOCABULARY: config["vocab_size"], HIDDEN: config["hidden_size"], LAYERS: config["num_hidden_layers"]}
+        return Layout.of_model(names, self.layers, units, inside, outside, sizes)
 
     def _block(self, config: Mapping[str, Any], name: str, norm: str | None, norm_after: str | None) -> Block:
         multiplier = config.get("residual_multiplier")

@@ -87,11 +87,11 @@ def merged(checkpoint: Checkpoint, adapter: Adapter, kept: Kept) -> dict[str, Ca
     return {name: partial(_merged_and_cut, checkpoint, name, adapter, cut) for name, cut in cuts.items()}
 
 
-def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut | None) -> Tensor:
+def _merged_and_cut(checkpoint: Checkpoint, name: str, adapter: Adapter, cut: Cut) -> Tensor:
     """What stays of a merged weight, rounded once, to the dtype that the weight has."""
     factor_a, factor_b = adapter.factors[name]
     whole = read_tensor(checkpoint, name).float() + adapter.scale * (factor_b.float() @ factor_a.float())
-    return rounded(checkpoint, name, cut.apply(whole) if cut else whole)
+    return rounded(checkpoint, name, cut.apply(whole))
 
 
 def rounded(checkpoint: Checkpoint, name: str, trained: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.layer_settings import renumbered, undroppable_layers
 from hfprune_dist.store.atomic_files import read_json, write_json
+from hfprune_dist.structures import LAYERS
 from hfprune_dist.structures.kept import Kept, Shape
 from hfprune_dist.structures.low_rank import rank_field
 from hfprune_dist.structures.units import LAYER_SIZES, OUTPUT_BIASES, PER_LAYER
@@ -177,12 +178,12 @@ def _written_and_read(content: Mapping[str, Any], folder: Path) -> dict[str, Any
 
 
 def write_kept(folder: Path, kept: Kept) -> None:
-    """Write ``kept.json``: layers and, by kind, the units kept in each, as the model that was cut numbers them."""
-    units = {kind: [row.tolist() for row in rows] for kind, rows in kept.units.items()}
-    write_json(folder / KEPT, {"layers": list(kept.layers), **units})
+    """Write ``kept.json``: each axis that may shrink -> the indices that stay, as the model that was cut has them."""
+    axes = {axis: kept_K.tolist() for axis, kept_K in kept.axes.items()}
+    write_json(folder / KEPT, {LAYERS: list(kept.layers), **axes})
 
 
-def read_kept_numbers(folder: Path) -> tuple[tuple[int, ...], Mapping[str, Sequence[Sequence[int]]]]:
-    """Read ``kept.json``: the layers, and kind -> the units of each of them."""
-    content = read_json(folder / KEPT)
-    return tuple(content.pop("layers")), content
+def read_kept(folder: Path) -> dict[str, list[int]]:
+    """Read ``kept.json``."""
+    axes: dict[str, list[int]] = read_json(folder / KEPT)
+    return axes

@@ -15,7 +15,8 @@ from hfprune_dist.checkpoints.checkpoint import Checkpoint
 from hfprune_dist.checkpoints.stored_names import Sources
 from hfprune_dist.core.criterion import ScoredLayer
 from hfprune_dist.errors import UserError
-from hfprune_dist.structures.units import Owned, Units
+from hfprune_dist.structures.layout import Dimension
+from hfprune_dist.structures.units import Units
 
 # torch's dtypes, by their names in safetensors files.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,8 +75,8 @@ def scored_layer(
         units=units.counts[layer],
         kind=units.kind,
         seed=seed,
-        read_rows=lambda: _weights(checkpoint, owner, layer, owner.rows),
-        read_columns=lambda: _weights(checkpoint, owner, layer, owner.columns)[0].T,
+        read_rows=lambda: _weights(checkpoint, owner, layer, owner.owned[:-1]),
+        read_columns=lambda: _weights(checkpoint, owner, layer, owner.owned[-1:])[0].T,
         tokens=tokens,
         gram_DD=gram_DD,
         curvature_CC=curvature_CC,
@@ -83,20 +84,22 @@ def scored_layer(
     )
 
 
-def _weights(checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[Owned]) -> list[Tensor]:
+def _weights(
+    checkpoint: Checkpoint, units: Units, layer: int, owned: Sequence[tuple[str, int, Dimension]]
+) -> list[Tensor]:
     """What units own of a layer's weights, whatever the form of the files: for each weight, or part of one, a matrix
     [units * entries of a unit, other dimension], with one expert after another.
     """
     matrices: list[Tensor] = []
-    names = [(part, units.tensor(layer, part.tensor)) for part in owned if "bias" not in part.tensor]
-    for first in range(0, len(names), 1 if names[0][0].stacked else units.experts):
-        part = names[first][0]
-        if part.stacked:
-            stack = read_tensor(checkpoint, names[first][1]).movedim(part.axis, 1)
-            matrices += [matrix.flatten(0, 1) for matrix in stack.chunk(part.parts, dim=1)]
-        else:
-            of_experts = [read_tensor(checkpoint, name) for _, name in names[first : first + units.experts]]
-            matrices += torch.cat([matrix.movedim(part.axis, 0) for matrix in of_experts]).chunk(part.parts)
+    for pattern, place, each in owned:
+        if "bias" not in pattern:
+            name, experts = units.tensor(layer, pattern), range(units.experts if "{}" in pattern else 1)
+            of_experts = [read_tensor(checkpoint, name.format(expert)) for expert in experts]
+            if of_experts[0].ndim == 2:
+                matrices += torch.cat([matrix.movedim(place, 0) for matrix in of_experts]).chunk(each.stretches)
+            else:
+                whole = of_experts[0].movedim(place, 1)
+                matrices += [part.flatten(0, 1) for part in whole.chunk(each.stretches, dim=1)]
     return matrices
 
 

@@ -154,9 +154,10 @@ def module_tensors(checkpoint: Checkpoint, layer: int | None = None) -> dict[str
     found: dict[str, Sources] = {}
     if experts is not None and experts.has_own_tensors:
         for sparse in experts.layers if layer is None else {layer} & {*experts.layers}:
-            for module, owned in (("gate_up_proj", experts.rows), ("down_proj", experts.columns)):
+            *rows, down = experts.tensors
+            for module, patterns in (("gate_up_proj", rows), ("down_proj", [down])):
                 found[f"{prefix}{sparse}.{experts.module}.{module}"] = tuple(
-                    tuple(f"{prefix}{sparse}.{part.tensor}" for part in owned if part.expert == expert)
+                    tuple(f"{prefix}{sparse}.{pattern.format(expert)}" for pattern in patterns)
                     for expert in range(experts.count)
                 )
     stacked = {name for sources in found.values() for names in sources for name in names}

@@ -69,7 +69,7 @@ def _idle(checkpoint: Checkpoint) -> int:
     experts, units = checkpoint.family.experts, checkpoint.units
     if experts is None:
         return 0
-    names = {name for layer in experts.layers for name, _ in units.in_layer(layer, checkpoint.tensors)}
+    names = {name for layer in experts.layers for name in units.in_layer(layer, checkpoint.tensors)}
     # The biases of down projections belong to no neuron.
     names |= {name for name in checkpoint.tensors if name.endswith("experts.down_proj_bias")}
     sizes = sum(checkpoint.tensors[name].numel for name in names)

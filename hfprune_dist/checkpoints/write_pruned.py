@@ -24,29 +24,32 @@ from hfprune_dist.checkpoints.weight_files import INDEX_FILE, TensorInfo, read_s
 from hfprune_dist.core.selection import entries_of
 from hfprune_dist.errors import naming
 from hfprune_dist.store.atomic_files import write_json
-from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS
+from hfprune_dist.structures import LAYERS
 from hfprune_dist.structures.kept import Kept
+from hfprune_dist.structures.layout import Layout, Placed
 from hfprune_dist.structures.low_rank import FACTORS
-from hfprune_dist.structures.units import Owned, Units
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep some entries along one dimension of a tensor, ascending int64 [entries], and drop the rest; dtype and bits
-    don't change. A tensor that stacks one matrix for each expert may keep other entries of each [experts, entries].
+    """What stays of a tensor along each of its dimensions that shrink: ascending int64 [entries] or, if others stay of
+    each matrix of a stack, [matrices, entries]; dtype and bits don't change.
     """
 
-    dimension: int
-    kept: Tensor
+    kept: Mapping[int, Tensor]
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return (*shape[: self.dimension], self.kept.shape[-1], *shape[self.dimension + 1 :])
+        return tuple(self.kept[place].shape[-1] if place in self.kept else size for place, size in enumerate(shape))
 
     def apply(self, tensor: Tensor) -> Tensor:
-        if self.kept.ndim == 2:
-            cuts = (Cut(self.dimension - 1, kept) for kept in self.kept)
-            return torch.stack([cut.apply(matrix) for cut, matrix in zip(cuts, tensor, strict=True)])
-        return tensor.index_select(self.dimension, self.kept)
+        for place, kept in self.kept.items():
+            if kept.ndim == 1:
+                tensor = tensor.index_select(place, kept)
+            else:
+                tensor = torch.stack(
+                    [part.index_select(place - 1, own) for part, own in zip(tensor, kept, strict=True)]
+                )
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -59,43 +62,31 @@ class Written:
     make: Callable[[], Tensor]
 
 
-def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut | None]]:
-    """Name of each tensor that stays -> its name in the smaller checkpoint, renumbered, and its cut if it shrinks."""
-    assert not {EXPERTS, EXPERT_NEURONS} <= kept.units.keys(), "experts and their neurons are cut one after the other"
-    prefix = f"{checkpoint.family.layers}."
-    numbers = {str(layer): str(number) for number, layer in enumerate(kept.layers)}
-    found: dict[str, tuple[str, Cut | None]] = {}
-    for name in checkpoint.tensors:
-        layer, _, part = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix):
-            found[name] = name, None
-        elif layer in numbers:
-            found[name] = f"{prefix}{numbers[layer]}.{part}", None
-    for units, rows in ((checkpoint.structures[kind], rows) for kind, rows in kept.units.items()):
-        for number, kept_K in zip(kept.layers, rows, strict=True):
-            places = {unit: place for place, unit in enumerate(kept_K.tolist() if units.kind == EXPERTS else ())}
-            for name, owned in units.in_layer(number, checkpoint.tensors) if units.counts[number] else ():
-                new, _ = found.pop(name)
-                if owned.unit is None:
-                    found[name] = new, _cut_of(units, number, owned, kept_K)
-                elif owned.unit in places:
-                    begin, _, end = new.rpartition(f".{owned.unit}.")
-                    found[name] = f"{begin}.{places[owned.unit]}.{end}", None
+def staying(checkpoint: Checkpoint, kept: Kept) -> dict[str, tuple[str, Cut]]:
+    """Name of each tensor that stays -> its name in the smaller checkpoint, renumbered, and its cut."""
+    axes, layout, found = kept.axes, checkpoint.layout, dict[str, tuple[str, Cut]]()
+    numbers = {axis: {unit: place for place, unit in enumerate(kept_K.tolist())} for axis, kept_K in axes.items()}
+    numbers[LAYERS] = {layer: place for place, layer in enumerate(kept.layers)}
+    for name, tensor in layout.tensors.items():
+        places = [numbers[axis].get(index) if axis in numbers else index for axis, index in tensor.within]
+        if None not in places:
+            found[name] = tensor.pattern.format(*places), _cut_of(layout, tensor, axes, places[1:])
     return found
 
 
-def _cut_of(units: Units, layer: int, owned: Owned, kept_K: Tensor) -> Cut:
-    """The cut of one of a layer's tensors that leaves only the units ``kept_K``, equally many of every expert."""
-    if owned.expert is None and not owned.stacked:
-        return Cut(owned.axis, entries_of(kept_K, owned.per_unit, owned.parts, units.counts[layer]))
-    width, of_experts = units.counts[layer] // units.parts, kept_K.reshape(units.parts, -1)
-    if owned.expert is not None:
-        return Cut(owned.axis, of_experts[owned.expert] - width * owned.expert)
-    own = (
-        entries_of(kept_units - width * expert, owned.per_unit, owned.parts, width)
-        for expert, kept_units in enumerate(of_experts)
-    )
-    return Cut(owned.axis, torch.stack(list(own)))
+def _cut_of(layout: Layout, tensor: Placed, axes: Mapping[str, Tensor], expert: Sequence[int | None]) -> Cut:
+    """The cut of a tensor; of one of an expert's own, that is its number among those that stay."""
+    cuts = {}
+    for place, each in enumerate(tensor.dimensions):
+        if each is not None and each.axis in axes:
+            kept_K, width, outer = axes[each.axis], layout.width(each.axis), layout.outer(each.axis)
+            if outer is None:
+                cuts[place] = entries_of(kept_K, each.entries, each.stretches, width)
+            else:
+                parts = kept_K.view(len(axes.get(outer, range(layout.sizes[outer]))), -1) % width
+                own = [entries_of(part, each.entries, each.stretches, width) for part in parts]
+                cuts[place] = torch.stack(own)[expert[0] if expert else slice(None)]
+    return Cut(cuts)
 
 
 def write_weight_file(
@@ -135,8 +126,7 @@ def write_weight_file(
                 continue
             named = f"{new}.{FACTORS[-1]}.{part}" if module in ranks else named
             made, shape = partial(read, name), info.shape
-            if cut is not None:
-                made, shape = partial(lambda cut, whole: cut.apply(whole()), cut, made), cut.shape(shape)
+            made, shape = partial(lambda cut, whole: cut.apply(whole()), cut, made), cut.shape(shape)
             written.append(Written(named, info, shape, given.get(name, made)))
             bias = f"{module}.bias"
             if part == "weight" and bias in given and bias not in checkpoint.tensors:

@@ -45,12 +45,12 @@ KINDS = {
     "importance": StageKind("importance.ImportanceParameters", 15, reproducible=True),
     "reference": StageKind("reference.ReferenceParameters", 4, reproducible=True),
     "answers": StageKind("answers.AnswersParameters", 4),
-    "prune": StageKind("prune.PruneParameters", 12, reproducible=True, cuts=True),
+    "prune": StageKind("prune.PruneParameters", 13, reproducible=True, cuts=True),
     "recover": StageKind("training.RecoverParameters", 10, trains=True, libraries=("peft",)),
     "evaluate": StageKind("evaluate.EvaluateParameters", 7, libraries=("lm-eval",)),
     "efficiency": StageKind("efficiency.EfficiencyParameters", 3, on_one_rank=True),
     "check": StageKind("check.CheckParameters", 3, on_one_rank=True),
-    "loraprune": StageKind("training.LoraPruneParameters", 7, cuts=True, trains=True, libraries=("peft",)),
+    "loraprune": StageKind("training.LoraPruneParameters", 8, cuts=True, trains=True, libraries=("peft",)),
 }
 
 

@@ -346,11 +346,13 @@ def output_of(layer: nn.Module, units: Units) -> nn.Linear:
 def weights_kept(layer: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
     """What is left, by name, of parameters that units own parts of, if the units ``kept`` (ascending int64) stay."""
     found = dict(layer.get_submodule(LAYER).named_parameters())
-    owned = [part for part in units.owned if part.tensor in found]
-    kept = send(kept, found[owned[0].tensor].device)
-    number = output_of(layer, units).in_features // units.channels_per_unit
-    entries = {part.tensor: entries_of(kept, part.per_unit, part.parts, number) for part in owned}
-    return {part.tensor: found[part.tensor].data.index_select(part.axis, entries[part.tensor]) for part in owned}
+    number, left = output_of(layer, units).in_features // units.channels_per_unit, {}
+    kept = send(kept, output_of(layer, units).weight.device)
+    for name, place, each in units.owned:
+        if name in found:
+            entries = entries_of(kept, each.entries, each.stretches, number)
+            left[name] = found[name].data.index_select(place, entries)
+    return left
 
 
 def put_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:

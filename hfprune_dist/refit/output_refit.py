@@ -180,8 +180,8 @@ def output_tensors(units: Units, weights_CK: Sequence[Tensor]) -> dict[str, Tens
     Args:
         weights_CK: the weight of each expert [hidden_size, channels], or a single one.
     """
-    first = units.columns[0]
-    if first.stacked:
+    name, place, _ = units.owned[-1]
+    if "{}" not in name and units.experts > 1:
         whole = torch.stack([*weights_CK])
-        return {first.tensor: whole if first.axis == 2 else whole.transpose(1, 2)}
-    return {owned.tensor: weight_CK for owned, weight_CK in zip(units.columns, weights_CK, strict=True)}
+        return {name: whole if place == 2 else whole.transpose(1, 2)}
+    return {name.format(expert): weight_CK for expert, weight_CK in enumerate(weights_CK)}

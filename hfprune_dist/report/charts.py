@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept_numbers
+from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept
 from hfprune_dist.config.parameters import KINDS
 from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES
@@ -22,6 +22,8 @@ from hfprune_dist.results.rows import Row
 from hfprune_dist.results.table import other_texts, outlooks
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import CUTTING, kind_of
+from hfprune_dist.structures import LAYERS
+from hfprune_dist.structures.layout import kind_of_axis
 
 QUALITY = "quality"  # id of the chart that comes before the table
 # Of Okabe and Ito, which can be distinguished with all common kinds of colour blindness, without their yellow and
@@ -167,13 +169,18 @@ def _layers(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
         cuts = [store.handle(made).artifact for made in cell.producers if kind_of(made) in CUTTING]
         if not all((cut / KEPT).is_file() for cut in cuts):  # removed to make room
             continue
-        *earlier, (layers, units) = map(read_kept_numbers, cuts)
-        for before, _ in reversed(earlier):  # each cut numbers the layers that the one before left
-            layers = tuple(before[layer] for layer in layers)
-        for kind, kept in units.items():
-            counts = {layer: len(numbers) for layer, numbers in zip(layers, kept, strict=True)}
-            sides = [(layer, side) for layer in range(1 + max(layers)) for side in (-0.5, 0.5)]
-            steps = [(layer + side, counts.get(layer, 0), None) for layer, side in sides]
+        *earlier, axes = map(read_kept, cuts)
+        numbers = {layer: layer for layer in axes[LAYERS]}
+        for before in reversed(earlier):  # each cut numbers the layers that the one before left
+            numbers = {layer: before[LAYERS][number] for layer, number in numbers.items()}
+        counts: dict[str, dict[int, int]] = {}
+        for axis, kept in axes.items():
+            if axis.startswith(f"{LAYERS}."):
+                layer, kind = kind_of_axis(axis)
+                counts.setdefault(kind, {})[numbers[layer]] = len(kept)
+        for kind, of_layers in counts.items():
+            sides = [(layer, side) for layer in range(1 + max(numbers.values())) for side in (-0.5, 0.5)]
+            steps = [(layer + side, of_layers.get(layer, 0), None) for layer, side in sides]
             lines.setdefault(f"{cell.model}: {kind.replace('_', ' ')}", []).append(_of_cell(rows, plan, cell, steps))
     panels = [Panel(title, "layer", drawn) for title, drawn in lines.items()]
     return Chart("layers", "Widths and heads by layer", "How many units of each layer are kept.", panels)

@@ -1,8 +1,9 @@
 """Structures that pruning removes as a whole, and the parts of a checkpoint that belong to them.
 
-``units`` defines what a unit is, and makes neurons and KV groups of a config.json; ``experts`` makes those of mixtures.
-``kept`` is what stays of a model and how large that is, ``low_rank`` describes projections that are replaced by two
-factors, ``score_names`` how scores are stored.
+``layout`` says which axes the dimensions of tensors follow; ``units`` what a unit is, an index of a layer's axis, and
+makes neurons and KV groups of a config.json; ``experts`` makes those of mixtures. ``kept`` is what stays of a model and
+how large that is, ``low_rank`` describes projections that are replaced by two factors, ``score_names`` how scores are
+stored.
 """
 
 from __future__ import annotations

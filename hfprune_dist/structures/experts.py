@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from hfprune_dist.structures import EXPERT_NEURONS, EXPERTS, SHARED_NEURONS
-from hfprune_dist.structures.units import Block, Owned, Units, neurons, read_counts
+from hfprune_dist.structures.layout import Tensors
+from hfprune_dist.structures.units import Block, Units, neurons, read_counts
 
 # Names of an MLP's row projections, the name of its down projection, and the number of matrices per row projection.
 Projections = tuple[Sequence[str], str, int]
@@ -47,8 +48,8 @@ class Experts:
         module: name within a layer of the module that contains all of its experts.
         fields: fields of config.json that state an expert's width.
         numbers: fields of config.json that state the number of experts.
-        rows, columns: the parts of the files' tensors that the experts' neurons own.
-        whole: what each expert owns there as a whole, including its rows of the router.
+        tensors: those of the files that the experts' neurons own parts of.
+        chooses: others that experts own parts of as a whole, such as those of the router.
         groups: number of groups of experts among which the router chooses first.
         fewest: number of experts that must stay for the router to find as many as it chooses.
         shared: the shared expert, or None.
@@ -60,9 +61,8 @@ class Experts:
     module: str
     fields: tuple[str, ...]
     numbers: tuple[str, ...]
-    rows: tuple[Owned, ...]
-    columns: tuple[Owned, ...]
-    whole: tuple[Owned, ...]
+    tensors: Tensors
+    chooses: Tensors
     groups: int
     fewest: int
     shared: Shared | None = None
@@ -70,7 +70,7 @@ class Experts:
     @property
     def has_own_tensors(self) -> bool:
         """Whether each expert has tensors of its own in the files."""
-        return not self.rows[0].stacked
+        return "{}" in next(iter(self.tensors))
 
 
 def number_of_experts(config: Mapping[str, Any]) -> int:
@@ -114,8 +114,7 @@ def units_of_mixture(config: Mapping[str, Any], mlp: Block, experts: Experts, pr
     of_experts = Units(
         kind=EXPERT_NEURONS,
         counts=counts(experts.fields[0], experts.count),
-        rows=experts.rows,
-        columns=experts.columns,
+        tensors=experts.tensors,
         output=experts.module,
         block=mlp,
         fields=dict.fromkeys(experts.fields, 1),
@@ -125,7 +124,7 @@ def units_of_mixture(config: Mapping[str, Any], mlp: Block, experts: Experts, pr
     )
     found = [of_experts]
     if (shared := experts.shared) is not None:
-        units = replace(neurons(config, replace(mlp, name=shared.name), *shared.projections), kind=SHARED_NEURONS)
+        units = neurons(config, replace(mlp, name=shared.name), *shared.projections, SHARED_NEURONS)
         widths = counts(shared.field, shared.copies)
         found.append(replace(units, counts=widths, fields={shared.field: 1}, copies=shared.copies))
     if len(experts.layers) < int(config["num_hidden_layers"]):
@@ -136,8 +135,7 @@ def units_of_mixture(config: Mapping[str, Any], mlp: Block, experts: Experts, pr
         of_experts,
         kind=EXPERTS,
         counts=tuple(experts.count * (count > 0) for count in of_experts.counts),
-        rows=(),
-        columns=experts.whole,
+        tensors={**experts.tensors, **experts.chooses},
         channels_per_unit=max(read_counts(config, experts.fields[0])),
         fields=dict.fromkeys(experts.numbers, 1),
         parts=experts.groups,

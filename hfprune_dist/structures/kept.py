@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from hfprune_dist.structures import LAYERS
+from hfprune_dist.structures.layout import Layout, Placed, axis_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +24,7 @@ class Shape:
     layers: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole: Mapping[str, int] = field(default_factory=dict)
 
     def counts(self, units: Units) -> tuple[int, ...]:
         """Return the number of units of one kind that each staying layer keeps, given those of the unpruned model."""
@@ -41,11 +46,13 @@ class Kept:
         units: kind -> ascending int64 indices of the units that each of these layers keeps, aligned with ``layers``.
             Kinds that are missing here keep all units.
         ranks: name within a layer of a low-rank projection (``low_rank``) -> its rank in each of these layers.
+        whole: other axes of the whole model (``layout``) -> ascending int64 indices; axes that are missing stay whole.
     """
 
     layers: tuple[int, ...]
     units: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_all_layers(cls, units: Mapping[str, Sequence[Tensor]]) -> Kept:
@@ -56,63 +63,97 @@ class Kept:
     def shape(self) -> Shape:
         """The layers that stay, with the number of units in each instead of their indices."""
         units = {kind: tuple(len(row) for row in rows) for kind, rows in self.units.items()}
-        return Shape(self.layers, units, self.ranks)
+        return Shape(self.layers, units, self.ranks, {axis: len(kept_K) for axis, kept_K in self.whole.items()})
+
+    @property
+    def axes(self) -> dict[str, Tensor]:
+        """The axes of layers and of the whole model that shrink, except for that of the layers -> what stays."""
+        of_layers = (
+            (axis_of(layer, kind), kept_K)
+            for kind, rows in self.units.items()
+            for layer, kept_K in zip(self.layers, rows, strict=True)
+            if len(kept_K)
+        )
+        return {**self.whole, **dict(of_layers)}
 
     def of_layer(self, layer: int, kind: str) -> Tensor:
         """Return the units that a staying layer keeps, for a kind that ``units`` contains."""
         return self.units[kind][self.layers.index(layer)]
 
 
-@dataclass(frozen=True)
 class ParameterCounts:
     """Numbers of parameters in a model and in its parts.
+
+    Args:
+        layout: the model's.
+        shapes: of the tensors that it computes with.
+        structures: its units, by kind.
+        tied: the tensor, if any, that shares its values with another one and doesn't count.
 
     Attributes:
         total: of the whole model; a head tied to the embedding counts once.
         layers: of each layer, including norms and biases.
         units: kind -> of one unit, the same in every layer.
-        structures, shapes: as in ``count_parameters``.
     """
 
-    total: int
-    layers: tuple[int, ...]
-    units: Mapping[str, int]
-    structures: Mapping[str, Units]
-    shapes: Mapping[str, Sequence[int]]
+    def __init__(
+        self,
+        layout: Layout,
+        shapes: Mapping[str, Sequence[int]],
+        structures: Mapping[str, Units],
+        tied: str | None = None,
+    ) -> None:
+        self._layout = layout
+        self._shapes = shapes
+        self._structures = structures
+        # For each layer, and at the end for what is in none: axes -> factor of the product of their sizes.
+        self._terms = [Counter[tuple[str, ...]]() for _ in range(layout.sizes[LAYERS] + 1)]
+        for name, tensor in layout.tensors.items():
+            if name != tied and all(index == 0 for _, index in tensor.within[1:]):  # the first of experts, for all
+                layer = tensor.within[0][1] if tensor.within else -1
+                axes, factor = _product(layout, tensor, shapes[name])
+                self._terms[layer][axes] += factor
+        self.layers = tuple(self._counted(terms, {}) for terms in self._terms[:-1])
+        self.total = sum(self.layers) + self._counted(self._terms[-1], {})
+        self.units = {kind: self._of_one(units) for kind, units in structures.items()}
 
     def after(self, shape: Shape) -> int:
         """Return the number of parameters of the model once it is pruned to a shape."""
-        gone = sum(self.layers) - sum(self.layers[layer] for layer in shape.layers)
-        for kind, units in self.structures.items():
-            before = sum(units.counts[layer] for layer in shape.layers)
-            gone += self.units[kind] * (before - sum(shape.counts(units)))
-        any_units = next(iter(self.structures.values()))
+        sizes = dict(shape.whole)
+        for kind in shape.units:
+            counts = shape.counts(self._structures[kind])
+            sizes |= {axis_of(layer, kind): count for layer, count in zip(shape.layers, counts, strict=True)}
+        left = sum(self._counted(self._terms[layer], sizes) for layer in (*shape.layers, -1))
+        any_units = next(iter(self._structures.values()))
         for projection, ranks in shape.ranks.items():  # matrices replaced by low-rank factors
             for layer, rank in zip(shape.layers, ranks, strict=True):
-                outputs, inputs = self.shapes[any_units.tensor(layer, f"{projection}.weight")]
-                gone += outputs * inputs - rank * (outputs + inputs)
-        return self.total - gone
+                outputs, inputs = self._shapes[any_units.tensor(layer, f"{projection}.weight")]
+                left += rank * (outputs + inputs) - outputs * inputs
+        return left
 
     def ratio(self, shape: Shape) -> float:
         """Return the share of the model's parameters that pruning to a shape removes."""
         return (self.total - self.after(shape)) / self.total
 
+    def _counted(self, terms: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]) -> int:
+        return sum(factor * math.prod(self._size(axis, sizes) for axis in axes) for axes, factor in terms.items())
 
-def count_parameters(
-    shapes: Mapping[str, Sequence[int]], structures: Mapping[str, Units], tied: str | None
-) -> ParameterCounts:
-    """Count the parameters of a checkpoint, given the shapes of the tensors that the model computes with, and its units
-    by kind; the tensor that is ``tied``, if any, shares its values with another one and doesn't count.
-    """
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name != tied}
-    units = next(iter(structures.values()))
-    of_layers = [0] * units.num_layers
-    for name, size in sizes.items():
-        if name.startswith(f"{units.layers}."):
-            of_layers[int(name.removeprefix(f"{units.layers}.").partition(".")[0])] += size
-    per_unit = {}
-    for kind, units_of_kind in structures.items():
-        layer = next(layer for layer, count in enumerate(units_of_kind.counts) if count)
-        owned = sum(math.prod(shapes[name]) for name, _ in units_of_kind.in_layer(layer, shapes))
-        per_unit[kind] = owned // units_of_kind.counts[layer]
-    return ParameterCounts(sum(sizes.values()), tuple(of_layers), per_unit, structures, shapes)
+    def _size(self, axis: str, sizes: Mapping[str, int]) -> int:
+        outer = self._layout.outer(axis)
+        if axis not in sizes and outer is not None and outer in sizes:
+            return self._layout.width(axis) * sizes[outer]
+        return sizes.get(axis, self._layout.sizes[axis])
+
+    def _of_one(self, units: Units) -> int:
+        layer = next(layer for layer, count in enumerate(units.counts) if count)
+        fewer = self._counted(self._terms[layer], {axis_of(layer, units.kind): units.counts[layer] - 1})
+        return self.layers[layer] - fewer
+
+
+def _product(layout: Layout, tensor: Placed, shape: Sequence[int]) -> tuple[tuple[str, ...], int]:
+    """The axes whose sizes multiply to a tensor's parameters, or to those of all experts' tensors; and the factor."""
+    followed = [axis for axis, _ in tensor.within[1:]] + [each.axis for each in tensor.dimensions if each is not None]
+    inside = {layout.outer(axis) for axis in followed}  # an axis inside another one counts the indices of both
+    sizes = zip(shape, [*tensor.dimensions, *[None] * len(shape)], strict=False)
+    factor = math.prod(size if each is None else each.entries * each.stretches for size, each in sizes)
+    return tuple(sorted(axis for axis in followed if axis not in inside)), factor

@@ -7,12 +7,12 @@ a config.json to ``Units``: ``neurons`` and ``kv_groups`` here, and those of ``e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from hfprune_dist.structures import KV_GROUPS, NEURONS
+from hfprune_dist.structures.layout import OF_HIDDEN, Dimension, Tensors
 
 # Key of config.json for sizes that differ between layers: field -> its value in each layer. It overrides the top level.
 LAYER_SIZES = "layer_sizes"
@@ -23,30 +23,6 @@ PER_LAYER = "per_layer_config"
 # Names of ``intermediate_size`` in configurations of opt and granitemoehybrid; and a second one that lfm2 reads first.
 OTHER_WIDTHS = ("ffn_dim", "shared_intermediate_size")
 OLDER_WIDTHS = ("block_ff_dim",)
-
-
-@dataclass(frozen=True)
-class Owned:
-    """The entries of one tensor that a layer's units own: those of unit ``u`` begin at ``u * per_unit``.
-
-    Attributes:
-        tensor: the tensor's name within the layer. A checkpoint may lack it, for example a bias.
-        axis: the dimension along which units follow one another.
-        per_unit: number of consecutive entries of one unit.
-        parts: number of matrices concatenated along that dimension, each with entries of every unit: two where an
-            architecture has gate and up in one tensor.
-        expert: the expert whose units own the tensor, if each expert has tensors of its own.
-        stacked: whether the first dimension is that of experts, each with entries of its own units.
-        unit: the unit that the whole tensor goes with, if each unit has tensors of its own.
-    """
-
-    tensor: str
-    axis: int
-    per_unit: int = 1
-    parts: int = 1
-    expert: int | None = None
-    stacked: bool = False
-    unit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +60,8 @@ class Units:
     Attributes:
         kind: name of the kind, in the plural.
         counts: number of units in each layer.
-        rows: what the units own of the projections that make the channels.
-        columns: what they own of the tensors that read the channels: of one, or of one for each expert.
+        tensors: those of a layer that the units own parts of, by their names within it, if the checkpoint has them:
+            first what makes the channels, then what reads them.
         output: name within a layer of the projection that reads the channels.
         block: the attention or MLP that the units are part of.
         fields: field of config.json -> the amount of it that one unit accounts for.
@@ -97,8 +73,7 @@ class Units:
 
     kind: str
     counts: tuple[int, ...]
-    rows: tuple[Owned, ...]
-    columns: tuple[Owned, ...]
+    tensors: Tensors
     output: str
     block: Block
     fields: Mapping[str, int]
@@ -130,38 +105,34 @@ class Units:
         """Number of units that ``fields`` count in the layer that has the most."""
         return self.most // self.copies
 
-    @cached_property
-    def owned(self) -> tuple[Owned, ...]:
-        """All that the units own in their layer."""
-        return *self.rows, *self.columns
+    @property
+    def owned(self) -> list[tuple[str, int, Dimension]]:
+        """What the units own: name of a tensor within a layer, and its dimension that follows them."""
+        return [
+            (name, place, each)
+            for name, dimensions in self.tensors.items()
+            for place, each in enumerate(dimensions)
+            if each is not None and each.axis == self.kind
+        ]
 
     @property
     def weights(self) -> list[str]:
         """Names within a layer of the weights that the units own parts of: columns of the last, rows of the others."""
-        return [owned.tensor for owned in self.owned if owned.tensor.endswith(".weight")]
+        return [name for name in self.tensors if name.endswith(".weight")]
 
     @property
     def row_parts(self) -> list[int]:
         """Number of parts of each of ``weights`` but the last."""
-        return [owned.parts for owned in self.rows if owned.tensor.endswith(".weight")]
+        return [each.stretches for name, _, each in self.owned if name.endswith(".weight")][:-1]
 
     def tensor(self, layer: int, name: str) -> str:
         """Return the name in the whole model of a layer's tensor or module."""
         return f"{self.layers}.{layer}.{name}"
 
-    def in_layer(self, layer: int, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Owned]]:
-        """Yield those of the given tensors that the layer's units own parts of: (name in the whole model, the part)."""
-        for owned in self.owned:
-            name = self.tensor(layer, owned.tensor)
-            if name in tensors:
-                yield name, owned
-
-    def shape_of(self, owned: Owned, layer: int, hidden: int) -> list[int]:
-        """Return the shape of a tensor that units, but not whole experts, own parts of; ``hidden``: the hidden size."""
-        within = owned.axis - owned.stacked
-        size = self.counts[layer] // self.parts * owned.per_unit * owned.parts
-        matrix = [size] if "bias" in owned.tensor else [size, hidden] if within == 0 else [hidden, size]
-        return [self.parts, *matrix] if owned.stacked else matrix
+    def in_layer(self, layer: int, tensors: Container[str]) -> list[str]:
+        """Return the whole names of those of the given tensors that the layer's units own parts of."""
+        names = (name.format(expert) for name in self.tensors for expert in range(self.experts if "{}" in name else 1))
+        return [whole for name in names if (whole := self.tensor(layer, name)) in tensors]
 
     def values(self, counts: Sequence[int]) -> dict[str, list[int]]:
         """Return what config.json states for layers with these numbers of units: field -> its value in each layer."""
@@ -187,16 +158,31 @@ def read_counts(config: Mapping[str, Any], field: str) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-def neurons(config: Mapping[str, Any], mlp: Block, row_projections: Sequence[str], down: str, parts: int = 1) -> Units:
+def tensors_of_block(rows: Mapping[str, Dimension], columns: Mapping[str, Dimension]) -> Tensors:
+    """Return what units own of linear layers: rows of weights and biases [size, hidden], columns [hidden, size]."""
+    made = {f"{name}.weight": (own, OF_HIDDEN) for name, own in rows.items()}
+    biases = {f"{name}.bias": (own,) for name, own in rows.items()}
+    return {**made, **biases, **{f"{name}.weight": (OF_HIDDEN, own) for name, own in columns.items()}}
+
+
+def neurons(
+    config: Mapping[str, Any],
+    mlp: Block,
+    row_projections: Sequence[str],
+    down: str,
+    parts: int = 1,
+    kind: str = NEURONS,
+) -> Units:
     """Return the neurons of a model's MLPs: each owns a row of every row projection, weight and bias, and a column of
     the down projection. There is only one row projection if there is no gate, or if it stacks gate and up as ``parts``.
     """
-    rows = (mlp.within(f"{name}.{part}") for name in row_projections for part in ("weight", "bias"))
     return Units(
-        kind=NEURONS,
+        kind=kind,
         counts=read_counts(config, "intermediate_size"),
-        rows=tuple(Owned(name, axis=0, parts=parts) for name in rows),
-        columns=(Owned(mlp.within(f"{down}.weight"), axis=1),),
+        tensors=tensors_of_block(
+            {mlp.within(name): Dimension(kind, stretches=parts) for name in row_projections},
+            {mlp.within(down): Dimension(kind)},
+        ),
         output=mlp.within(down),
         block=mlp,
         fields={field: 1 for field in ("intermediate_size", *OTHER_WIDTHS, *OLDER_WIDTHS) if field in config},
@@ -218,15 +204,14 @@ def kv_groups(config: Mapping[str, Any], attention: Block, projections: Sequence
     groups, head_dim = int(config["num_key_value_heads"]), int(config["head_dim"])
     if not projections:
         counts = (groups,) * int(config["num_hidden_layers"])
-        return Units(KV_GROUPS, counts, rows=(), columns=(), output=attention.name, block=attention, fields={})
+        return Units(KV_GROUPS, counts, tensors={}, output=attention.name, block=attention, fields={})
     query, key, value, output = (f"{attention.name}.{name}" for name in projections)
     queries = int(config["num_attention_heads"]) // groups
-    owned = ((query, queries * head_dim), (key, head_dim), (value, head_dim))
+    of_queries, own = (Dimension(KV_GROUPS, size) for size in (queries * head_dim, head_dim))
     return Units(
         kind=KV_GROUPS,
         counts=read_counts(config, "num_key_value_heads"),
-        rows=tuple(Owned(f"{name}.{part}", 0, size) for name, size in owned for part in ("weight", "bias")),
-        columns=(Owned(f"{output}.weight", 1, queries * head_dim),),
+        tensors=tensors_of_block({query: of_queries, key: own, value: own}, {output: of_queries}),
         output=output,
         block=attention,
         fields={"num_attention_heads": queries, "num_key_value_heads": 1},

@@ -34,15 +34,15 @@ def scores_of_units(frozen: FrozenModel, places: Mapping[Place, Units], optimize
     weights, gradients, kept_share = optimizer.weights(), optimizer.gradients(), optimizer.kept_share()
     scores: dict[Place, Tensor] = {}
     for (kind, layer), units in places.items():
-        adapted = [owned for owned in units.owned if owned.tensor.endswith(".weight")]  # biases have no adapters
-        names = [units.tensor(layer, owned.tensor.removesuffix(".weight")) for owned in adapted]
+        adapted = [owned for owned in units.owned if owned[0].endswith(".weight")]  # biases have no adapters
+        names = [units.tensor(layer, weight.removesuffix(".weight")) for weight, _, _ in adapted]
         loras: list[Any] = [frozen.module.get_submodule(name) for name in names]
         with frozen.gathered([lora.base_layer for lora in loras]):
-            for owned, name, lora in zip(adapted, names, loras, strict=True):
+            for (_, place, each), name, lora in zip(adapted, names, loras, strict=True):
                 a, b = (f"{PEFT_PREFIX}{name}.lora_{factor}.{PEFT_NAME}.weight" for factor in "AB")
                 slopes = kept_share * gradients[a], kept_share * gradients[b]
                 factors = Factors(weights[a], weights[b], *slopes, lora.scaling[PEFT_NAME])
-                part_U = unit_scores(lora.base_layer.weight, factors, owned.axis, owned.per_unit, owned.parts)
+                part_U = unit_scores(lora.base_layer.weight, factors, place, each.entries, each.stretches)
                 scores[kind, layer] = scores.get((kind, layer), torch.zeros_like(part_U)) + part_U
     found_U = torch.cat(list(scores.values())).cpu().split(list(map(len, scores.values())))  # now the host waits
     return frozen.world.broadcast(dict(zip(scores, found_U, strict=True)))

@@ -25,7 +25,7 @@ def test_every_mlp_has_its_neurons(config):
         assert (structures[kind].counts if kind in structures else None) == expected
     expected = (config["intermediate_size"],) * first + (0,) * (layers - first) if first else None
     assert (structures[NEURONS].counts if NEURONS in structures else None) == expected
-    check_shapes(checkpoint.path, checkpoint.tensors, structures, 64)
+    check_shapes(checkpoint.path, checkpoint.tensors, structures, checkpoint.layout)
     owned = [name for kind, units in structures.items() if kind != EXPERTS for name in owned_of(units, checkpoint)]
     mlps = {name for name in checkpoint.tensors if "_proj" in name}
     assert len(owned) == len({*owned}) and {*owned} == mlps
@@ -33,7 +33,7 @@ def test_every_mlp_has_its_neurons(config):
 
 def owned_of(units, checkpoint):
     layers = range(units.num_layers)
-    return [name for layer in layers for name, _ in units.in_layer(layer, checkpoint.tensors)]
+    return [name for layer in layers for name in units.in_layer(layer, checkpoint.tensors)]
 
 
 @given(grouped_mixtures())
@@ -46,7 +46,7 @@ def test_experts_own_their_tensors_and_their_rows_of_what_chooses_them(config):
     owned = owned_of(experts, checkpoint)
     assert len(owned) == len({*owned})
     assert {*owned} == {name for name in checkpoint.tensors if ".experts." in name or ".gate." in name}
-    check_shapes(checkpoint.path, checkpoint.tensors, checkpoint.structures, 64)
+    check_shapes(checkpoint.path, checkpoint.tensors, checkpoint.structures, checkpoint.layout)
 
 
 REFUSED = {
@@ -71,7 +71,7 @@ def test_a_tensor_that_is_missing_of_another_shape_or_there_besides_is_named(con
     info = checkpoint.tensors[name]
     wrong = {**checkpoint.tensors, name: type(info)(**{**vars(info), "shape": (99, *info.shape[1:-1], 63)})}
     with pytest.raises(UserError, match=name.replace(".", r"\.") + " has shape"):
-        check_shapes(checkpoint.path, wrong, checkpoint.structures, 64)
+        check_shapes(checkpoint.path, wrong, checkpoint.structures, checkpoint.layout)
     other = {tensor: shape for tensor, shape in shapes.items() if tensor != name}
     last = f"model.layers.{config['num_hidden_layers'] - 1}.mlp.norm.weight"
     for changed in (other, shapes | {last: [64]}):

@@ -114,8 +114,10 @@ class DrawnSweep:
         return {task: {"acc": self._random.random(), "acc_stderr": 0.01} for task in self.tasks}
 
     def _kept(self, width):
-        neurons = [sorted(self._random.sample(range(WIDTH), width)) for _ in range(LAYERS)]
-        return {"layers": list(range(LAYERS)), "neurons": neurons}
+        neurons = {
+            f"layers.{layer}.neurons": sorted(self._random.sample(range(WIDTH), width)) for layer in range(LAYERS)
+        }
+        return {"layers": list(range(LAYERS)), **neurons}
 
 
 def rows_of(text):
@@ -245,7 +247,9 @@ def test_rounds_are_drawn_at_their_own_ratios(tmp_path):
     for stage in stages:
         with being_made(store, stage, world_size=1, wall_time_s=1.0) as draft:
             layers = left.get(stage.id, [])
-            (draft / "kept.json").write_text(json.dumps({"layers": layers, "neurons": [[1, 2] for _ in layers]}))
+            (draft / "kept.json").write_text(
+                json.dumps({"layers": layers, **{f"layers.{layer}.neurons": [1, 2] for layer in layers}})
+            )
             (draft / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     evaluate, producers = stage_of("evaluate", "", {}, {"model": made}), tuple(stage.id for stage in stages)
     cell = Cell("row", "m", 0.5, "hfprune", "entropy", "lora via 0.3", producers, evaluate.id, rounds=(0.3,))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from made_stages import stage_of
-from masking import read_kept
+from masking import kept_in
 from ranks import finish, killing, metrics_of, run_stage
 from tiny import save_tiny, write_pairs
 from trained import assert_same_weights, weights_of
@@ -51,7 +51,7 @@ def uninterrupted(source, tmp_path_factory):
 @pytest.mark.slow
 def test_what_is_left_is_the_plan_s_shape_of_the_trained_model(source, uninterrupted):
     store, stage, artifact = uninterrupted
-    dense, kept = open_checkpoint(source / "model"), read_kept(artifact)
+    dense, kept = open_checkpoint(source / "model"), kept_in(artifact)
     shape = shape_for(Target.from_settings(dense, stage.params, stage.params.ratio, "tiny"))
     assert kept.shape == shape and shape.units["neurons"][0] > shape.units["neurons"][1]
     metrics = metrics_of(store, stage)

@@ -4,7 +4,7 @@ import pytest
 import shapes
 import torch
 from made_stages import stage_of
-from masking import read_kept
+from masking import kept_in
 from ranks import metrics_of, run_here
 from shapes import windows_of
 from tiny import write_pairs
@@ -69,7 +69,7 @@ def test_removed_channels_are_their_means_on_any_text(tmp_path, variant):
     run_here(store, stage)
     folder, metrics = store.handle(stage.id).artifact, metrics_of(store, stage)
     means, dense = dense_means(tmp_path / "model", windows_of(store))
-    expected = logits(with_means_in_place(dense, read_kept(folder), means))
+    expected = logits(with_means_in_place(dense, kept_in(folder), means))
     ours = load_causal_lm(folder, torch.float32)
     torch.testing.assert_close(logits(ours), expected.float(), rtol=1e-3, atol=1e-3)
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILY, VARIANTS, tiny_model
 
-from hfprune_dist.structures.kept import Kept, Shape, count_parameters
+from hfprune_dist.structures.kept import Kept, ParameterCounts, Shape
 
 
 def test_a_shape_is_how_much_is_kept():
@@ -38,7 +38,7 @@ def counts_of(model):
     # As in a file, a tied head is a tensor of its own.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    return count_parameters(shapes, {units.kind: units}, tied)
+    return ParameterCounts(FAMILY.layout(config, shapes), shapes, {units.kind: units}, tied)
 
 
 def size_of(model):

@@ -25,11 +25,11 @@ def test_what_a_unit_owns_is_what_a_smaller_model_lacks(variant, kind):
     larger, smaller = model(4), model(2)
     units, shapes = units_of(larger.config.to_dict())[kind], shapes_of(larger)
     assert units.counts == (4, 4) and units.is_uniform and units.most == 4
-    owned = dict(item for layer in range(2) for item in units.in_layer(layer, shapes))
+    owned = {units.tensor(layer, name): (place, each) for layer in range(2) for name, place, each in units.owned}
     for name, shape in shapes_of(smaller).items():
         if name in owned:
-            axis, per_unit = owned[name].axis, owned[name].per_unit
-            assert shapes[name][axis] == 4 * per_unit and shape[axis] == 2 * per_unit
+            place, each = owned[name]
+            assert shapes[name][place] == 4 * each.entries and shape[place] == 2 * each.entries
         else:
             assert shapes[name] == shape, name
     projections = outputs_of(units, larger)

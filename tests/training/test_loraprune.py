@@ -57,13 +57,13 @@ def expected_scores(task, snapshot, step):
     found = {}
     for (kind, layer), units in masks.places.items():
         total = 0
-        for owned in units.owned:
-            if owned.tensor.endswith("weight"):
-                module = model.get_base_model().get_submodule(units.tensor(layer, owned.tensor)[:-7])
+        for name, place, _ in units.owned:
+            if name.endswith("weight"):
+                module = model.get_base_model().get_submodule(units.tensor(layer, name)[:-7])
                 a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
                 g_a, g_b = share * a.grad, share * b.grad
                 terms = (g_b @ a + b @ g_a - g_b @ g_a) * (module.base_layer.weight + 2 * b @ a)
-                terms = terms if owned.axis == 0 else terms.T
+                terms = terms if place == 0 else terms.T
                 sums = terms.abs().reshape(units.counts[layer], -1).sum(1)
                 total = total + sums / sums.norm()
         found[kind, layer] = total.detach()
