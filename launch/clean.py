@@ -12,7 +12,7 @@ rows, tables, named checkpoints and logs.
 --intermediates removes checkpoints that finished rows were made from: pruned ones, also those in store/prune/ that a
 card names as its adapter's base, and trained ones of earlier rounds. They are made again only if something needs them,
 such as another recovery of the same pruned model. Scores of calibration passes stay, so another ratio costs as much as
-before. Large files in checkpoints/ share their bytes with the store, so these are free only once both are gone.
+before.
 
 exit codes: 0 done; 2 a stage runs or is queued, something can't be removed, or bad input
 """

@@ -30,7 +30,8 @@ from hfprune_launch.demo import text
 from hfprune_launch.demo.models import shipped_weights, write_llama, write_qwen
 from hfprune_launch.screen import make_console, say
 
-from hfprune_dist.store.atomic_files import locked, read_object, write_json, write_jsonl
+from hfprune_dist.store.atomic_files import read_object, write_json, write_jsonl
+from hfprune_dist.store.claims import locked
 
 # Raise this when the code makes different assets, so that older ones are made again.
 VERSION = "5"

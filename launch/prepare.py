@@ -183,7 +183,7 @@ def require_runnable(prepared: Prepared, *, looks_only: bool = False) -> None:
     engines = [*config.engines] if "check" in kinds else []
     engines += [config.efficiency.engine] if config.efficiency.engine and "efficiency" in kinds else []
     engines += ["vllm"] if "answers" in kinds and "vllm" in config.runtime.engine_pythons else []
-    for engine in engines:
+    for engine in engines if not looks_only else ():  # whose Python a configuration names
         require_engine(engine, config.runtime.python_of(engine))
     texts = list(_texts(config, kinds, looks_only))
     has_tasks = bool(evaluation.tasks) and "evaluate" in kinds

@@ -16,12 +16,11 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.screen import StageScreen
 from hfprune_launch.slurm.cli import run_on_slurm
 from hfprune_launch.stage.run import Provenance
-from hfprune_launch.sweep_folder import REPORT, Sweep, read_sweep, record_run, write_page
+from hfprune_launch.sweep_folder import Sweep, read_sweep, record_run, write_page
 
 from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.plan import kept_rows
 from hfprune_dist.results.formats import counted
-from hfprune_dist.results.table import RESULTS
 from hfprune_dist.store.atomic_files import require_usable
 from hfprune_dist.store.attempts import Ledger
 
@@ -33,11 +32,10 @@ def run_to_tables(prepared: Prepared) -> int:
     if code is not None:
         return code
     folder = read_sweep(out)  # with rows that another run has begun meanwhile, without those that were forgotten
-    folder.write_results(request.console)
+    written = folder.write_results(request.console)
     if kept := kept_rows(prepared.sweep.plan, folder.plan):
         labels = ", ".join(cell.label for cell in kept)
         request.tell(f"rows of earlier runs: {labels}; to remove one: --forget '{kept[0].label}'")
-    written = [name for name in (*RESULTS, REPORT) if (out / name).exists()]
     request.tell(f"written: {out / written[0]}, {', '.join(written[1:])}")
     return _exit_code(prepared.sweep)
 
@@ -93,7 +91,7 @@ def run_missing(prepared: Prepared) -> int | None:
     return code
 
 
-def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], None]) -> None:
+def _run_here(prepared: Prepared, backend: LocalBackend, on_end: Callable[[], object]) -> None:
     """Run missing stages in plan order; those that need a missing artifact are skipped. An artifact that a stage finds
     damaged is made again, and then the stage has another try.
     """

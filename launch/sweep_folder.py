@@ -26,15 +26,16 @@ from hfprune_dist.report.page import page
 from hfprune_dist.results.card import contents_of_checkpoints
 from hfprune_dist.results.checkpoints import Update, update_checkpoints
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
-from hfprune_dist.results.table import write_reports
+from hfprune_dist.results.table import RESULTS, write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import listed, locked, read_json, write_json, write_text
+from hfprune_dist.store.atomic_files import listed, read_json, write_json, write_text
+from hfprune_dist.store.claims import locked
 from hfprune_dist.store.stage import Stage
 
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
 REPORT = "report.html"
-LOCK = ".lock"
+LOCK, TABLES_LOCK = ".lock", ".tables"
 NO_RUN = "no run yet"
 
 
@@ -58,15 +59,19 @@ class Sweep:
         except OSError as error:  # the results are complete all the same
             return Update({}, [f"named checkpoints can't be written ({error}); those in {self.store.root} are whole"])
 
-    def write_results(self, console: Console, wide: bool = False) -> None:
-        """Write the named checkpoints, the tables, whose rows name them, and the report; then show them."""
+    def write_results(self, console: Console, wide: bool = False) -> list[str]:
+        """Write the named checkpoints, the tables, whose rows name them, and the report; then show them. Return the
+        names of the files that were written.
+        """
         update = self.write_checkpoints()
-        rows = self.rows()
-        write_reports(rows, self.out)
-        write_page(self.out, console)
+        with locked(self.out / TABLES_LOCK):  # or another command's older rows may be written last
+            rows = self.rows()
+            write_reports(rows, self.out)
+        written = [*RESULTS, *[REPORT] * write_page(self.out, console)]
         # Shown once all is written, as a reader such as head may end the command.
         show_results(console, rows, wide)
         show_checkpoints(console, update)
+        return written
 
     def write_record(self) -> None:
         """Write the plan as that of all rows of the folder."""
@@ -99,13 +104,17 @@ def read_sweep(out: Path) -> Sweep:
     return sweep
 
 
-def write_page(out: Path, console: Console) -> None:
-    """Write the report on all rows of a folder; if that fails, a note says so, as the results are complete."""
+def write_page(out: Path, console: Console) -> bool:
+    """Write the report on all rows of a folder, and return whether it was written; if that fails, a note says why, as
+    the results are complete.
+    """
     try:
         sweep = read_sweep(out)
         write_text(out / REPORT, page(out, sweep.plan, sweep.rows(), time.time()))
     except Exception as error:  # whatever is wrong with the report, the sweep is fine
         say(console, f"note: {out / REPORT} can't be written ({type(error).__name__}: {error})")
+        return False
+    return True
 
 
 def record_run(today: Sweep, config: SweepConfig, models: Sequence[ModelSource]) -> None:

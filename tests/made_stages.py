@@ -17,7 +17,7 @@ from hfprune_dist.config.texts import CalibrationConfig, FidelityConfig
 from hfprune_dist.config.training import Training, TrainingText
 from hfprune_dist.store import claims
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger, report_failure
+from hfprune_dist.store.attempts import Attempt, End, Ledger, report_failure
 from hfprune_dist.store.claims import Claim
 from hfprune_dist.store.stage import Input, Stage
 
@@ -71,9 +71,22 @@ def being_made(store: Store, stage: Stage, **record: Any) -> Iterator[Path]:
         handle.discard_work()
 
 
+def begun(store: Store, stage: Stage, **job: Any) -> Attempt:
+    """Record the next attempt at a stage, as a launcher that holds its claim does."""
+    with store.handle(stage.id).claimed_briefly() as claim:
+        return Ledger(store).begin(stage, claim or Standing(), **job)  # type: ignore[arg-type]
+
+
+class Standing:
+    """A claim that another process of the test holds."""
+
+    def require_held(self) -> None:
+        pass
+
+
 def failed(store: Store, stage: Stage, cause: str, message: str, rank: int = 0) -> End:
     """Record why a rank of the last attempt at a stage failed, or of a first one."""
-    attempts = Ledger(store).attempts_at(stage.id) or [Ledger(store).begin(stage)]
+    attempts = Ledger(store).attempts_at(stage.id) or [begun(store, stage)]
     end = End(cause, message, time.time(), rank)
     report_failure(attempts[-1].folder, end)
     return end

@@ -12,8 +12,6 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, cast
 
-from pydantic import BaseModel
-
 from hfprune_dist.config.section import DATA_SET_KEYS, Section, TextSource
 from hfprune_dist.config.texts import CalibrationConfig
 
@@ -60,8 +58,19 @@ class Parameters(Section):
     """The settings that a stage's result depends on, besides its inputs and the version of its code."""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of records, from which fingerprints are computed: all settings, but not where files are."""
-        return {name: _recorded(getattr(self, name)) for name in type(self).model_fields}
+        """The content of records, from which fingerprints are computed: all settings, but not where files are, nor what
+        was ``ADDED`` to a section and left as it was before.
+        """
+        return _settings_of(self)
+
+
+class UnreadParameters(Parameters):
+    """Settings that another version of the code recorded."""
+
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.settings
 
 
 def parameters_of(kind: str) -> type[Parameters]:
@@ -74,12 +83,18 @@ def _recorded(value: object, file: str = "(file)") -> Any:
     """A setting as JSON. A text's file is an input of the stage, known by its content: ``file`` stands for its path."""
     if isinstance(value, list):
         return [_recorded(part, f"(file {number})") for number, part in enumerate(value, 1)]
-    if not isinstance(value, BaseModel):
+    if not isinstance(value, Section):
         return value
-    record = {name: _recorded(getattr(value, name)) for name in type(value).model_fields}
+    record = _settings_of(value)
     if isinstance(value, CalibrationConfig) and value.mixture is not None:  # whose texts have these settings
         return {name: value for name, value in record.items() if name not in TextSource.model_fields}
     if isinstance(value, TextSource) and value.path is not None:
         of_hub = ("dataset", *DATA_SET_KEYS)
         return {name: value for name, value in record.items() if name not in of_hub} | {"path": file}
     return record
+
+
+def _settings_of(section: Section) -> dict[str, Any]:
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    as_before = {name for name, value in section.ADDED.items() if values[name] == value}
+    return {name: _recorded(value) for name, value in values.items() if name not in as_before}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -64,6 +64,9 @@ def explained_by(*others: type[BaseModel]) -> Callable[[dict[str, Any], type[Bas
 
 class Section(BaseModel):
     """A group of keys: immutable, without type conversions; unknown keys are refused."""
+
+    ADDED: ClassVar[Mapping[str, Any]] = {}
+    """Keys that were added later -> the value with which all is as before: it is not recorded; fingerprints stay."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -87,7 +87,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
-        stages = [Stage.from_json(stage) for stage in record["stages"]]
+        stages = [Stage.recorded(stage) for stage in record["stages"]]
         rows = [{**cell, **{name: tuple(cell[name]) for name in ("producers", "rounds")}} for cell in record["cells"]]
         cells = [Cell(**row) for row in rows]
         return cls({stage.id: stage for stage in stages}, tuple(cells), tuple(record["asked"]))

@@ -1,32 +1,35 @@
 """The folder ``checkpoints/`` of a sweep: each row's checkpoint under its name, with a card, in a plain folder that can
 be copied, sent or uploaded.
 
-A folder is made beside its place and renamed, so what is there is whole. Large files are hard links to those in the
-store, else copies; small ones, which people edit, are always copies. ``hfprune.json`` names the files that were written
-here. A folder in which the user has added or changed a file stays as it is.
+A folder is made beside its place and renamed, so what is there is whole. Files are copies of those in the store, which
+share their bytes on file systems that can (Btrfs, XFS): a program that saves into such a folder, even in place, changes
+nothing in the store. ``hfprune.json`` names the files that were written here. A folder in which the user has added or
+changed a file stays as it is.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 
 from hfprune_dist.planning.plan import NONE, OWN, Cell
-from hfprune_dist.store.atomic_files import fsync_path, locked, read_record, write_json, write_text
+from hfprune_dist.store.atomic_files import fsync_path, read_record, write_json, write_text
+from hfprune_dist.store.claims import locked
 from hfprune_dist.store.hashing import digest_of
 
 CHECKPOINTS, MADE, LOCK = "checkpoints", "hfprune.json", ".lock"
 # In front of the names of folders that aren't in their places yet, and no longer.
 NEW, OLD = ".new-", ".old-"
-# Files up to this size are copied and compared by content, larger ones linked and compared by size.
+# Files up to this size are compared by content, larger ones by size and time of change.
 SMALL = 2**20
+FICLONE = 0x40049409  # Linux's request to share a file's bytes with another file, until one of them changes
 LONGEST_NAME = 96  # the hub's limit for names of repositories
 
 
@@ -67,7 +70,7 @@ class File:
         """Whether the file is there and unchanged."""
         if path.is_symlink() or not path.is_file() or path.stat().st_size != self.bytes:
             return False
-        if self.bytes > SMALL:
+        if self.bytes > SMALL and path.stat().st_mtime_ns == self.mtime_ns:
             return True
         with path.open("rb") as stream:
             return file_digest(stream, "sha256").hexdigest() == self.sha256
@@ -168,7 +171,7 @@ def _replace(folder: Path, contents: Contents, made: Made) -> None:
         if name in contents.texts:
             write_text(new / name, contents.texts[name])
         else:
-            _link((contents.artifact / name).resolve(), new / name)
+            _copy((contents.artifact / name).resolve(), new / name)
     write_json(new / MADE, asdict(made))
     for path in (*new.rglob("*"), new):
         fsync_path(path)
@@ -179,10 +182,12 @@ def _replace(folder: Path, contents: Contents, made: Made) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Link a large file, or copy a file."""
-    if source.stat().st_size > SMALL:
-        with suppress(OSError):  # another file system, or one without links
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file and its time of change, without its bytes where the file system lets files share them."""
+    with source.open("rb") as stream, target.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy, FICLONE, stream.fileno())
+        except OSError:
+            shutil.copyfileobj(stream, copy)
+    stat = source.stat()
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -5,15 +5,13 @@ What is read may be replaced or removed at any moment by other hosts; NFS then r
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,15 +150,6 @@ def publish(draft: Path, place: Path) -> None:
         fsync_path(path)
     draft.replace(place)
     fsync_path(place.parent)
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Keep out other processes that lock the same file; one that dies leaves no lock behind."""
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # a file system without locks, or another user's file
-            fcntl.flock(held.enter_context(file.open("ab")), fcntl.LOCK_EX)
-        yield
 
 
 def usual_mode() -> int:

@@ -32,7 +32,8 @@ from typing import Any
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.atomic_files import listed, locked, read_object, read_record, write_json
+from hfprune_dist.store.atomic_files import listed, read_object, read_record, write_json
+from hfprune_dist.store.claims import Claim, ClaimLostError, locked
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import Stage
 
@@ -258,13 +259,15 @@ class Ledger:
     def begin(
         self,
         stage: Stage,
+        claim: Claim,
         *,
         time_minutes: int = 0,
         leader: Attempt | None = None,
         needs: Iterable[str] = (),
     ) -> Attempt:
-        """Record the next attempt; the caller must hold the stage's claim. An attempt in a job has a time limit, the
-        ids of the stages without which the job doesn't start and, if it isn't the job's first, the ``leader`` that is.
+        """Record the next attempt under the stage's claim; raises ClaimLostError. An attempt in a job has a time limit,
+        the ids of the stages without which the job doesn't start and, if it isn't the job's first, the ``leader`` that
+        is.
         """
         folder = self._root / stage.id
         number = 1 + max((number for number, _ in _numbered(folder)), default=0)
@@ -275,7 +278,12 @@ class Ledger:
             name = f"hfprune-{stage.kind}-{stage.fingerprint[:8]}-{number}-{self.mark}-{uuid.uuid4().hex[:8]}"
         intent = Intent(stage.id, number, time.time(), name, first, time_minutes, tuple(needs))
         attempt = Attempt(folder / str(number), intent)
-        attempt.folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim.require_held()
+        try:
+            attempt.folder.mkdir()
+        except FileExistsError:
+            raise ClaimLostError(f"{attempt.folder}: another process has begun this attempt") from None
         write_json(attempt.folder / INTENT, asdict(intent))
         return attempt
 

@@ -16,18 +16,20 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hfprune_dist.errors import naming
-from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_json, read_object, write_json
+from hfprune_dist.store.atomic_files import as_record, listed, modified_at, read_object, unless_stale, write_json
 
 CLAIM_FILES = "claim.*"
 CANCELLED = "cancelled"  # file in a store with a random token, a new one each time that all that runs is cancelled
 # The process of a holder on another host can't be checked; it counts as dead if its claim wasn't renewed for this long.
 RENEWAL_LIMIT_S = 300.0
 RENEW_S = 60.0
+LOCK_POLL_S = 0.1
 
 
 class ClaimLostError(Exception):
@@ -123,6 +125,24 @@ def try_claim(folder: Path, job: str | None = None) -> Claim | Holder:
             return claim
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep out other processes that lock the same folder, on any host and file system: the claims of a folder, one
+    after another. One that dies is succeeded like any holder of a claim.
+    """
+    while isinstance(claim := try_claim(folder), Holder) or not claim.is_held():
+        time.sleep(LOCK_POLL_S)
+    renewing = keep_renewed(claim)
+    for earlier in listed(folder, CLAIM_FILES):
+        if _generation(earlier) < _generation(claim.require_held()):
+            earlier.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        renewing.set()
+        claim.release()
+
+
 def holder_of(folder: Path) -> Holder | None:
     """Who holds the claim on ``folder``, or died holding it; None if it was released, or if there is none."""
     return _holder(*_newest(folder))
@@ -204,11 +224,18 @@ class Cancellation:
 
     def __init__(self, root: Path) -> None:
         self._file = root / CANCELLED
-        self._earlier = read_json(self._file)
+        self._earlier = self._content()
 
     def is_requested(self) -> bool:
         """Whether a cancellation has been requested since."""
-        return bool(read_json(self._file) != self._earlier)
+        return self._content() != self._earlier
+
+    def _content(self) -> str | None:
+        """What the file holds, whoever has written it; None if there is no such file."""
+        try:
+            return unless_stale(lambda: self._file.read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            return None
 
     def request(self) -> None:
         """Ask all launchers that work on the store at present to end what they run, and to start nothing more."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hfprune_dist.config.parameters import KINDS, LIBRARIES, Parameters, parameters_of
+from hfprune_dist.config.parameters import KINDS, LIBRARIES, Parameters, UnreadParameters, parameters_of
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.provenance import releases
@@ -49,6 +49,7 @@ class Stage:
         params: all settings that affect the result, as the kind's class.
         inputs: role -> input.
         releases: package -> release (major and minor number) of each library that the result depends on.
+        planned_as: the fingerprint with which another version of the code planned it; empty for this version's.
     """
 
     kind: str
@@ -56,10 +57,13 @@ class Stage:
     params: Parameters
     inputs: Mapping[str, Input] = field(default_factory=dict)
     releases: Mapping[str, str] = field(default_factory=dict)
+    planned_as: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of the sha256 over version, settings, input identities and releases."""
+        if self.planned_as:
+            return self.planned_as
         identities = {role: source.identity for role, source in self.inputs.items()}
         made_from = {"params": self.params.to_json(), "inputs": identities, "releases": dict(self.releases)}
         return digest_of({"version": KINDS[self.kind].version, "kind": self.kind, **made_from})[:20]
@@ -88,15 +92,24 @@ class Stage:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Stage:
-        """Read a record written by ``to_json``; that of another version of the code is refused."""
+        """Read a record written by ``to_json``, to run the stage; that of another version of the code is refused."""
+        stage = cls.recorded(record)
+        if stage.planned_as:
+            raise UserError(f"{stage.id} was planned by another version of the code; run sweep.py again")
+        return stage
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Stage:
+        """Read a record written by ``to_json``, by whatever version of the code, to show the stage or end its job."""
+        kind, label, planned_as = record["kind"], record["label"], record["fingerprint"]
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
         with suppress(KeyError, ValidationError):
-            params = parameters_of(record["kind"])(**record["params"])
-            stage = cls(record["kind"], record["label"], params, inputs, record["releases"])
-            if stage.fingerprint == record["fingerprint"]:
+            stage = cls(kind, label, parameters_of(kind)(**record["params"]), inputs, record["releases"])
+            if stage.fingerprint == planned_as:
                 return stage
-        planned = f"{record['kind']}/{record['fingerprint']}"
-        raise UserError(f"{planned} was planned by another version of the code; run sweep.py again")
+        return cls(
+            kind, label, UnreadParameters(settings=record["params"]), inputs, record.get("releases", {}), planned_as
+        )
 
 
 def releases_of(kind: str) -> dict[str, str]:

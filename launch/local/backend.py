@@ -73,7 +73,7 @@ class LocalBackend:
             if handle.is_done():  # another sweep was faster
                 return None
             ranks = 1 if KINDS[stage.kind].on_one_rank else self.ranks
-            attempt = Ledger(self.store).begin(stage)
+            attempt = Ledger(self.store).begin(stage, claim)
             write_stage_file(handle, stage, self.provenance, attempt.intent.number)
             return self._run(stage, ranks, attempt, claim, on_heartbeat)
         finally:

@@ -89,7 +89,7 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     if how == "duplicate":
         return Cause.INTERRUPTED, f"{name} left the stage to another process that has claimed it"
     said = [each for each in attempt.failures() if not each.is_consequence]
-    if said and said[0].cause != Cause.CODE:
+    if said:
         return said[0].cause, said[0].message
     code, problem = attempt.exit_record() or (0, "")
     if problem:
@@ -103,8 +103,6 @@ def _cause(ledger: Ledger, stage: Stage, attempt: Attempt, job: JobInfo | None) 
     for words, cause, meaning in WORDS:
         if line := re.search(f"^.*({words}).*$", text, re.IGNORECASE | re.MULTILINE):
             return cause, f"{name}: {meaning}: {line[0].strip()}\nits log ends with:\n{tail}"
-    if said:
-        return Cause.CODE, said[0].message
     if why := unwritable(ledger.store.root):  # where nobody could record a reason
         return Cause.INPUT, why
     if not runs and not attempt.logs():

@@ -54,7 +54,7 @@ def run_on_slurm(
     cancellation: Cancellation,
     *,
     follow: bool,
-    on_end: Callable[[], None],
+    on_end: Callable[[], object],
 ) -> int | None:
     """Submit missing stages and adopt running jobs, and stay until nothing more can be done; without ``follow``, return
     the exit code at once. ``on_end`` is called after a round in which stages' jobs have ended.

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 from hfprune_launch.slurm.causes import explain_end
@@ -36,7 +34,7 @@ from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import fsync_folders
 from hfprune_dist.store.attempts import Attempt, Cause, End, Ledger
-from hfprune_dist.store.claims import Cancellation, Holder, keep_renewed
+from hfprune_dist.store.claims import Cancellation, Claim, Holder, keep_renewed
 from hfprune_dist.store.stage import Stage
 
 # Seconds between two squeues, and between two looks at what jobs have recorded.
@@ -235,16 +233,20 @@ class Launcher:
         if (before := job_to_wait_for(self.profile.max_running, queue)) is not None:
             dependencies.append(f"afterany:{before}")
         with ExitStack() as claims:
-            claimed = list(takewhile(partial(self._claim, claims), chain))
+            claimed: list[tuple[Stage, Claim]] = []
+            for stage in chain:
+                if (claim := self._claim(claims, stage)) is None:
+                    break
+                claimed.append((stage, claim))
             if claimed and (job_id := self._submit_claimed(claimed, sorted(needs), dependencies)):
                 queue.append(job_id)
 
-    def _claim(self, claims: ExitStack, stage: Stage) -> bool:
-        """Claim a stage until ``claims`` is closed; return whether it still has to be submitted."""
+    def _claim(self, claims: ExitStack, stage: Stage) -> Claim | None:
+        """Claim a stage until ``claims`` is closed; return the claim if the stage still has to be submitted."""
         handle = self.store.handle(stage.id)
         claim = handle.claim()
         if isinstance(claim, Holder):
-            return False
+            return None
         claims.callback(claim.release)
         claims.callback(keep_renewed(claim).set)  # a controller that doesn't answer may take longer than a claim lasts
         verdict = handle.verify()
@@ -253,18 +255,21 @@ class Launcher:
         elif self.ledger.open_job(stage.id) is None:
             if verdict.state == "corrupt":
                 handle.set_aside(claim)
-            return True
-        return False
+            return claim
+        return None
 
-    def _submit_claimed(self, chain: list[Stage], needs: list[str], dependencies: list[str]) -> str | None:
+    def _submit_claimed(
+        self, claimed: list[tuple[Stage, Claim]], needs: list[str], dependencies: list[str]
+    ) -> str | None:
         """Record the intent, submit, record the job and return its id; None if Slurm refuses it. If the launcher dies
         between any two of these steps, a later round repairs that.
         """
+        chain = [stage for stage, _ in claimed]
         resources = self.profile.of_job([stage.kind for stage in chain])
         attempts: list[Attempt] = []
-        for stage in chain:
+        for stage, claim in claimed:
             leader = attempts[0] if attempts else None
-            attempt = self.ledger.begin(stage, time_minutes=resources.time_minutes, leader=leader, needs=needs)
+            attempt = self.ledger.begin(stage, claim, time_minutes=resources.time_minutes, leader=leader, needs=needs)
             write_stage_file(self.store.handle(stage.id), stage, self.provenance, attempt.intent.number)
             attempts.append(attempt)
         request = JobRequest(

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import yaml
+from made_stages import SETTINGS
 from sweeps import make_inputs, planned
 
 from hfprune_dist.config.parameters import KINDS, parameters_of
@@ -61,6 +63,8 @@ def test_a_record_of_another_version_is_one_message(stages, change):
             del record["params"][next(name for name, field in fields.items() if field.is_required())]
         else:
             record["params"] |= {"unknown": 1} if change == "more" else {max(record["params"]): {"a": 1}}
+        read = Stage.recorded(record)
+        assert (read.id, read.to_json()) == (stage.id, record), "it can be shown, and its job cancelled"
         with pytest.raises(UserError, match=rf"{stage.id} was planned by another version of the code; run sweep\.py"):
             Stage.from_json(record)
 
@@ -72,3 +76,13 @@ def test_of_a_file_no_data_set_is_recorded():
     assert local == other and "dataset" not in local
     hub = parameters_of("importance")(**record, calibration=CalibrationConfig()).to_json()["calibration"]
     assert hub["revision"] is None and hub["dataset"] == "allenai/c4" and hub["path"] is None
+
+
+def test_what_is_added_and_left_as_it_was_changes_no_fingerprint():
+    class Later(parameters_of("reference")):
+        ADDED: ClassVar = {"more": 0}
+        more: int = 0
+
+    before = parameters_of("reference")(**SETTINGS["reference"])
+    assert Later(**before.model_dump()).to_json() == before.to_json()
+    assert Later(**before.model_dump(), more=1).to_json() == before.to_json() | {"more": 1}

@@ -87,14 +87,23 @@ def test_a_tracker_that_is_not_installed_is_refused_where_something_is_trained(c
 
 
 def test_an_engine_that_its_python_lacks_is_refused_where_it_measures_speed_or_answers(config, tmp_path):
-    measured = ["--config", config, "--out", tmp_path / "out", "--dry-run", "--set", "efficiency.engine=vllm"]
+    measured = ["--config", config, "--out", tmp_path / "out", "--set", "efficiency.engine=vllm"]
     measured += ["--set", f"runtime.engine_pythons.vllm={sys.executable}"]
-    assert in_process(sweep.main, *measured)[0] == 0, "off unless it is enabled"
+    assert in_process(sweep.main, *measured, "--dry-run")[0] == 0, "off unless it is enabled"
     for needed in ("efficiency.enabled=true", "recovery.answers=dense", "engines=[vllm]"):
         told = refused(sweep.main, *measured, "--set", needed, folders=(tmp_path,))
         assert f"{sys.executable}: it lacks vllm; name the Python" in told
     unknown = refused(sweep.main, *measured, "--set", "efficiency.engine=mlx", folders=(tmp_path,))
     assert "efficiency.engine" in unknown and "vllm" in unknown
+
+
+def test_a_dry_run_runs_nothing_that_a_configuration_names(config, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    named = ["--set", f"runtime.engine_pythons.vllm={program}", "--set", "engines=[vllm]"]
+    assert in_process(sweep.main, "--config", config, "--out", tmp_path / "out", *named, "--dry-run")[0] == 0
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_sweep_may_lie_beside_the_text_that_it_reads_but_not_among_it(config, tmp_path):

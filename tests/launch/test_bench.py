@@ -4,13 +4,13 @@ import re
 
 from hfprune_launch import bench
 from hfprune_launch.sweep_folder import Sweep
-from made_stages import stage_of
+from made_stages import begun, stage_of
 from sweeps import in_process
 from tiny import save_tiny
 
 from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import Cause, End, Ledger, Run
+from hfprune_dist.store.attempts import Cause, End, Run
 
 
 def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
@@ -21,10 +21,10 @@ def test_stages_in_units_with_all_their_attempts(tmp_path, monkeypatch):
     stages = [stage_of("prune", "a"), stage_of("prune", "b", {"ratio": 0.3}), stage_of("recover", "c")]
     plan = Plan({stage.id: stage for stage in stages}, (), tuple(stage.id for stage in stages))
     sweep = Sweep(plan, Store(tmp_path / "out" / "store"), tmp_path / "out")
-    Ledger(sweep.store).begin(stages[0])  # without an end: cut off
+    begun(sweep.store, stages[0])  # without an end: cut off
     for stage, causes in zip(stages, [[Cause.KILLED, Cause.DONE], [Cause.DONE], []], strict=True):
         for cause in causes:
-            attempt = Ledger(sweep.store).begin(stage)
+            attempt = begun(sweep.store, stage)
             attempt.record_run(Run("7", 0, "n1", attempt.intent.created + 100))  # after it had waited in a queue
             attempt.close(End(cause, "", attempt.intent.created + 1000))
     sweep.write_record()

@@ -10,11 +10,10 @@ import pytest
 from damage import in_use
 from fake_slurm import Job
 from hfprune_launch import clean, report, sweep
-from made_stages import being_made, stage_of
+from made_stages import begun, being_made, stage_of
 from sweeps import in_process, planned
 
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import Ledger
 
 OTHER = stage_of("prune", "alpha 0.15", {"ratio": 0.15})  # of no row
 UNKNOWN = OTHER.fingerprint
@@ -50,7 +49,9 @@ def run(*arguments, command=clean):
 
 
 def files(out):
-    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    """Return all files but claims, such as those of locks."""
+    found = (file for file in out.rglob("*") if file.is_file() and not file.name.startswith("claim."))
+    return {str(file.relative_to(out)): file.read_bytes() for file in found}
 
 
 def removed(before, out):
@@ -181,7 +182,7 @@ def test_nothing_goes_while_a_stage_runs(out):
 
 
 def test_nothing_goes_while_a_job_may_wait_even_if_slurm_does_not_answer(out, fake):
-    attempt = Ledger(Store(out / "store")).begin(OTHER, time_minutes=1)
+    attempt = begun(Store(out / "store"), OTHER, time_minutes=1)
     assert run(out, "--dry-run"), "it was never submitted: Slurm does not list its name"
     attempt.record_job("101")
     before = files(out)

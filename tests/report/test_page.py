@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_stages import being_made, stage_of
+from made_stages import begun, being_made, stage_of
 from rows import efficiency
 
 from hfprune_dist.planning.plan import Cell, Plan, label_of
@@ -19,7 +19,7 @@ from hfprune_dist.results.metrics import headline
 from hfprune_dist.results.rows import DenseModel, Row, collect_rows
 from hfprune_dist.results.table import write_reports
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger, local_log
+from hfprune_dist.store.attempts import End, local_log
 from hfprune_dist.store.stage import Input, Stage
 
 ODD = ["<script>alert(1)</script>", "a\"b'c&amp;<b>", "%{x} ${y} </script><!--", "--method=x y"]
@@ -55,7 +55,7 @@ class DrawnSweep:
         """Record a failed attempt at each stage, with its log."""
         (self.out / "logs").mkdir()
         for stage in self._stages.values():
-            attempt = Ledger(Store(self.out / "store")).begin(stage)
+            attempt = begun(Store(self.out / "store"), stage)
             attempt.close(End("input", message, BEGIN + 9))
             local_log(self.out / "logs", attempt.intent).touch()
 
@@ -194,9 +194,9 @@ def test_the_finding_comes_first_then_what_failed_or_is_missing(tmp_path):
     by_label = {cell.label: cell for cell in sweep.plan.cells}
     cell, waits = (by_label[name] for name in ("m 0.5 hfprune", "m 0.5 other"))
     for cause, message in (("interrupted", "the launcher was"), ("input", "no such task")):
-        attempt = Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[cell.evaluate])
+        attempt = begun(Store(tmp_path / "store"), sweep.plan.stages[cell.evaluate])
         attempt.close(End(cause, message, 1.0))
-    Ledger(Store(tmp_path / "store")).begin(sweep.plan.stages[waits.evaluate], time_minutes=1)  # a job that waits
+    begun(Store(tmp_path / "store"), sweep.plan.stages[waits.evaluate], time_minutes=1)  # a job that waits
     rows = [dict(row, measured_as="a") for row in sweep.rows()]
     rows[-1]["measured_as"] = "b"
     text = sweep.page(rows=rows)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 from damage import behind
-from made_stages import being_made, stage_of
+from made_stages import begun, being_made, stage_of
 from ranks import SoloWorld
 
 from hfprune_dist.config.schema import RuntimeConfig
@@ -16,7 +16,7 @@ from hfprune_dist.errors import LostInputError, UserError
 from hfprune_dist.planning.user_files import ChangedInputError
 from hfprune_dist.stages.context import Context
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import End, Ledger
+from hfprune_dist.store.attempts import End
 from hfprune_dist.store.claims import try_claim
 from hfprune_dist.store.hashing import FileHashes
 from hfprune_dist.store.heartbeat import Progress
@@ -150,7 +150,7 @@ def test_what_looks_as_committed_is_read_only_after_a_failed_attempt(store, text
     context.check_inputs()
     for cause in ("interrupted", "killed"):
         context.check_inputs()
-        Ledger(store).begin(context.stage).close(End(cause, "", 1.0))
+        begun(store, context.stage).close(End(cause, "", 1.0))
     with pytest.raises(LostInputError, match="scores: content changed"):
         context.check_inputs()
 

@@ -7,11 +7,12 @@ from unittest.mock import Mock
 
 import pytest
 from damage import damage
-from made_stages import being_made, stage_of
+from made_stages import begun, being_made, stage_of, taken_over
 
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import End, Ledger, Run, end_of_log, report_failure
+from hfprune_dist.store.claims import ClaimLostError
 from hfprune_dist.store.stage import Input
 
 STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/somewhere")})
@@ -26,7 +27,7 @@ def ledger(tmp_path):
 
 @pytest.fixture
 def attempt(ledger):
-    return ledger.begin(STAGE, **JOB)
+    return begun(ledger.store, STAGE, **JOB)
 
 
 def reread(ledger):
@@ -46,7 +47,7 @@ def test_a_damaged_record_is_absent(ledger, attempt):
     assert reread(ledger).end is None and ledger.open_job(STAGE.id) is not None
     damage(attempt.folder / "intent.json", 0.5, "nothing")
     assert ledger.attempts_at(STAGE.id) == []
-    assert ledger.begin(STAGE, **JOB).intent.number == 2, "no number is given again"
+    assert begun(ledger.store, STAGE, **JOB).intent.number == 2, "no number is given again"
 
 
 def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
@@ -56,7 +57,7 @@ def test_stray_files_and_folders_are_no_attempts(ledger, attempt):
     for name in ("backup", "-3", "007", "6"):
         (folder / name).mkdir()
     assert [found.intent for found in ledger.attempts_at(STAGE.id)] == [attempt.intent]
-    assert ledger.begin(STAGE, **JOB).intent.number == 7
+    assert begun(ledger.store, STAGE, **JOB).intent.number == 7
 
 
 @pytest.mark.parametrize(("owner", "function"), [(Path, "read_text"), (os, "listdir")])
@@ -89,7 +90,7 @@ def test_an_attempt_whose_end_no_launcher_saw_is_closed_by_whoever_sees_its_arti
 
 def test_each_attempt_but_the_last_has_an_end_recorded_or_not(ledger):
     for number in (1, 2, 3):
-        attempt = ledger.begin(STAGE)
+        attempt = begun(ledger.store, STAGE)
         if number == 1:
             attempt.close(End("input", "no such file", 1.0))
     assert [end and end.cause for _, end in ledger.ends(STAGE.id)] == ["input", "cut off", None]
@@ -151,5 +152,13 @@ def test_a_stage_has_failed_as_its_last_attempt_did(ledger, attempt):
         attempt.close(End(cause, "", 3.0))
         assert ledger.failure(STAGE.id) == (attempt.end if cause == "killed" else None)
     attempt.close(End("killed", "", 3.0))
-    ledger.begin(STAGE, **JOB)
+    begun(ledger.store, STAGE, **JOB)
     assert ledger.failure(STAGE.id) is None
+
+
+def test_no_attempt_begins_without_its_stages_claim(store):
+    lost = store.handle(STAGE.id).claim()
+    taken_over(store, STAGE)
+    with pytest.raises(ClaimLostError):
+        Ledger(store).begin(STAGE, lost)
+    assert Ledger(store).attempts_at(STAGE.id) == []

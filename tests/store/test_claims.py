@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -131,3 +132,25 @@ def eventually(holds):
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     return holds()
+
+
+def test_a_folder_is_locked_by_one_at_a_time_on_any_file_system(tmp_path):
+    inside, most = [], []
+
+    def work(_):
+        with claims.locked(tmp_path / "lock"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))
+    assert most == [1] * 12 and len(list((tmp_path / "lock").iterdir())) == 1
+
+
+def test_a_cancellation_without_content_counts(tmp_path):
+    cancellation = claims.Cancellation(tmp_path)
+    assert not cancellation.is_requested()
+    (tmp_path / "cancelled").touch()
+    assert cancellation.is_requested() and not claims.Cancellation(tmp_path).is_requested()

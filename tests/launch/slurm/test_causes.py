@@ -9,7 +9,7 @@ import pytest
 from fake_slurm import complete
 from hfprune_launch.slurm.causes import RETRIES, START, explain_end
 from hfprune_launch.slurm.commands import NEVER, JobInfo
-from made_stages import failed, stage_of
+from made_stages import begun, failed, stage_of
 
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
@@ -30,7 +30,7 @@ def ledger(tmp_path):
 
 @pytest.fixture
 def attempt(ledger):
-    attempt = ledger.begin(STAGE, **JOB)
+    attempt = begun(ledger.store, STAGE, **JOB)
     attempt.record_job("7")
     return attempt
 
@@ -127,10 +127,10 @@ def test_what_explains_most_comes_first(ledger, attempt):
     log = attempt.folder / "7_0_log.err"
     added = [
         ("FAILED", "killed", "a rank died without a message", lambda: says("code", "Timed out waiting 4000ms for")),
-        ("FAILED", "code", "we are wrong", lambda: says("code", "ValueError: we are wrong", 1)),
         ("FAILED", "out of memory", "oom_kill", lambda: log.write_text("Detected 1 oom_kill event")),
         ("NODE_FAIL", "killed", "its node failed", lambda: None),
         ("PREEMPTED", "interrupted", "preempted", lambda: None),
+        ("OUT_OF_MEMORY", "code", "we are wrong", lambda: says("code", "ValueError: we are wrong", 1)),
         ("FAILED", "input", "no such text", lambda: says("input", "no such text", 2)),
         ("FAILED", "interrupted", "another process", lambda: ran("duplicate")),
         ("COMPLETED", "lost input", "damaged or removed since", lambda: ran("done")),
@@ -144,7 +144,7 @@ def test_what_explains_most_comes_first(ledger, attempt):
 
 
 def test_a_stage_that_its_job_did_not_come_to_was_interrupted(ledger, attempt):
-    second = ledger.begin(NEED, time_minutes=30, leader=attempt)
+    second = begun(ledger.store, NEED, time_minutes=30, leader=attempt)
     assert second.job_id == "7" and second.intent.job_name == attempt.intent.job_name
     for state in ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", None):
         assert explain_end(ledger, NEED, second, job(state, second) if state else None).cause == "interrupted"

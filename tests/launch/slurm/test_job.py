@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from hfprune_launch.slurm import job
 from hfprune_launch.slurm.job import NodeError, Start, rank_environment
-from made_stages import stage_of, taken_over
+from made_stages import begun, stage_of, taken_over
 from ranks import SoloWorld
 
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
@@ -50,7 +50,7 @@ STAGE = stage_of("prune", "a 0.2", {"ratio": 0.2}, {"model": Input("digest", "/s
 
 @pytest.fixture
 def attempt(store):
-    return Ledger(store).begin(STAGE, time_minutes=60)
+    return begun(store, STAGE, time_minutes=60)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_job_leaves_its_nodes_where_another_process_has_the_stage(rank, store,
 
 
 def test_starts_that_were_killed_say_nothing_of_how_far_a_job_gets(rank, store, attempt):
-    store.handle(STAGE.id).work.mkdir(parents=True)
+    store.handle(STAGE.id).work.mkdir(parents=True, exist_ok=True)
     Progress(store.handle(STAGE.id).work).update("layers", 3, 9)
     start = Start(store.handle(STAGE.id), attempt.intent.number)
     assert attempt.runs()[0].progress == {"phase": "layers", "done": 3}, "from where a start goes on"

@@ -12,7 +12,7 @@ from fake_slurm import HEADER, SCORES, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
-from made_stages import failed, stage_of
+from made_stages import begun, failed, stage_of
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
@@ -111,7 +111,7 @@ def test_what_another_launcher_has_begun_meanwhile_is_left_alone(fake, store, le
 
 
 def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger):
-    attempt = ledger.begin(SCORES, **JOB)
+    attempt = begun(ledger.store, SCORES, **JOB)
     claim = try_claim(store.handle(SCORES.id).work)
     started(store)
     assert causes(store, SCORES) == [None] and fake.calls("sbatch") == [], "its launcher may be submitting it"
@@ -286,7 +286,7 @@ def test_cancel_waits_for_what_is_submitted_and_finds_what_is_unlisted_or_queued
     started(store)
     (ledger.open_job(PRUNES[0].id).folder / "job.json").unlink()
     other = stage_of("evaluate", "x", {}, {})
-    claim, attempt, looks = store.handle(other.id).claim(), ledger.begin(other, **JOB), []
+    claim, attempt, looks = store.handle(other.id).claim(), begun(ledger.store, other, **JOB), []
     fake.listings = [HEADER + "".join(f"{job.line(i)}|;\n" for i, job in fake.jobs.items() if i != "101")]
 
     def meanwhile(_):

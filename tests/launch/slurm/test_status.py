@@ -13,7 +13,7 @@ from hfprune_launch.slurm.commands import JobInfo
 from hfprune_launch.slurm.launcher import Event
 from hfprune_launch.slurm.status import row_logs, stage_statuses, status_table
 from hfprune_launch.sweep_folder import Sweep
-from made_stages import failed, stage_of
+from made_stages import begun, failed, stage_of
 from rich.console import Console
 
 from hfprune_dist.planning.plan import Cell, Plan
@@ -40,7 +40,7 @@ def shown(store):
 
 def hold(store, **changes):
     """Leave a claim on the first stage by a process that differs from this one in the given fields."""
-    store.handle(STAGE.id).work.mkdir(parents=True)
+    store.handle(STAGE.id).work.mkdir(parents=True, exist_ok=True)
     holder = replace(Holder.me(), **changes)
     (store.handle(STAGE.id).work / "claim.1").write_text(json.dumps({**asdict(holder), "token": "x"}))
 
@@ -69,7 +69,7 @@ def test_a_stage_whose_process_died_is_told_from_one_that_runs(store):
 
 def in_job(store, state, reason="None", name=None):
     """Return the status of the first stage, which has a job in this state."""
-    attempt = Ledger(store).open_job(STAGE.id) or Ledger(store).begin(STAGE, time_minutes=60)
+    attempt = Ledger(store).open_job(STAGE.id) or begun(store, STAGE, time_minutes=60)
     name = name or attempt.intent.job_name
     return stage_statuses(PLAN, store, {name: JobInfo("5", state, reason, "n1", name)})[0]
 
@@ -90,7 +90,7 @@ def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(store):
 
 def test_what_was_submitted_is_not_called_missing_where_slurm_does_not_answer(store):
     """Nor dead, if a launcher died at it before. What has failed is shown as it is."""
-    Ledger(store).begin(STAGE, time_minutes=60).record_job("5")
+    begun(store, STAGE, time_minutes=60).record_job("5")
     assert in_job(store, "FAILED").detail == "job 5 ended (FAILED); run the same command again"
     for jobs in (None, {}):
         assert [status.state for status in stage_statuses(PLAN, store, jobs)] == ["submitted", "waiting"]
@@ -109,27 +109,27 @@ def test_logs_are_those_of_the_last_start_on_either_side_or_say_why_there_are_no
         return row_logs(PLAN, store, tmp_path / "logs", STAGE.fingerprint, 40).splitlines()[-1].strip()
 
     def log_in_job(line):
-        (Ledger(store).begin(STAGE, time_minutes=1).folder / "7_0_log.out").write_text(f"{line}\n")
+        (begun(store, STAGE, time_minutes=1).folder / "7_0_log.out").write_text(f"{line}\n")
 
     assert shown_log() == "no log (missing)"
     log_in_job("in a job")
     assert shown_log() == "in a job"
     (tmp_path / "logs").mkdir()
-    local_log(tmp_path / "logs", Ledger(store).begin(STAGE).intent).write_text("here\n")
+    local_log(tmp_path / "logs", begun(store, STAGE).intent).write_text("here\n")
     assert shown_log() == "here"
     log_in_job("in another")
     assert shown_log() == "in another"
-    Ledger(store).begin(STAGE, time_minutes=1)
+    begun(store, STAGE, time_minutes=1)
     assert shown_log() == "in another", "as long as the next job waits"
 
 
 def test_who_follows_asks_anew_only_once_a_job_has_begun_or_another_is_submitted(store, fake, tmp_path, monkeypatch):
     ledger, asked = Ledger(store), []
-    attempts = [ledger.begin(STAGE, time_minutes=1)]
+    attempts = [begun(ledger.store, STAGE, time_minutes=1)]
 
     def retry():
         attempts[0].close(End("killed", "", 1.0))
-        attempts.append(ledger.begin(STAGE, time_minutes=1))
+        attempts.append(begun(ledger.store, STAGE, time_minutes=1))
         fake.jobs["102"] = Job(attempts[1].intent.job_name, "PENDING")
 
     happens = {1: lambda: attempts[0].record_run(Run("101", 0, "n1", 1.0)), 2: retry}

@@ -5,11 +5,10 @@ import subprocess
 import sys
 
 from hfprune_launch.stage.run import Provenance, write_stage_file
-from made_stages import stage_of
+from made_stages import begun, stage_of
 
 from hfprune_dist.config.schema import RuntimeConfig
 from hfprune_dist.store.artifacts import Store
-from hfprune_dist.store.attempts import Ledger
 
 STAGE = stage_of("prune", "a 0.2")
 # As when another rank is lost while rank 0 tokenizes a text, which takes hours.
@@ -30,7 +29,7 @@ run.main()
 
 def test_a_rank_that_fails_ends_at_once_whatever_its_threads_do(tmp_path):
     store = Store(tmp_path)
-    attempt = Ledger(store).begin(STAGE)
+    attempt = begun(store, STAGE)
     provenance = Provenance(RuntimeConfig(), {}, {})
     write_stage_file(store.handle(STAGE.id), STAGE, provenance, attempt.intent.number)
     environment = {**os.environ, "RANK": "3"}
