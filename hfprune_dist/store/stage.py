@@ -103,13 +103,13 @@ class Stage:
         """Read a record written by ``to_json``, by whatever version of the code, to show the stage or end its job."""
         kind, label, planned_as = record["kind"], record["label"], record["fingerprint"]
         inputs = {role: Input(**source) for role, source in record["inputs"].items()}
-        releases: Mapping[str, str] = record["releases"]
         with suppress(KeyError, ValidationError):
-            params = parameters_of(kind)(**record["params"])
-            stage = cls(kind, label, params, inputs, releases)
+            stage = cls(kind, label, parameters_of(kind)(**record["params"]), inputs, record["releases"])
             if stage.fingerprint == planned_as:
                 return stage
-        return cls(kind, label, UnreadParameters(settings=record["params"]), inputs, releases, planned_as)
+        return cls(
+            kind, label, UnreadParameters(settings=record["params"]), inputs, record.get("releases", {}), planned_as
+        )
 
 
 def releases_of(kind: str) -> dict[str, str]:
