@@ -15,8 +15,7 @@ from rich.markup import escape
 
 from hfprune_dist.planning.ratios import place_of
 from hfprune_dist.planning.remarks import planned_sizes, remarks_on_method, sizes_of
-from hfprune_dist.results.formats import count, counted
-from hfprune_dist.results.outlook import outlook, read_runs
+from hfprune_dist.results.formats import counted
 from hfprune_dist.store.stage import kind_of
 
 # Lengths of three trainings that tell where a long one leads, as multiples of the shortest, which has a five-hundredth
@@ -35,7 +34,6 @@ def show_dry_run(prepared: Prepared) -> None:
     if request.profile is not None:
         show_jobs(request.console, sweep, request.profile, prepared.config.runtime, prepared.todo)
         show_estimates(request.console, prepared.estimates)
-    _show_outlooks(prepared)
     _show_hours(prepared)
     require_runnable(prepared, looks_only=True)
 
@@ -99,23 +97,3 @@ def _show_hours(prepared: Prepared) -> None:
     told = [f"{kind} {n} x {NO_RUN if hours is None else f'{hours:.2g} h'}" for (kind, hours), n in stages.items()]
     if told:
         prepared.request.tell(f"\nby finished stages of the same kind and model: {', '.join(told)}")
-
-
-def _show_outlooks(prepared: Prepared) -> None:
-    """Show where the missing trainings lead, by shorter ones of the same recipe, or how to find out."""
-    plan, runs, unknown = prepared.sweep.plan, read_runs(prepared.sweep.store), set[tuple[int, float]]()
-    # Later rounds begin with what the first has trained, which is another model for each length.
-    told = {made for cell in plan.cells if cell.ratio and not cell.rounds for made in cell.producers}
-    trained = (stage_id for stage_id in prepared.todo if stage_id in told and kind_of(stage_id) == "recover")
-    for stage in map(plan.stages.__getitem__, trained):
-        recipe = stage.params.to_json()["recovery"]
-        windows = prepared.config.calibration.sequence_length if "windows" in stage.inputs else None
-        tokens = None if recipe.get("max_steps") else recipe.get("tokens")
-        if tokens and (ahead := outlook(stage, runs, tokens)):
-            prepared.request.tell(f"outlook: {stage.label}: {ahead}")
-        elif tokens and recipe.get("evaluate_every"):
-            least = max(SHARE * tokens, STEPS * recipe["batch_size"] * (windows or recipe["sequence_length"]))
-            unknown |= {(tokens, least)} if TRIALS[-1] * least < tokens else set()
-    for tokens, least in sorted(unknown):
-        shorter = ", ".join(count(float(f"{times * least:.2g}")) for times in TRIALS)
-        prepared.request.tell(f"outlook on {count(tokens)} tokens: after three shorter runs, such as {shorter}")

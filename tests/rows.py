@@ -48,7 +48,6 @@ def row_of(model: str = "llama", ratio: float = 0.2, method: str | None = "surge
         "wall_time_s": 444.0,
         **COSTS,
         "peak_memory_bytes": 2_400_000_000,
-        "outlook": None,
         "checkpoint": "checkpoints/llama-0.2-surgeon-plain-lora",
         "provenance": None,
         "measured_as": "0123456789ab",

@@ -114,8 +114,7 @@ class Recipe(TrainingText):
     """LoRA dropout; null: 0.05 with objective labels, 0 otherwise."""
     evaluate_every: TokenCount | None = None
     """Every so many tokens, and at the end, KL and perplexity on the first text of evaluation.fidelity go into the loss
-    curve's file, and the report's chart of quality against tokens; three trainings with other ``tokens`` give an
-    outlook on longer ones. null: not before the evaluation."""
+    curve's file, and the report's chart of quality against tokens. null: not before the evaluation."""
     patience: Positive | None = None
     """Training ends early after so many of these evaluations in a row without a lower KL, on the text whose KL rows
     report; null: never."""

@@ -4,11 +4,13 @@ write a function that returns a ``Chart`` and add it to ``charts``.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from hfprune_dist.checkpoints.pruned_config import KEPT, read_kept
 from hfprune_dist.config.parameters import KINDS
@@ -17,9 +19,8 @@ from hfprune_dist.kinds.training import HELD_OUT_KL, LOSSES
 from hfprune_dist.planning.plan import NONE, OWN, Cell, Plan, recovery_name
 from hfprune_dist.results.formats import count
 from hfprune_dist.results.metrics import METRICS, Score, headline
-from hfprune_dist.results.outlook import loss_lines
 from hfprune_dist.results.rows import Row
-from hfprune_dist.results.table import other_texts, outlooks
+from hfprune_dist.results.table import other_texts
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.stage import CUTTING, kind_of
 from hfprune_dist.structures import LAYERS
@@ -70,13 +71,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A section of the page, with ``id`` as its anchor; ``about`` describes it, ``found`` says what follows from it."""
+    """A section of the page, with ``id`` as its anchor; ``about`` describes it."""
 
     id: str
     title: str
     about: str
     panels: Sequence[Panel]
-    found: Sequence[str] = ()
 
 
 def charts(rows: Sequence[Row], plan: Plan, store: Store) -> list[Chart]:
@@ -206,12 +206,12 @@ def _losses(rows: Sequence[Row], plan: Plan, store: Store) -> Chart:
     about = (
         "Training loss by optimizer step, and divergence from the dense model on held-out text by tokens trained on."
     )
-    return Chart("losses", "Training", about, panels, outlooks(rows))
+    return Chart("losses", "Training", about, panels)
 
 
 def training_losses(file: Path, x: str = "step", y: str = "loss") -> Mapping[int, float]:
     """Step -> loss, or others of a line's values, thinned to about ``MOST_POINTS``; none without the file."""
-    losses = [(line[x], line[y]) for line in loss_lines(file) if math.isfinite(line.get(y) or math.nan)]
+    losses = [(line[x], line[y]) for line in _loss_lines(file) if math.isfinite(line.get(y) or math.nan)]
     stride = -(-len(losses) // MOST_POINTS) or 1
     return dict([*losses[::stride], *losses[-1:]])
 
@@ -267,3 +267,13 @@ def ticks(low: float, high: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _loss_lines(file: Path) -> list[dict[str, Any]]:
+    """What a training recorded of each step; nothing if the file isn't there (yet), was removed to make room, or is
+    damaged.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []

@@ -60,8 +60,7 @@ def _own(name: str) -> str:
 
 
 def _body(chart: Chart) -> str:
-    found = "".join(f"<p>{escape(sentence)}</p>" for sentence in chart.found)
-    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(map(figure, chart.panels))}</div>{found}"
+    return f"<p>{escape(chart.about)}</p><div class=panels>{''.join(map(figure, chart.panels))}</div>"
 
 
 def _rows_table(rows: Sequence[Row], out: Path) -> str:

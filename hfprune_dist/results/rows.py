@@ -13,7 +13,6 @@ from hfprune_dist.config.texts import OTHER_TEXTS
 from hfprune_dist.planning.plan import Cell, Plan
 from hfprune_dist.results.checkpoints import CHECKPOINTS, checkpoint_names, made_checkpoint
 from hfprune_dist.results.metrics import OF_TEXT, average
-from hfprune_dist.results.outlook import outlook, read_runs
 from hfprune_dist.store.artifacts import Manifest, Store
 from hfprune_dist.store.attempts import Ledger
 from hfprune_dist.store.hashing import digest_of
@@ -26,7 +25,7 @@ Row = dict[str, Any]
 DONE, FAILED, MISSING = "done", "failed", "missing"
 NOT_RUN = "has not run yet"  # how the cause of what is only missing ends
 # Key of what a check in engines found, by engine; and of a sentence on what more training would give.
-ENGINES, OUTLOOK = "engines", "outlook"
+ENGINES = "engines"
 
 # Header -> fields of config.json, of which a model has at most one.
 SIZES = {
@@ -81,7 +80,6 @@ class _Rows:
         self._manifests = {stage_id: store.handle(stage_id).manifest() for stage_id in rows_behind}
         self._names = {cell: name for name, cell in checkpoint_names(plan.cells).items()}
         self._checkpoints = store.root.parent / CHECKPOINTS
-        self._runs = read_runs(store)
 
     def row(self, cell: Cell) -> Row:
         plan, dense = self._plan, self._dense[cell.model]
@@ -116,7 +114,6 @@ class _Rows:
             **_efficiency(manifests.get(cell.efficiency or "")),
             **self._costs(cell, manifests),
             ENGINES: checked["metrics"]["engines"] if (checked := manifests.get(cell.check or "")) else {},
-            OUTLOOK: self._outlook(cell),
             "checkpoint": self._checkpoint(cell),
             "provenance": _provenance(evaluation) if evaluation else None,
             "measured_as": self._measured_as(cell, manifests),
@@ -133,11 +130,6 @@ class _Rows:
         made = [manifests[stage_id] for stage_id in (*cell.producers, cell.evaluate)]
         packages = {digest_of(found.get("provenance", {}).get("packages")) for found in made if found}
         return digest_of([evaluation.params.to_json(), inputs, sorted(packages)])[:12]
-
-    def _outlook(self, cell: Cell) -> str | None:
-        """What more of a row's last training would give; None if too few others tell."""
-        trained = [made for made in cell.producers if kind_of(made) == "recover"]
-        return outlook(self._plan.stages[trained[-1]], self._runs) if trained and cell.ratio is not None else None
 
     def _checkpoint(self, cell: Cell) -> str | None:
         if not cell.producers or self._manifests[cell.producers[-1]] is None:

@@ -15,7 +15,7 @@ from hfprune_dist.planning.plan import NONE, OWN, VIA
 from hfprune_dist.results.formats import counted, number, percent, with_error
 from hfprune_dist.results.markdown import Column, escaped, markdown
 from hfprune_dist.results.metrics import METRICS, Metric, headline, headline_metric
-from hfprune_dist.results.rows import BY_LAYER, DONE, ENGINES, OUTLOOK, SIZES, Row
+from hfprune_dist.results.rows import BY_LAYER, DONE, ENGINES, SIZES, Row
 from hfprune_dist.store.atomic_files import write_json, write_text
 from hfprune_dist.structures.units import plural_of
 
@@ -190,11 +190,6 @@ def causes(rows: Sequence[Row]) -> list[str]:
     return [*told, *not_comparable(rows)]
 
 
-def outlooks(rows: Sequence[Row]) -> list[str]:
-    """A line on each row whose recipe has been trained for enough lengths."""
-    return [f"{row['label']}: {row[OUTLOOK]}" for row in rows if row[OUTLOOK]]
-
-
 def not_comparable(rows: Sequence[Row]) -> list[str]:
     """A line on rows whose scores can't be compared with their model's first row's: other weights, text or tasks."""
     first: dict[str, str] = {}
@@ -233,7 +228,7 @@ def report(rows: Sequence[Row]) -> str:
     """Markdown: what was found, a table of a few columns, and one of all columns, each with notes."""
     few, everything = (markdown(rows, columns(rows, wide)) for wide in (False, True))
     above = (f"{escaped(found)}\n\n" for found in findings(rows))
-    below = _listed([*notes(rows), *outlooks(rows), *causes(rows)])
+    below = _listed([*notes(rows), *causes(rows)])
     return f"{''.join(above)}{few}\n{below}\n## All columns\n\n{everything}\n{_listed(notes(rows, wide=True))}"
 
 

@@ -10,8 +10,6 @@ from ranks import killing
 from sweeps import finish, in_process, loaded_by_its_card, planned, results, sweep
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
-from hfprune_dist.config.training import Training
-from hfprune_dist.results.outlook import Run, _farthest
 
 FIRST, LAST = "alpha 0.1 {} + lora-distill", "alpha 0.2 {} + lora-distill via 0.1"
 
@@ -75,20 +73,6 @@ def test_a_dry_run_shows_the_stages_and_a_job_runs_a_round_at_a_time(config, tmp
     code, shown, _ = in_process(main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run")
     assert code == 0 and re.search(r"importance +alpha 0.2 hfprune \+ lora via 0.1, 0.15 +\w+ +run", shown)
     assert "0.2 of the dense model, from what 0.15 leaves" in shown
-    dry_run = [main, "--config", config, "--out", tmp_path / "out", *few, "--dry-run", "--set"]
-    longer = "recovery={tokens: 3M, max_steps: null, evaluate_every: 1M, batch_size: "
-    for setting, step, shorter in (
-        ("2}", 2 * 320, "6k, 18k, 60k"),
-        ("64}", 64 * 320, "82k, 250k, 820k"),  # four steps
-        ("64, text: calibration}", 64 * 32, "8.2k, 25k, 82k"),
-    ):
-        code, shown, _ = in_process(*dry_run, longer + setting)
-        assert code == 0 and f"outlook on 3M tokens: after three shorter runs, such as {shorter}\n" in shown
-        runs = [Run(-(-Training(tokens=each).tokens // step) * step, 1.0, 1.0, 1.0) for each in shorter.split(", ")]
-        assert _farthest(runs) >= 3_000_000, "they are enough, of whole steps"
-    code, shown, _ = in_process(*dry_run, longer + "2}", "--set", "ratios=[]")
-    assert code == 0 and "outlook" not in shown, "of later rounds, and of the dense model"
-
     _, plan = planned(config, models=["alpha"], methods=["hfprune"], ratios=[0.1], rounds=[0.1, 0.15, 0.2])
     serves = served_by(plan)
     states = {key: StageState(key, tuple(each.needs), serves[key], True, False) for key, each in plan.stages.items()}
