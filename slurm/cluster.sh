@@ -56,8 +56,6 @@ SlurmctldPort=$PORT_BASE
 SlurmctldParameters=preempt_send_user_signal
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-# Ranks meet at a port that follows from their job's id: jobs of clusters side by side have other ids.
-FirstJobId=$PORT_BASE
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits until its old credential has expired.

@@ -99,7 +99,7 @@ class Cluster:
 
     def states(self, names: set[str]) -> dict[str, str]:
         """Return job id -> state, for jobs with these names that have not ended."""
-        lines = self.slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
+        lines = self.slurm("squeue", "--noheader", "--format=%i|%T|%k").splitlines()
         jobs = [line.split("|") for line in lines]
         return {job_id: state for job_id, state, name in jobs if name in names}
 

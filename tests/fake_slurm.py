@@ -22,7 +22,7 @@ from hfprune_dist.store.attempts import Attempt, Ledger
 from hfprune_dist.store.claims import Cancellation
 from hfprune_dist.store.stage import Input, Stage
 
-HEADER = "JOBID|STATE|REASON|NODELIST|NAME|;\n"
+HEADER = "JOBID|STATE|REASON|NODELIST|NAME|COMMENT|;\n"
 RESOURCES = dict.fromkeys(KINDS, Resources())
 
 
@@ -55,9 +55,10 @@ class Job:
     state: str = "PENDING"
     reason: str = "None"
     nodes: str = ""
+    shared: str = ""
 
     def line(self, job_id: str) -> str:
-        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|{self.name}"
+        return f"{job_id}|{self.state}|{self.reason}|{self.nodes}|{self.shared}|{self.name}"
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Controller:
     shown: str | None = None
     faults: dict[str, list[str]] = field(default_factory=dict)
     listings: list[str | None] = field(default_factory=list)
+    accounting: dict[str, str] = field(default_factory=dict)  # job id -> state; empty: there is none
     submitted: int = 0
     called: list[str] = field(default_factory=list)
 
@@ -130,7 +132,8 @@ class Controller:
                 return 1, "", "sbatch: error: Batch job submission failed: Job dependency problem"
         self.submitted += 1
         job_id = str(100 + self.submitted)
-        self.jobs[job_id] = Job(re.findall("--job-name=(.+)", script)[0], reason="Priority")
+        self.jobs[job_id] = Job(re.findall("--comment=(.+)", script)[0], reason="Priority")
+        self.jobs[job_id].shared = re.findall("--job-name=(.+)", script)[0]
         if fault == "lost":
             return 1, "", "sbatch: error: Socket timed out on send/recv operation"
         return 0, "" if fault == "silent" else self.answer.replace("ID", job_id), ""
@@ -146,15 +149,20 @@ class Controller:
             return 0, "", ""
         if self.shown is not None:
             return 0, self.shown, ""
+        if command[-1] == "--oneliner":
+            return 0, "".join(f"JobId={job_id} Comment={job.name} \n" for job_id, job in self.jobs.items()), ""
         if command[-1] not in self.jobs:
             return 1, "", "slurm_load_jobs error: Invalid job id specified"
         job = self.jobs[command[-1]]
         told = f"JobState={job.state} Reason={job.reason} NodeList={job.nodes}"
-        return 0, f"JobId={command[-1]} JobName={job.name} {told}\n", ""
+        return 0, f"JobId={command[-1]} JobName={job.shared} {told} Comment={job.name}\n", ""
+
+    def sacct(self, command: list[str], _: str) -> tuple[int, str, str]:
+        return 0, self.accounting.get(command[4].removeprefix("--jobs="), ""), ""
 
     def scancel(self, command: list[str], _: str) -> tuple[int, str, str]:
         for job_id in self.live():
-            if job_id in command or f"--jobname={self.jobs[job_id].name}" in command:
+            if job_id in command:
                 self.end(job_id, "CANCELLED")
         return 0, "", ""
 

@@ -128,7 +128,7 @@ def join_world(environment: MutableMapping[str, str], timeout_minutes: int, *, r
 
 def meeting_place(listener: socket.socket) -> object:
     """Let ranks meet at the address of a listening socket, for as long as the returned object lives."""
-    host, port = listener.getsockname()
+    host, port, *_ = listener.getsockname()
     fd = listener.detach()
     return dist.TCPStore(host, port, is_master=True, master_listen_fd=fd, wait_for_workers=False)  # type: ignore[attr-defined]
 

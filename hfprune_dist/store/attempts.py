@@ -4,7 +4,7 @@
     intent.json        what is about to be started; written before
     job.sh             what is submitted
     environment.sh     the profile's setup and environment, which it sources and only its owner can read
-    job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its name
+    job.json           the id that Slurm gave; if a launcher dies before writing it, the job is found by its comment
                        (these three lie with the first stage of a job that runs several)
     run.<id>.<n>.json  the n-th start of the job (it may be requeued): nodes, times of start and end, progress
     exit.<id>.<n>      with what exit code that start ended, as the batch script says unless it was killed
@@ -24,7 +24,6 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,11 +32,11 @@ from typing import Any
 from hfprune_dist.errors import UserError
 from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.atomic_files import listed, read_object, read_record, write_json
-from hfprune_dist.store.claims import Claim, ClaimLostError, locked
+from hfprune_dist.store.claims import Claim, ClaimLostError
 from hfprune_dist.store.hashing import digest_of
 from hfprune_dist.store.stage import Stage
 
-INTENT, SCRIPT, JOB, END, LOCK = "intent.json", "job.sh", "job.json", "end.json", ".lock"
+INTENT, SCRIPT, JOB, END = "intent.json", "job.sh", "job.json", "end.json"
 FAILURES = "failure.*.json"
 # Error messages of the other ranks of a stage when one of them has died or hangs.
 LOST_RANK = re.compile(
@@ -80,7 +79,7 @@ class Intent:
     Attributes:
         number: 1 for the first attempt at the stage.
         created: unix time.
-        job_name: unique, so that the job can be found by its name; empty on this machine.
+        job_name: unique, so that the job can be found by it, in its comment; empty on this machine.
         leader: <kind>/<fingerprint>/<number> of the attempt at the job's first stage; empty if it is this one.
         time_minutes: time limit of the job.
         needs: ids of the stages without which the job doesn't start.
@@ -230,11 +229,6 @@ class Ledger:
         self.store = store
         self._root = store.root / "attempts"
         self.mark = digest_of(str(store.root.resolve()))[:6]  # in the names of its jobs, between dashes
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other launchers that do the same from submitting; what they submit has to be read after this."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        return locked(self._root / LOCK)
 
     def attempts_at(self, stage_id: str) -> list[Attempt]:
         """Return the attempts at a stage, first to last, without those whose intents are missing."""

@@ -160,7 +160,7 @@ def cancel_jobs(
         slurm.cancel([job.job_id for job in found])
         cancelled |= {job.job_id for job in found}
         for name in {name for name, job in jobs.items() if job is None} - asked:
-            slurm.cancel_named(name)  # squeue may have missed it
+            slurm.cancel([job_id] if (job_id := slurm.find(name)) else [])  # squeue may have missed it
         asked |= jobs.keys()
         if not found and not submitting:
             break
@@ -184,10 +184,14 @@ def show_jobs(console: Console, sweep: Sweep, profile: Profile, runtime: Runtime
         request = JobRequest(
             resources=resources,
             folders=[sweep.store.root.resolve() / "attempts" / stage_id / "<n>" for stage_id in chain],
-            job_name=f"hfprune-{chain[0].replace('/', '-')[:-12]}-<n>-<token>",
+            name=f"hfprune-{chain[0].replace('/', '-')[:-12]}-<n>-<token>",
             snapshot=sweep.out.resolve() / "code" / "<digest>",
             threads=default_threads(resources, runtime.threads_per_rank),
-            dependencies=[f"afterok:<job of {need}>" for need in sorted(needs)],
+            shared=f"hfprune-<1 to {profile.max_running}>" if profile.max_running else "",
+            dependencies=[
+                *(f"afterok:<job of {need}>" for need in sorted(needs)),
+                *["singleton"] * bool(profile.max_running),
+            ],
         )
         say(console, "\n# " + ", then ".join(f"{stages[each].kind} {stages[each].label}" for each in chain))
         say(console, batch_script(request))

@@ -38,9 +38,9 @@ TOO_MANY_JOBS = re.compile(
     re.IGNORECASE,
 )
 # The final mark shows that a line is complete, since names may contain any character, including line ends.
-SQUEUE_FIELDS = "%i|%T|%r|%N|%j|;"
+SQUEUE_FIELDS = "%i|%T|%r|%N|%j|%k|;"
 SQUEUE_HEADER = re.compile(r"^JOBID\|.*\|;\n", re.MULTILINE)
-SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 3 + r"\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
+SQUEUE_JOB = re.compile(r"^(\d[^|\n]*)" + r"\|([^|\n]*)" * 3 + r"\|(.*?)\|(.*?)\|;\n", re.MULTILINE | re.DOTALL)
 # What sbatch --parsable prints; sites may print notes before and after it.
 SUBMITTED = re.compile(r"^(\d+)(?:;\S+)?[ \t\r]*$", re.MULTILINE)
 INVALID_JOB_ID = re.compile("Invalid job id", re.IGNORECASE)
@@ -61,6 +61,10 @@ class SlurmUnavailableError(Exception):
     """Slurm did not answer despite retries; nothing is known about any job."""
 
 
+class NoAnswerError(SlurmUnavailableError):
+    """Slurm's answers were empty or cut off."""
+
+
 class NotNowError(Exception):
     """A job can't be submitted now: too many are queued, one that it needs is forgotten, or it is no longer wanted."""
 
@@ -71,12 +75,15 @@ class SubmissionRefusedError(UserError):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """Slurm's information on a job: its state, or ``FORGOTTEN``; why it waits or ended, or "None"; nodes as n[1-2]."""
+    """Slurm's information on a job: its state, or ``FORGOTTEN``; why it waits or ended, or "None"; nodes as n[1-2];
+    its name for Slurm, which jobs may share of which one runs at a time; and its own, unique one, in its comment.
+    """
 
     job_id: str
     state: str
     reason: str
     nodes: str
+    shared: str
     name: str
 
     @property
@@ -132,6 +139,12 @@ class SlurmCommands:
         infos = [JobInfo(*fields) for fields in SQUEUE_JOB.findall(text)]
         return {info.name: info for info in sorted(infos, key=lambda info: info.is_live)}
 
+    def accounted(self, job_id: str) -> str:
+        """Return the state of a job by the cluster's accounting; empty if there is none, or it knows no such job."""
+        result = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State"])
+        words = result.stdout.split() if result.returncode == 0 else []
+        return words[0] if words else ""
+
     def fields(self, job_id: str) -> dict[str, str]:
         """Return what the controller itself says of a job, by Slurm's names; nothing if it says that there is none."""
         command = ["scontrol", "show", "job", "--oneliner", job_id]
@@ -144,9 +157,11 @@ class SlurmCommands:
         if job_ids:
             self._query(["scancel", *job_ids], ignore=re.compile("Invalid job id|already completed", re.IGNORECASE))
 
-    def cancel_named(self, job_name: str) -> None:
-        """Cancel all jobs with a given name."""
-        self._query(["scancel", f"--jobname={job_name}"], ignore=INVALID_JOB_ID)
+    def find(self, name: str) -> str | None:
+        """Return the id of a job that squeue may have missed, by the name in its comment."""
+        text = self._query(["scontrol", "show", "job", "--oneliner"], ignore=INVALID_JOB_ID)
+        found = re.search(rf"^JobId=(\d+) .*\bComment={re.escape(name)}( |$)", text, re.MULTILINE)
+        return found and found[1]
 
     def requeue(self, job_id: str) -> None:
         """Put a running job back into the queue."""
@@ -170,7 +185,8 @@ class SlurmCommands:
                 break
             if delay is not None:
                 self.sleep(delay)
-        raise SlurmUnavailableError(f"{command[0]}: {problem}")
+        kind = SlurmUnavailableError if result.returncode else NoAnswerError
+        raise kind(f"{command[0]}: {problem}")
 
 
 def command_environment(environment: Mapping[str, str]) -> dict[str, str]:

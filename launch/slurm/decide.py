@@ -7,7 +7,7 @@ A job runs a chain of stages, one after another.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from graphlib import TopologicalSorter
@@ -125,11 +125,3 @@ def _submittable(states: Mapping[str, StageState]) -> list[str]:
             found.append(state.stage_id)
             has_job.add(state.stage_id)
     return found
-
-
-def job_to_wait_for(max_running: int | None, live: Sequence[str]) -> str | None:
-    """Return which of the store's ``live`` jobs, in the order of their submission, has to be over before a new one
-    starts, so that Slurm itself runs no more than a number at once, without a launcher: the jobs form that many rows,
-    in each of which they run one after another.
-    """
-    return live[-max_running] if max_running is not None and len(live) >= max_running else None

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +32,15 @@ from hfprune_launch.stage.run import (
 from hfprune_dist.distributed.interruption import Interrupted, Interruption
 from hfprune_dist.errors import UserError, from_os_error
 from hfprune_dist.store.artifacts import StageHandle, Store
-from hfprune_dist.store.atomic_files import listed, read_record
+from hfprune_dist.store.atomic_files import listed, read_json, read_record, write_json
 from hfprune_dist.store.attempts import FAILURES, INTENT, Attempt, Cause, End, Intent, Run, report_failure
 from hfprune_dist.store.claims import Claim, ClaimLostError, Holder, keep_renewed
 
 if TYPE_CHECKING:
     from hfprune_dist.distributed.world import World
 
-FIRST_PORT, PORTS = 20000, 12000  # below the range that systems use for outgoing connections
+MEETING_POLL_S, MEETING_PATIENCE_S = 0.2, 1800.0
+ANY_PORT = 9  # to which nothing is sent
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 CLAIM_POLL_S = 1.0
 # A killed start of the same job has no claim of its own any more; another process holds the stage for longer.
@@ -68,7 +69,7 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """Return torch.distributed's environment variables for a task of srun.
 
     Ranks meet at the address of the node that launched the step, where srun has put the first rank; unlike the name of
-    a node, an address needs no resolving. The port is derived from the job's id, so that all ranks know it.
+    a node, an address needs no resolving. ``meet`` adds the port.
     """
     local_size = slurm.get("SLURM_STEP_TASKS_PER_NODE", "1")
     address = slurm.get("SLURM_LAUNCH_NODE_IPADDR") or slurm.get("SLURM_SRUN_COMM_HOST")
@@ -80,15 +81,39 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": re.findall(r"\d+", local_size)[0],
         "MASTER_ADDR": address,
-        "MASTER_PORT": str(FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % PORTS),
         GLOO_INTERFACE: slurm.get(GLOO_INTERFACE) or _interface_towards(address),
     }
+
+
+def meet(folder: Path, environment: MutableMapping[str, str]) -> object:
+    """Let the ranks meet at a free port, which the first one takes and publishes in the attempt's folder; return what
+    has to live for as long as they do.
+    """
+    step = (environment.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    file, listener = folder / f"port.{'.'.join(step)}", None
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # that of the listener
+    if environment["RANK"] == "0":
+        address = environment["MASTER_ADDR"]
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, 0), family=family, backlog=int(environment["WORLD_SIZE"]))
+        write_json(file, listener.getsockname()[1])
+    patience_ends = time.monotonic() + MEETING_PATIENCE_S
+    while (port := read_json(file)) is None:
+        if time.monotonic() > patience_ends:
+            raise NodeError(f"node {socket.gethostname()} has not seen the first rank's {file} for half an hour")
+        sleep(MEETING_POLL_S)
+    environment["MASTER_PORT"] = str(port)
+    if listener is None:
+        return None
+    from hfprune_dist.distributed.world import meeting_place
+
+    return meeting_place(listener)
 
 
 def _interface_towards(address: str) -> str:
     """The network interface from here to an address; on Debian, gloo's own choice is one that no other node reaches."""
     try:
-        family, kind, _, _, target = socket.getaddrinfo(address, FIRST_PORT, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, target = socket.getaddrinfo(address, ANY_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)  # sends nothing
             own = probe.getsockname()[0]
@@ -133,7 +158,9 @@ def run_rank(folder: Path, interruption: Interruption) -> int:
         if rank == 0 and handle.store.root.is_dir():
             start = Start(handle, int(folder.name))
         require_usable_node(handle.store, os.environ)
+        meeting = meet(folder, os.environ)
         run_stage(handle, interruption, admit)
+        del meeting
     except Interrupted:
         if start is None:
             return 0  # other ranks' failure would end the first before it has put the job back into the queue

@@ -10,8 +10,9 @@ import errno
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from hfprune_launch.slurm.commands import (
     SlurmUnavailableError,
     SubmissionRefusedError,
 )
-from hfprune_launch.slurm.decide import Do, about_job, job_to_wait_for, to_submit
+from hfprune_launch.slurm.decide import Do, about_job, to_submit
 from hfprune_launch.slurm.observe import Observer
 from hfprune_launch.slurm.profile import Profile
 from hfprune_launch.slurm.script import JobRequest, default_threads, write_submission
@@ -179,7 +180,9 @@ class Launcher:
                 if (found := self.slurm.jobs().get(attempt.intent.job_name)) is not None:
                     self._adopt(attempt, found.job_id)
                     return
-                self.slurm.cancel_named(attempt.intent.job_name)  # squeue may have missed it
+                if (job_id := self.slurm.find(attempt.intent.job_name)) is not None:  # squeue may have missed it
+                    self._adopt(attempt, job_id)
+                    return
             self._close(stage, attempt, job)
 
     def _close(self, stage: Stage, attempt: Attempt, job: JobInfo | None) -> None:
@@ -203,43 +206,33 @@ class Launcher:
 
     def _submit_missing(self) -> None:
         """Submit every missing stage whose inputs exist or are being made, in plan order; nothing once cancelled."""
-        # Under a limit, other launchers must not submit between our look at the queue and our last submission.
-        with nullcontext() if self.profile.max_running is None else self.ledger.locked():
-            missing = self._left()
-            try:
-                queue = self._queue() if missing else []
-                for chain in missing:
-                    self._submit([self.plan.stages[stage_id] for stage_id in chain], queue)
-            except NotNowError as error:
-                self.tell(Event("waiting", message=str(error)))
+        queues = Counter(job.shared for job in self.observer.jobs.values() if job.is_live)
+        try:
+            for chain in self._left():
+                self._submit([self.plan.stages[stage_id] for stage_id in chain], queues)
+        except NotNowError as error:
+            self.tell(Event("waiting", message=str(error)))
 
-    def _queue(self) -> list[str]:
-        """Return the ids of the store's jobs that wait or run, in the order of their submission, if limited."""
-        if self.profile.max_running is None:
-            return []
-        jobs = self.slurm.jobs()  # asked anew, as another launcher may have submitted since this round began
-        return sorted(
-            (job.job_id for job in jobs.values() if job.is_live and f"-{self.ledger.mark}-" in job.name), key=int
-        )
-
-    def _submit(self, chain: list[Stage], queue: list[str]) -> None:
-        """Submit a job that runs a chain of stages, up to the first that another launcher has, and queue it."""
+    def _submit(self, chain: list[Stage], queues: Counter[str]) -> None:
+        """Submit a job that runs a chain of stages, up to the first that another launcher has. Under a limit it shares
+        its name with others of the store, of which Slurm runs one at a time (singleton): that with the shortest queue.
+        """
         needs = {need for stage in chain for need in stage.needs} - {stage.id for stage in chain}
         needed = [self.ledger.open_job(need) for need in sorted(needs) if not self.observer.is_done(need)]
         jobs = [None if attempt is None else attempt.job_id for attempt in needed]
         if None in jobs:
             return  # what it has to wait for was refused, or has no known id
-        dependencies = sorted({f"afterok:{job_id}" for job_id in jobs})
-        if (before := job_to_wait_for(self.profile.max_running, queue)) is not None:
-            dependencies.append(f"afterany:{before}")
+        names = [f"hfprune-{self.ledger.mark}-{number}" for number in range(1, (self.profile.max_running or 0) + 1)]
+        shared = min(names, key=queues.__getitem__, default="")
+        dependencies = [*sorted({f"afterok:{job_id}" for job_id in jobs}), *["singleton"] * bool(shared)]
         with ExitStack() as claims:
             claimed: list[tuple[Stage, Claim]] = []
             for stage in chain:
                 if (claim := self._claim(claims, stage)) is None:
                     break
                 claimed.append((stage, claim))
-            if claimed and (job_id := self._submit_claimed(claimed, sorted(needs), dependencies)):
-                queue.append(job_id)
+            if claimed and self._submit_claimed(claimed, sorted(needs), dependencies, shared):
+                queues[shared] += 1
 
     def _claim(self, claims: ExitStack, stage: Stage) -> Claim | None:
         """Claim a stage until ``claims`` is closed; return the claim if the stage still has to be submitted."""
@@ -259,10 +252,10 @@ class Launcher:
         return None
 
     def _submit_claimed(
-        self, claimed: list[tuple[Stage, Claim]], needs: list[str], dependencies: list[str]
-    ) -> str | None:
-        """Record the intent, submit, record the job and return its id; None if Slurm refuses it. If the launcher dies
-        between any two of these steps, a later round repairs that.
+        self, claimed: list[tuple[Stage, Claim]], needs: list[str], dependencies: list[str], shared: str
+    ) -> bool:
+        """Record the intent, submit, and record the job; False if Slurm refuses it. If the launcher dies between any
+        two of these steps, a later round repairs that.
         """
         chain = [stage for stage, _ in claimed]
         resources = self.profile.of_job([stage.kind for stage in chain])
@@ -275,7 +268,8 @@ class Launcher:
         request = JobRequest(
             resources=resources,
             folders=[attempt.folder for attempt in attempts],
-            job_name=attempts[0].intent.job_name,
+            name=attempts[0].intent.job_name,
+            shared=shared,
             snapshot=self.snapshot,
             threads=default_threads(resources, self.provenance.runtime.threads_per_rank),
             dependencies=dependencies,
@@ -292,7 +286,7 @@ class Launcher:
         except SubmissionRefusedError as error:
             for stage, attempt in zip(chain, attempts, strict=True):
                 self._end(stage, attempt, End(Cause.INPUT, f"{error}; check the profile", time.time()))
-            return None
+            return False
         except NotNowError:
             for attempt in reversed(attempts):
                 shutil.rmtree(attempt.folder, ignore_errors=True)  # as if it had never been
@@ -300,7 +294,7 @@ class Launcher:
         attempts[0].record_job(job_id)
         for stage in chain:
             self.tell(Event("submitted", stage, job_id))
-        return job_id
+        return True
 
 
 def _may_pass(error: Exception) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, SlurmCommands, SlurmUnavailableError
+from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo, NoAnswerError, SlurmCommands, SlurmUnavailableError
 from hfprune_launch.slurm.decide import StageState
 
 from hfprune_dist.errors import UserError
@@ -42,17 +41,29 @@ class Observer:
     before: dict[str, int] | None = None
 
     def look(self, attempts: Iterable[Attempt]) -> None:
-        """Ask Slurm about the jobs of open attempts; the controller itself about those that squeue does not list."""
-        asked = [(attempt.intent.job_name, attempt.job_id) for attempt in attempts]
+        """Ask Slurm about the jobs of open attempts; the controller itself, then its accounting, about those that
+        squeue does not list.
+
+        A controller may say nothing of a job that it has forgotten, or may not show (PrivateData): one that had begun
+        is then forgotten, too, which it is for good only if its stage's claim isn't renewed.
+        """
+        asked = list(attempts)
         self.jobs = self.slurm.jobs()
-        with suppress(SlurmUnavailableError):
-            for name, job_id in asked:
-                if job_id is not None and name not in self.jobs:
+        for attempt in asked:
+            name, job_id = attempt.intent.job_name, attempt.job_id
+            if job_id is not None and name not in self.jobs:
+                try:
                     says = self.slurm.fields(job_id)
-                    if says.get("JobName") != name:  # ids are reused if a cluster was set up anew, names are not
-                        says = {"JobState": FORGOTTEN}
-                    state, reason, nodes = (says.get(key, "") for key in ("JobState", "Reason", "NodeList"))
-                    self.jobs[name] = JobInfo(job_id, state, reason, nodes, name)
+                except NoAnswerError:
+                    if not (state := self.slurm.accounted(job_id)) and not attempt.runs():
+                        continue
+                    says = {"JobState": state or FORGOTTEN, "Comment": name}
+                except SlurmUnavailableError:
+                    break
+                if says.get("Comment") != name:  # ids are reused if a cluster was set up anew, names are not
+                    says = {"JobState": FORGOTTEN}
+                state, reason, nodes = (says.get(key, "") for key in ("JobState", "Reason", "NodeList"))
+                self.jobs[name] = JobInfo(job_id, state, reason, nodes, says.get("JobName", ""), name)
         self.since = {job: self.since.get(job, self.clock()) for job in self.jobs.values()}
 
     def is_done(self, stage_id: str) -> bool:

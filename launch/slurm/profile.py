@@ -26,7 +26,7 @@ OWN_OPTIONS = {
     *("nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time"),
     *("partition", "account", "qos", "constraint", "exclude", "cluster", "clusters", "dependency", "chdir", "job-name"),
     *("kill-on-invalid-dep", "requeue", "no-requeue", "array", "output", "error", "open-mode", "wait", "test-only"),
-    "signal",
+    *("signal", "comment"),
 }
 
 

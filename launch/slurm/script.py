@@ -37,16 +37,19 @@ class JobRequest:
     """One job to submit.
 
     Attributes:
+        name: of this job alone, by which launchers find it.
+        shared: name that Slurm is told if others have it, too, of which one runs at a time; empty for its own.
         folders: of the attempts at its stages, in order; the first receives the script, each the logs of its stage.
         threads: CPU threads of each rank.
     """
 
     resources: Resources
     folders: Sequence[Path]
-    job_name: str
+    name: str
     snapshot: Path
     threads: int
     dependencies: Sequence[str] = ()
+    shared: str = ""
 
 
 def refuse_unusable_path(out: Path) -> None:
@@ -66,7 +69,8 @@ def batch_script(request: JobRequest) -> str:
     executor = _TextExecutor(request.folders[0])
     executor.update_parameters(
         **{name: getattr(resources, name) for name in AS_SLURM_CALLS_IT},
-        job_name=request.job_name,
+        job_name=request.shared or request.name,
+        comment=request.name,
         ntasks_per_node=resources.tasks_per_node,
         gpus_per_node=gpus if resources.gpus else None,
         time=resources.time_minutes,

@@ -25,7 +25,7 @@ from hfprune_launch.project import PROJECT
 from hfprune_launch.slurm.snapshot import take_snapshot
 from sweeps import finish, make_inputs
 
-# Ports of the clusters. The distance between them keeps job ids apart, and with them the ports of ranks.
+# Ports of the clusters.
 PORT_BASE, DISTURBED_PORT_BASE = 18000, 19000
 
 

@@ -1,6 +1,7 @@
 """Faults on real daemons, and then the same results, nothing done twice, no job left; more are in test_sweep.py."""
 
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -144,3 +145,24 @@ def test_the_disk_is_full(cluster, config, finished, without, tmp_path_factory):
         assert causes(out)[-1] == "done"
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_slurm_runs_no_more_jobs_than_there_are_names_whatever_is_dropped(cluster):
+    """As launchers submit them with ``--max-running 3``, sampled each second; some wait for needs, too."""
+    draw, ids, most = random.Random(0), [], 0
+    for number in range(18):
+        needs = f",afterok:{draw.choice(ids)}" if ids and number % 3 == 0 else ""
+        asked = ["--cpus-per-task=1", f"--job-name=hfprune-limit-{number % 3}", f"--dependency=singleton{needs}"]
+        asked += ["--kill-on-invalid-dep=yes", "--output=/dev/null", "--wrap", f"sleep {draw.randint(1, 6)}"]
+        ids.append(cluster.slurm("sbatch", "--parsable", *asked).strip())
+
+    def left():
+        lines = cluster.slurm("squeue", "--noheader", "--format=%i|%T|%j").splitlines()
+        return [line.split("|")[:2] for line in lines if "hfprune-limit" in line]
+
+    while jobs := left():
+        most = max(most, sum(state == "RUNNING" for _, state in jobs))
+        if draw.random() < 0.3:
+            cluster.slurm("scancel", draw.choice(jobs)[0])
+        time.sleep(1)
+    assert most == 3

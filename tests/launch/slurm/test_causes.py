@@ -36,7 +36,7 @@ def attempt(ledger):
 
 
 def job(state, attempt, nodes="n1", reason="None"):
-    return JobInfo("7", state, reason, nodes, attempt.intent.job_name)
+    return JobInfo("7", state, reason, nodes, "", attempt.intent.job_name)
 
 
 def started(attempt):

@@ -17,7 +17,7 @@ from hfprune_launch.slurm.commands import (
 @pytest.fixture
 def script(tmp_path):
     file = tmp_path / "job.sh"
-    file.write_text("#!/bin/bash\n#SBATCH --job-name=a-name\n")
+    file.write_text("#!/bin/bash\n#SBATCH --job-name=a-name\n#SBATCH --comment=a-name\n")
     return file
 
 
@@ -75,7 +75,7 @@ def test_commands_do_not_see_what_a_user_set_for_them_and_are_heard(slurm, scrip
     kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "a", "SLURM_JWT": "token", "PATH": "/bin", "HOME": "/"}
     dropped = ["SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SBATCH_QOS", "SCANCEL_STATE", "SLURM_JOB_ID", "SRUN_NTASKS"]
     assert command_environment({**kept, **dict.fromkeys(dropped, "x")}) == kept
-    (tmp_path / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R|||$SQUEUE_PARTITION|;\\n"\n')
+    (tmp_path / "squeue").write_text(f'#!/bin/bash\nprintf "{HEADER[:-1]}\\n1|R||||$SQUEUE_PARTITION|;\\n"\n')
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SQUEUE_PARTITION", "urgent")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hfprune_launch.slurm.causes import RETRIES
 from hfprune_launch.slurm.commands import FORGOTTEN, JobInfo
-from hfprune_launch.slurm.decide import LAG_S, Do, StageState, about_job, job_to_wait_for, to_submit
+from hfprune_launch.slurm.decide import LAG_S, Do, StageState, about_job, to_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ STATES = ["PENDING", "RUNNING", "COMPLETING", "COMPLETED", "FAILED", "CANCELLED"
 
 
 def job(state, reason="None"):
-    return JobInfo("7", state, reason, "", "name")
+    return JobInfo("7", state, reason, "", "name", "name")
 
 
 JOBS = st.none() | st.builds(job, st.sampled_from(STATES), st.sampled_from(REASONS))
@@ -134,18 +134,3 @@ def test_a_stage_is_tried_again_as_often_as_the_causes_of_its_ends_allow():
     for number in range(5):
         ends = (Cause.INTERRUPTED,) * 50 + (Cause.KILLED,) * number
         assert to_submit({"a": replace(STATE, ends=ends)}, len) == [["a"]] * (number <= 3)
-
-
-@given(st.integers(1, 4), st.lists(st.sampled_from(["submit", "end"]), max_size=40))
-def test_no_more_jobs_run_than_are_allowed(limit, events):
-    """Each job runs as soon as the one that it waits for is over; the oldest job that runs ends first."""
-    waits, live = {}, []
-    for number, event in enumerate(events):
-        running = [job for job in live if waits[job] not in live]
-        assert len(running) == min(limit, len(live)), "no fewer either"
-        if event == "submit":
-            waits[str(number)] = job_to_wait_for(limit, live)
-            live.append(str(number))
-        elif running:
-            live.remove(running[0])
-    assert job_to_wait_for(None, live) is None

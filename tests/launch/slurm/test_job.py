@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from hfprune_launch.slurm import job
-from hfprune_launch.slurm.job import NodeError, Start, rank_environment
+from hfprune_launch.slurm.job import NodeError, Start, meet, rank_environment
 from made_stages import begun, stage_of, taken_over
 from ranks import SoloWorld
 
@@ -32,10 +32,20 @@ def test_ranks_meet_at_an_address_not_a_name():
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "20345",
         "GLOO_SOCKET_IFNAME": "lo",
     }
     assert rank_environment({**TASK, "GLOO_SOCKET_IFNAME": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_ranks_meet_at_a_port_of_their_own_whatever_else_runs_on_the_node(tmp_path):
+    """Also with those of a job whose id differs by any multiple of anything."""
+    ports, living = [], []
+    for job_id in ("12345", "24345"):
+        ranks = [{"SLURM_JOB_ID": job_id, "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for rank in "01"]
+        living += [meet(tmp_path, rank) for rank in ranks]
+        assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+        ports.append(ranks[0]["MASTER_PORT"])
+    assert len({*ports}) == 2 and living[0] is not None
 
 
 def test_a_node_without_a_route_to_the_first_rank_is_named():

@@ -3,19 +3,23 @@
 import errno
 import os
 import re
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fake_slurm
 import pytest
-from fake_slurm import HEADER, SCORES, FakeLauncher, Job, complete, plan_of
+from fake_slurm import HEADER, SCORES, Controller, FakeLauncher, Job, complete, plan_of
 from hfprune_launch.slurm.cli import cancel_jobs, show_status
 from hfprune_launch.slurm.commands import SlurmCommands
 from hfprune_launch.sweep_folder import Sweep
+from hypothesis import given
+from hypothesis import strategies as st
 from made_stages import begun, failed, stage_of
 from rich.console import Console
 from sweeps import make_inputs, sweep
 
+from hfprune_dist.store.artifacts import Store
 from hfprune_dist.store.attempts import Ledger, Run
 from hfprune_dist.store.claims import Cancellation, try_claim
 
@@ -118,7 +122,7 @@ def test_an_intent_that_came_to_nothing_is_submitted_again(fake, store, ledger):
     claim.release()
     started(store)
     assert causes(store, SCORES) == ["interrupted", None]
-    assert fake.calls("scancel") == [f"scancel --jobname={attempt.intent.job_name}"], "squeue may have missed it"
+    assert fake.calls("scontrol show job --oneliner") and attempt.job_id is None, "squeue may have missed it"
 
 
 # What is seen of jobs.
@@ -135,6 +139,22 @@ def test_a_job_that_slurm_has_forgotten_is_over_unless_the_store_shows_that_it_l
     claim.release()
     launcher.step_after(100)
     assert causes(store, SCORES) == ["interrupted", None]
+
+
+@pytest.mark.parametrize("accounted", ["", "FAILED", "RUNNING"])
+def test_a_purged_job_is_told_from_one_that_is_not_shown_by_accounting_or_its_claim(fake, store, ledger, accounted):
+    """Where jobs are private, the controller says nothing of either."""
+    launcher = started(store, ALONE)
+    ledger.open_job(SCORES.id).record_run(Run("101", 0, "n1", time.time()))
+    claim = try_claim(store.handle(SCORES.id).work, job="101")
+    fake.forget("101")
+    fake.shown, fake.accounting = "", {"101": accounted} if accounted else {}
+    launcher.step_after(100)
+    assert (causes(store, SCORES) == [None]) == (accounted != "FAILED"), "it holds its claim"
+    claim.release()
+    for _ in range(2):
+        launcher.step_after(100)
+    assert (causes(store, SCORES)[0] is None) == (accounted == "RUNNING")
 
 
 # Ends.
@@ -189,7 +209,7 @@ def test_all_that_a_lost_input_was_made_from_is_made_again(fake, store):
     assert [fake.jobs[job_id].name.split("-")[1] for job_id in fake.live()] == [stage.kind for stage in chain]
 
 
-# Slots.
+# The limit.
 
 
 def plans_of_two(*names):
@@ -197,15 +217,28 @@ def plans_of_two(*names):
     return [plan_of(*pair) for pair in pairs]
 
 
-def test_launchers_that_start_together_take_different_slots(fake, store, monkeypatch):
-    """The limit is for all of them, whether their plans differ or not."""
-    submit = SlurmCommands.submit
-    monkeypatch.setattr(SlurmCommands, "submit", lambda *given: time.sleep(0.1) or submit(*given))
-    launchers = [FakeLauncher(store, plan, max_running=1) for plan in plans_of_two("a", "b", "a")]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(FakeLauncher.step, launchers))
-    waits = [waits_of(store, stage) for plan in plans_of_two("a", "b") for stage in plan.stages.values()]
-    assert sorted(waits) == [[], ["afterany:101"], ["afterany:102"], ["afterany:103"]] and fake.submitted == 4
+@given(st.data())
+def test_no_more_jobs_run_than_are_allowed_whatever_ends_or_is_dropped(data):
+    """Slurm starts a job with a shared name once no earlier one that has it is left; jobs end or are dropped at random,
+    and launchers come and go.
+    """
+    limit = data.draw(st.integers(1, 3))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        store, fake = Store(Path(folder) / "store"), Controller().install(patch)
+        patch.setattr(os, "fsync", lambda _: None)
+        for plan in plans_of_two("a", "b", "c"):
+            started(store, plan, max_running=limit)
+            for _ in range(data.draw(st.integers(0, 3))):
+                waiting = [job_id for job_id in fake.live() if fake.jobs[job_id].state == "PENDING"]
+                for job_id in waiting:
+                    earlier = [fake.jobs[other].shared for other in fake.live() if int(other) < int(job_id)]
+                    fake.set_state(job_id, "PENDING" if fake.jobs[job_id].shared in earlier else "RUNNING")
+                assert sum(job.state == "RUNNING" for job in fake.jobs.values()) <= limit
+                if fake.live():
+                    fake.end(
+                        data.draw(st.sampled_from(fake.live())), data.draw(st.sampled_from(["FAILED", "CANCELLED"]))
+                    )
+    assert {job.shared[-2:] for job in fake.jobs.values()} <= {f"-{number}" for number in range(1, limit + 1)}
 
 
 # Following.
@@ -301,7 +334,6 @@ def test_cancel_waits_for_what_is_submitted_and_finds_what_is_unlisted_or_queued
     cancelled, going_on = cancel(store, meanwhile)
     assert not fake.live() and cancelled == ["99", "100", "101", *["200"] * arrives]
     assert bool(going_on) != arrives and all("submits a job" in told for told in going_on), "the exit code says so"
-    assert f"scancel --jobname={attempt.intent.job_name}" in fake.calls("scancel")
 
 
 # Commands.

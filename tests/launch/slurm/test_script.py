@@ -27,7 +27,7 @@ def request(folder, stages=("attempt",), **resources):
     return JobRequest(
         resources=Resources(**resources),
         folders=[folder / stage for stage in stages],
-        job_name="hfprune-test",
+        name="hfprune-test",
         snapshot=folder / "code",
         threads=3,
     )

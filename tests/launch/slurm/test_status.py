@@ -71,7 +71,7 @@ def in_job(store, state, reason="None", name=None):
     """Return the status of the first stage, which has a job in this state."""
     attempt = Ledger(store).open_job(STAGE.id) or begun(store, STAGE, time_minutes=60)
     name = name or attempt.intent.job_name
-    return stage_statuses(PLAN, store, {name: JobInfo("5", state, reason, "n1", name)})[0]
+    return stage_statuses(PLAN, store, {name: JobInfo("5", state, reason, "n1", "", name)})[0]
 
 
 def test_a_job_whose_id_was_never_recorded_is_found_by_its_name(store):
