@@ -180,7 +180,7 @@ CASES = {
     "dense refit": (partial(refitted, method="dense", stay=True), 4, 0),
     "experts' refit": (partial(refitted, method="dense", variant="qwen3_moe", stay=True), 5, 0),
     "layerwise refit": (partial(refitted, method="layerwise", stay=True), 5, 0),
-    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), 7, 4),
+    "block refit": (partial(refitted, method="block", variant="qwen3", stay=True), 8, 0),
     "lm-eval": (answered, 0, 1),
     "generation": (generated, 0, 3),
     "labels": (partial(trained, goal="labels"), 0, 2),

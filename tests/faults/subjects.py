@@ -112,7 +112,7 @@ class Commit(Subject):
 
 # Whole sweeps.
 
-BOOKKEEPING = {".lock", "checkpoints/.lock"}
+BOOKKEEPING = {".lock", ".tables", "checkpoints/.lock"}
 
 
 class WholeSweep(Subject):
