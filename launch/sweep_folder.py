@@ -35,7 +35,7 @@ from hfprune_dist.store.stage import Stage
 SWEEP_FILE = "sweep.json"
 CONFIG_FILE = "config.yaml"
 REPORT = "report.html"
-LOCK, TABLES_LOCK = ".lock", ".tables"
+LOCK = ".lock"
 NO_RUN = "no run yet"
 
 
@@ -64,9 +64,8 @@ class Sweep:
         names of the files that were written.
         """
         update = self.write_checkpoints()
-        with locked(self.out / TABLES_LOCK):  # or another command's older rows may be written last
-            rows = self.rows()
-            write_reports(rows, self.out)
+        rows = self.rows()
+        write_reports(rows, self.out)
         written = [*RESULTS, *[REPORT] * write_page(self.out, console)]
         # Shown once all is written, as a reader such as head may end the command.
         show_results(console, rows, wide)

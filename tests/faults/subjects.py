@@ -112,7 +112,7 @@ class Commit(Subject):
 
 # Whole sweeps.
 
-BOOKKEEPING = {".lock", ".tables", "checkpoints/.lock"}
+BOOKKEEPING = {".lock", "checkpoints/.lock"}
 
 
 class WholeSweep(Subject):

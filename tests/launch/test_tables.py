@@ -1,43 +1,14 @@
 """A folder in which several commands end at the same time, or whose sweep another version of the code planned."""
 
 import json
-import threading
 
 from fake_slurm import PLAN, SCORES, Job
-from hfprune_launch import sweep, sweep_folder
+from hfprune_launch import sweep
 from hfprune_launch.sweep_folder import Sweep
 from made_stages import begun
-from rich.console import Console
 from sweeps import in_process
 
-from hfprune_dist.planning.plan import Plan
 from hfprune_dist.store.attempts import Ledger
-
-
-def test_no_older_rows_are_written_last(store, tmp_path, monkeypatch):
-    """The first command has read its rows when the second one, which reads more, begins."""
-    state, order, slow = ["old"], [], threading.Event()
-
-    def rows(_):
-        found = [*state]
-        if state == ["old"]:
-            slow.set()
-            state.append("new")
-            threading.Event().wait(0.3)
-        return found
-
-    monkeypatch.setattr(Sweep, "rows", rows)
-    monkeypatch.setattr(sweep_folder, "write_reports", lambda found, _: order.append(found))
-    for name in ("show_results", "show_checkpoints"):
-        monkeypatch.setattr(sweep_folder, name, lambda *_: None)
-    folder = Sweep(Plan({}, ()), store, tmp_path)
-    first = threading.Thread(target=folder.write_results, args=(Console(),))
-    first.start()
-    slow.wait()
-    written = folder.write_results(Console())
-    first.join()
-    assert order == [["old"], ["old", "new"]]
-    assert "report.html" not in written, "a folder without a sweep has no report"
 
 
 def test_jobs_that_other_code_planned_are_shown_and_cancelled(store, tmp_path, fake):
