@@ -1,4 +1,4 @@
-"""A folder in which several commands end at the same time, or whose sweep another version of the code planned."""
+"""A folder whose sweep another version of the code planned."""
 
 import json
 
