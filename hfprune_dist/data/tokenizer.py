@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -33,6 +34,15 @@ def bos_ids(tokenizer: Any) -> list[int]:
 def plain_ids(tokenizer: Any, texts: str | list[str]) -> list[Any]:
     """Token ids of a text, or of each of several, without special tokens; they may exceed the model's context."""
     return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def append_nothing(tokenizer: Any) -> None:
+    """Have the tokenizer put nothing after a text: EOS there ends a prompt, and counts as part of an answer."""
+    bos = bos_ids(tokenizer)
+    if tokenizer.is_fast and tokenizer("a")["input_ids"] != [*bos, *plain_ids(tokenizer, "a")]:
+        tokens = tokenizer.convert_ids_to_tokens(bos)
+        known = list(zip(tokens, bos, strict=True))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[*tokens, "$A"], special_tokens=known)
 
 
 def require_eos(tokenizer: Any, where: Path) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hfprune_dist.core.devices import send
 from hfprune_dist.core.memory_limits import LOGITS_BYTES
+from hfprune_dist.data.tokenizer import append_nothing
 from hfprune_dist.distributed.frozen_model import FrozenModel
 from hfprune_dist.distributed.interruption import Interruption
 from hfprune_dist.errors import UserError
@@ -72,6 +73,7 @@ class ShardedLM(HFLM):  # type: ignore[misc]
         self, model: FrozenModel, tokenizer: Any, interruption: Interruption, batch_size: int, add_bos_token: bool
     ) -> None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token  # which may have no row in the embedding
+        append_nothing(tokenizer)
         super().__init__(
             pretrained=model.module,
             tokenizer=tokenizer,

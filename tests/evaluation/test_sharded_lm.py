@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from ranks import SoloWorld
 from tiny import save_tiny
+from tokenizers.processors import TemplateProcessing
 from worlds import Ranks
 
 from hfprune_dist.checkpoints.checkpoint import open_checkpoint
@@ -35,6 +36,21 @@ def test_all_ranks_answer_and_know_the_answers(tmp_path):
 
     (answers, *others) = Ranks(4).run(work)
     assert len(answers) == 6 and len(set(answers)) > 1 and others == [answers] * 3
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_no_answer(tmp_path):
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model"))
+    model, plain, ending = (
+        FrozenModel(checkpoint, torch.float32, "replicate", SoloWorld()),
+        *(load_tokenizer(checkpoint.path) for _ in range(2)),
+    )
+    known = [(token, ending.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=known)
+    lms = [ShardedLM(model, tokenizer, Interruption(), 2, True) for tokenizer in (plain, ending)]
+    asked = [Instance("loglikelihood", {}, ("a question", f" {word}"), 0) for word in ("yes", "perhaps")]
+    written = [Instance("generate_until", {}, ("a question", {"until": ["x"], "max_gen_toks": 4}), 0)]
+    answers, others = ((lm.loglikelihood(asked), lm.generate_until(written)) for lm in lms)
+    assert answers == others
 
 
 # Windows, learnt positions, positions along several axes; and recurrent states, in a cache of their own or not.

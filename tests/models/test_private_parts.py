@@ -19,6 +19,7 @@ PARTS = {
     ("transformers", "PreTrainedModel._supports_sdpa"): "models.loading chooses the attention",
     ("transformers", "PreTrainedModel._init_weights"): "models.single_layer computes buffers",
     ("transformers.integrations.moe", "_grouped_linear"): "models.experts has transformers' bits and speed",
+    ("transformers.integrations.moe", "_default_apply_gate"): "models.experts tells experts with gates of their own",
     ("torch", "nn.Module._non_persistent_buffers_set"): "models.single_layer tells buffers that are in files",
     ("torch.distributed.distributed_c10d", "_set_pg_timeout"): "distributed.zero3 shortens DeepSpeed's timeouts",
     ("torch.distributed.distributed_c10d", "_get_default_group"): "distributed.zero3 reads the ranks' timeout",
