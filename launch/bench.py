@@ -115,5 +115,5 @@ def do_nothing(_arguments: Sequence[str]) -> None:
     """Be a rank of a stage that does nothing."""
     from hfprune_dist.distributed.world import join_world, leave_world
 
-    join_world(os.environ, timeout_minutes=1, reproducible=True)
+    join_world(os.environ, timeout_minutes=1, reproducible=True).barrier()  # none leaves while another joins
     leave_world()

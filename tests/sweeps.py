@@ -47,6 +47,7 @@ def make_inputs(folder: Path) -> Path:
         "calibration": {"path": "calibration.jsonl", "samples": 8, "sequence_length": 32, "shard_size": 1},
         "importance": {"dtype": "float32"},
         "recovery": {
+            "objective": "labels",
             "path": "pairs.jsonl",
             "sequence_length": 320,
             "batch_size": 2,

@@ -101,13 +101,18 @@ class Method(Section):
     plain shapes keep their KV groups where one ignores head_dim; a shape that one still wouldn't load is refused."""
 
     @property
+    def refits_weights(self) -> bool:
+        """Whether matrices, not biases alone, get new values."""
+        return self.refit not in ("none", "bias")
+
+    @property
     def without_effect(self) -> set[str]:
         """Names of settings that have no effect, given the others."""
         protects = self.allocation in ("local", "global", "standardized", "searched")
         idle = set() if protects else {"floor", "protect_first", "protect_last"}
         idle |= {"floor"} if self.allocation == "local" else set()
         idle |= set() if KV_GROUPS in self.structures else {"tensor_parallel"}
-        measures_or_fits = self.allocation in ("plain", "searched") or self.refit not in ("none", "bias")
+        measures_or_fits = self.allocation in ("plain", "searched") or self.refits_weights
         return idle if measures_or_fits else idle | {"effort"}
 
     @property

@@ -78,11 +78,13 @@ class Recipe(TrainingText):
     parts: list[Part] = Field(default=["lm_head", "last_3_layers"], min_length=1)
     """method parts: lm_head (with the embeddings, if they are tied to it), embeddings, norms, last_N_layers (all that
     pruning has left, if these are fewer)."""
-    objective: Literal["labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "labels"
+    objective: Literal["auto", "labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """What is learnt. labels: the next token of the text; of instructions, of responses only. distill: the dense
     model's distribution of that token, by KL(dense || model); the dense model gets no row of its own then, since it
-    would learn from itself. A number: that weight on the divergence, and the rest on labels. The dense model's hidden
-    states are kept on disk for calibration windows, if these are few, and computed beside the model's otherwise."""
+    would learn from itself. A number: that weight on the divergence, and the rest on labels. auto: distill after
+    methods that refit weights, which labels would move away from the dense model again; labels after others, for the
+    dense model, and in ``recipes``. The dense model's hidden states are kept on disk for calibration windows, if these
+    are few, and computed beside the model's otherwise."""
     epochs: Annotated[float, Field(gt=0, lt=2**31)] = 2.0
     """Passes over the rows, if neither tokens nor max_steps is set."""
     tokens: TokenCount | None = None
@@ -122,15 +124,10 @@ class Recipe(TrainingText):
     """Compute dtype, to which weights are rounded when training begins; the optimizer's weights and states are float32
     from there on."""
 
-    @property
-    def teacher_share(self) -> float:
-        """Weight of the divergence from the dense model in the loss."""
-        return {"labels": 0.0, "distill": 1.0}.get(self.objective, self.objective)  # type: ignore[arg-type]
-
     def complete(self) -> Training:
         """The training, with a value for every setting, and without those that have no effect."""
-        learns, lora = self.objective == "labels", self.method == "lora"
-        settings = self.model_dump(exclude={"recipes"})
+        learns, lora = self.objective in ("auto", "labels"), self.method == "lora"
+        settings = self.model_dump(exclude={"recipes"}) | ({"objective": "labels"} if learns else {})
         chosen: dict[str, Any] = {
             "batch_size": 128 if learns else 16,
             "learning_rate": (4e-4 if learns else 1e-3) if lora else 1e-4,
@@ -153,6 +150,7 @@ class Recipe(TrainingText):
 class Training(Recipe):
     """A recipe in which every setting has a value."""
 
+    objective: Literal["labels", "distill"] | Annotated[float, Field(gt=0, lt=1)] = "labels"
     batch_size: Positive = 128
     learning_rate: LearningRate = 4e-4
     warmup_steps: NonNegative = 0
@@ -175,6 +173,11 @@ class Training(Recipe):
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts evaluations on the way: set evaluate_every, or leave patience out")
         return self
+
+    @property
+    def teacher_share(self) -> float:
+        """Weight of the divergence from the dense model in the loss."""
+        return {"labels": 0.0, "distill": 1.0}.get(self.objective, self.objective)  # type: ignore[arg-type]
 
     @property
     def least_at_once(self) -> int:
@@ -223,13 +226,18 @@ class RecoveryConfig(Recipe):
         self.trainings()
         return self
 
-    def trainings(self) -> dict[str, Training | None]:
-        """Name of each recipe -> its training; None for rows without one."""
+    def trainings(self, after_refit: bool = False) -> dict[str, Training | None]:
+        """Name of each recipe -> its training; None for rows without one.
+
+        Args:
+            after_refit: whether it follows a method that refits weights.
+        """
         if self.method == "none":
             return {"none": None}
         found: dict[str, Training | None] = {}
         evaluates = self.evaluate_every or any(recipe.evaluate_every for recipe in (self.recipes or {}).values())
-        for name, recipe in (self.recipes or {"": Recipe()}).items():
+        only = Recipe(objective="distill") if after_refit and self.objective == "auto" else Recipe()
+        for name, recipe in (self.recipes or {"": only}).items():
             own = recipe.model_dump(exclude_unset=True)
             # A recipe with a text of its own takes none of the section's; one without evaluations no patience that is
             # for others.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def build_plan(
     in_recovery = [name for name, method in methods.items() if method.prunes_in == "recovery"]
     needed = {"method": "lora", "objective": "labels", "text": "instructions", "evaluate_every": None, "patience": None}
     for key, value in needed.items() if in_recovery else ():
-        if (given := getattr(config.recovery, key)) != value:
+        if (given := getattr(config.recovery, key)) not in (value, "auto"):
             raise UserError(
                 f"--methods {', '.join(in_recovery)}: units go while LoRA recovers the model (prunes_in: recovery), "
                 f"and recovery.{key} is {given}; set it to {value or 'null'}, or leave the method out"
@@ -154,6 +153,7 @@ class _Planner:
         self._device = device
         self._own_tasks = own_tasks(config.evaluation.include_path, hashes)
         self._trainings = config.recovery.trainings()
+        self._after_refit = config.recovery.trainings(after_refit=True)
         self.stages: dict[str, Stage] = {}
         self.asked: list[str] = []
 
@@ -162,7 +162,7 @@ class _Planner:
         for name, method in self._methods_for(model).items():
             ratios = [*self._config.ratios, *self._config.rounds]
             check_ratios(model.checkpoint, ratios, method, place_of(model.name, name))
-        for name, training in self._trainings.items():
+        for name, training in (self._trainings | self._after_refit).items():
             if training is not None and (why := self._unfit(training, model.checkpoint)):
                 raise UserError(f"recovery {name}: {why} (model {model.name!r})")
         efficiency, positions = self._config.efficiency, model.checkpoint.max_positions
@@ -208,15 +208,34 @@ class _Planner:
                     cells.append(self._pruned_in_recovery(variant, method, ratio, model.checkpoint))
                 else:
                     cells += self._finish(self._pruned(variant, method, importance), model.checkpoint, importance)
-        recipes = [(name, training) for name, training in self._trainings.items() if training is not None]
-        for (name, method), (recipe, training) in product(numbered.items(), recipes if rounds else ()):
-            variant = _Variant(model.name, dense, method=name)
-            for number, ratio in enumerate(rounds):
-                variant = replace(variant, ratio=ratio, rounds=tuple(rounds[:number]))
-                pruned = self._pruned(variant, method, importance)
-                variant = self._trained(pruned, recipe, training, model.checkpoint, importance)
-            cells.append(self._row(variant))
+        for name, method in numbered.items() if rounds else ():
+            first = _Variant(model.name, dense, method=name)
+            for recipe, training in self._trainings_of(first).items():
+                if training is not None:
+                    cells.append(self._by_rounds(first, method, recipe, training, model.checkpoint, importance))
         return cells
+
+    def _by_rounds(
+        self,
+        variant: _Variant,
+        method: Method,
+        recipe: str,
+        training: Training,
+        dense: Checkpoint,
+        importance: Stage | None,
+    ) -> Cell:
+        """The row of a model that is pruned and trained at one ratio after another."""
+        rounds = self._config.rounds
+        for number, ratio in enumerate(rounds):
+            variant = replace(variant, ratio=ratio, rounds=tuple(rounds[:number]))
+            pruned = self._pruned(variant, method, importance)
+            variant = self._trained(pruned, recipe, training, dense, importance)
+        return self._row(variant)
+
+    def _trainings_of(self, variant: _Variant) -> Mapping[str, Training | None]:
+        """Name of each recipe of a variant's rows -> its training."""
+        refits = variant.method is not None and self._methods[variant.method].refits_weights
+        return self._after_refit if refits else self._trainings
 
     def _importance_for_all(self, model: ModelSource, dense: Input, methods: Mapping[str, Method]) -> Stage | None:
         """One pass for all methods that need scores, further criteria, and trainings on its windows; None without."""
@@ -268,7 +287,8 @@ class _Planner:
         """Training by each recipe, and evaluation, of one checkpoint; the dense model is also evaluated as it is, and
         isn't trained to be like itself.
         """
-        trainings = {NONE: None, **self._trainings} if variant.ratio is None else self._trainings
+        trainings = self._trainings_of(variant)
+        trainings = {NONE: None, **trainings} if variant.ratio is None else trainings
         cells = []
         for name, training in trainings.items():
             if training is None:
