@@ -289,6 +289,21 @@ def test_recipes_stand_side_by_side_and_share_what_was_pruned(config):
     assert last.params.recovery.tokens is None and trained[0.2, "beside"].params.recovery.evaluate_every == 30_000
 
 
+def test_what_was_refitted_learns_from_the_dense_model_and_all_else_from_labels_unless_told(config):
+    settings = {"models": ["alpha"], "ratios": [0.2], "methods": ["hfprune", "surgeon-plain"]}
+    rows = {
+        objective: [cell.recovery for cell in plan_of(config, recovery__objective=objective, **settings).cells]
+        for objective in ("auto", "labels", "distill")
+    }
+    assert rows == {
+        "auto": ["none", "lora", "lora", "lora-distill"],
+        "labels": ["none", *3 * ["lora"]],
+        "distill": ["none", *2 * ["lora-distill"]],
+    }
+    named = plan_of(config, recovery__objective="auto", recovery__recipes={"usual": {}}, **settings)
+    assert {stage.params.recovery.objective for stage in stages_of(named, "recover")} == {"labels"}
+
+
 def test_a_dense_model_answers_once_for_all_of_its_rows(config):
     """Whatever is trained on its answers; another seed changes what is drawn alone."""
     recipes = {"lora": {}, "full": {"method": "full", "objective": 0.5}, "given": {"answers": "given"}}
